@@ -1,0 +1,203 @@
+"""hvp eval"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hvp.cli.pretrain import Device, PrecisionName
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hvp.common.data import ImageSource
+    from hvp.common.evaluation.checkpoints import BackboneMeta
+
+app = typer.Typer(help="Evaluate an encoder.", no_args_is_help=True)
+
+
+class Which(StrEnum):
+    teacher = "teacher"
+    student = "student"
+
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        help="A checkpoint of hvp or of an upstream trainer, a bare state dict, or a run's folder.", show_default=False
+    ),
+]
+Data = Annotated[
+    str, typer.Option(help="A folder with train/CLASS and val/CLASS, or `shapes`.", metavar="DIR", show_default=False)
+]
+WhichNetwork = Annotated[Which, typer.Option(help="Which network of the checkpoint.")]
+Resolution = Annotated[
+    int | None, typer.Option(help="Side of the centre crop, pixels.", show_default="that of pretraining, else 224")
+]
+OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
+WithPrecision = Annotated[PrecisionName, typer.Option(help="Of the encoder's forward pass.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that read images.", show_default="the cores at hand")]
+ToFile = Annotated[
+    Path | None, typer.Option("--out", help="The result, JSON.", metavar="FILE", show_default="beside the checkpoint")
+]
+
+
+@app.command()
+def knn(
+    checkpoint: Checkpoint,
+    data: Data,
+    which: WhichNetwork = Which.teacher,
+    k: Annotated[
+        list[int] | None, typer.Option(help="Neighbours; may be repeated.", show_default="10 20 100 200")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    resolution: Resolution = None,
+    device: OnDevice = Device.auto,
+    precision: WithPrecision = PrecisionName.fp32,
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.", min=1)] = 256,
+    workers: Workers = None,
+    out: ToFile = None,
+) -> None:
+    """Weighted k-NN: the training images vote on the classes of the validation images."""
+    from hvp.common.engine.precision import pick_device
+    from hvp.common.engine.run import available_workers
+    from hvp.common.evaluation.knn import KS, evaluate_knn
+
+    encoder, meta, train, val = _open(checkpoint, which, data)
+    path = _result_path(out, meta, "knn")
+    with _progress() as progress:
+        result = evaluate_knn(
+            encoder,
+            train,
+            val,
+            ks=k or KS,
+            temperature=temperature,
+            resolution=resolution or _resolution(meta),
+            device=pick_device(device.value),
+            precision=precision.value,
+            batch_size=batch_size,
+            workers=available_workers(workers),
+            checkpoint=meta.summary(),
+            progress=progress,
+        )
+    _report(result, path, [(f"k = {row['k']}", row) for row in result["results"]])
+
+
+@app.command()
+def linear(
+    checkpoint: Checkpoint,
+    data: Data,
+    which: WhichNetwork = Which.teacher,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 100,
+    base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images. Upstream: 0.001.")] = 0.00075,
+    batch_size: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 1024,
+    n_last_blocks: Annotated[
+        int | None, typer.Option(help="Blocks whose [CLS] is read.", show_default="DINO's: 4, for ViT-B 1", min=1)
+    ] = None,
+    avgpool: Annotated[
+        bool | None,
+        typer.Option("--avgpool/--no-avgpool", help="Add the mean patch token.", show_default="DINO's: for ViT-B only"),
+    ] = None,
+    augment: Annotated[
+        bool, typer.Option("--augment/--no-augment", help="Random crops and flips; without, features are cached.")
+    ] = True,
+    resolution: Resolution = None,
+    device: OnDevice = Device.auto,
+    precision: WithPrecision = PrecisionName.fp32,
+    seed: Annotated[int, typer.Option(help="Of the classifier, the order and the crops.", min=0)] = 0,
+    workers: Workers = None,
+    out: ToFile = None,
+) -> None:
+    """Linear probe: a classifier on the frozen features."""
+    from hvp.common.engine.precision import pick_device
+    from hvp.common.engine.run import available_workers
+    from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, probe_defaults
+
+    encoder, meta, train, val = _open(checkpoint, which, data)
+    path = _result_path(out, meta, "linear")
+    usual_blocks, usual_avgpool = probe_defaults(encoder)
+    options = LinearOptions(
+        epochs=epochs,
+        base_lr=base_lr,
+        batch_size=batch_size,
+        n_last_blocks=usual_blocks if n_last_blocks is None else n_last_blocks,
+        avgpool=usual_avgpool if avgpool is None else avgpool,
+        augment=augment,
+        resolution=resolution or _resolution(meta),
+        precision=precision.value,
+        workers=available_workers(workers),
+        seed=seed,
+    )
+    with _progress() as progress:
+        result = evaluate_linear(
+            encoder,
+            train,
+            val,
+            options,
+            device=pick_device(device.value),
+            checkpoint=meta.summary(),
+            cache_folder=path.parent / "features",
+            progress=progress,
+        )
+    _report(result, path, [("last epoch", result["last"]), ("best epoch (chosen on val)", result["best"])])
+
+
+def _open(checkpoint: Path, which: Which, data: str) -> "tuple[nn.Module, BackboneMeta, ImageSource, ImageSource]":
+    """The encoder, where it came from, and the labelled splits."""
+    from hvp.common.data import ShapesOptions, open_dataset
+    from hvp.methods import load_encoder
+
+    encoder, meta = load_encoder(checkpoint, which.value)
+    trained_on = (meta.config or {}).get("data", {})
+    shapes = ShapesOptions(**trained_on["shapes"]) if "shapes" in trained_on else ShapesOptions()
+    train = open_dataset(data, "train", shapes=shapes, labels=True)
+    val = open_dataset(data, "val", shapes=shapes, labels=True)
+    return encoder, meta, train, val
+
+
+def _resolution(meta: "BackboneMeta") -> int:
+    return int((meta.config or {}).get("views", {}).get("global_crops_size", 224))
+
+
+def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:
+    from hvp.common.evaluation.results import claim_result
+
+    path = out or meta.path.with_name(f"{meta.path.stem}-{name}-{meta.which}.json")
+    claim_result(path)
+    return path
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _report(result: Any, path: Path, rows: list[tuple[str, Any]]) -> None:
+    from hvp.common.evaluation.results import write_result
+
+    write_result(result, path)
+    table = Table("", "top-1", "top-5", box=None)
+    for label, row in rows:
+        table.add_row(label, *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("top1", "top5")))
+    console = Console()
+    console.print(table)
+    for note in result["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+"""The `hvp` command."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from hvp.cli import bench, demo, evaluate, presets, pretrain
+from hvp.common.errors import UserError
+
+app = typer.Typer(
+    name="hvp",
+    help="Self-supervised pretraining of image encoders on hard views.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("pretrain")(pretrain.pretrain)
+app.add_typer(evaluate.app, name="eval")
+app.command("presets")(presets.presets)
+app.add_typer(bench.app, name="bench")
+app.command("demo")(demo.demo)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"hvp {version('hvp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Runs the command line. A mistake the user can mend is one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"hvp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("hvp: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""hvp pretrain"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hvp.common.config import Resolved
+
+
+class HardViews(StrEnum):
+    none = "none"
+    hvp = "hvp"
+
+
+class PrecisionName(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Pipeline(StrEnum):
+    fast = "fast"
+    pil = "pil"
+
+
+class OnBadImage(StrEnum):
+    error = "error"
+    skip = "skip"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def pretrain(
+    method: Annotated[str, typer.Argument(help="The method: dino.", show_default=False)],
+    preset: Annotated[str | None, typer.Option(help="Start from a preset; `hvp presets METHOD` lists them.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of images, or `shapes`, the embedded dataset.", metavar="DIR")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder.", show_default="runs/METHOD/PRESET/seedN", metavar="DIR"),
+    ] = None,
+    hard_views: Annotated[HardViews | None, typer.Option(help="Select hard views, or train as upstream.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of one step, over all processes.")] = None,
+    precision: Annotated[PrecisionName | None, typer.Option(help="Autocast type.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to train.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loader processes; the views do not depend on it.")] = None,
+    loader: Annotated[Pipeline | None, typer.Option(help="Fast views, or Pillow's as upstream.")] = None,
+    on_bad_image: Annotated[
+        OnBadImage | None, typer.Option(help="What to do with a file that does not decode.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of values, over the preset.", metavar="FILE")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One value, for example `optim.base_lr=0.001`.", metavar="KEY=VALUE"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the folder first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every value with its origin, steps and memory; train nothing.")
+    ] = False,
+) -> None:
+    """Pretrain an encoder.
+
+    Values come from the defaults, then the preset, then --config, then the other options; later ones win.
+    `hvp pretrain dino --dry-run` lists every key that --set accepts.
+    """
+    flags = {
+        "data.path": data,
+        "selection.hard_views": hard_views,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.precision": precision,
+        "train.device": device,
+        "train.seed": seed,
+        "data.workers": workers,
+        "data.loader": loader,
+        "data.on_bad_image": on_bad_image,
+    }
+    from hvp.methods import get_method
+
+    resolved = resolve_flags(method, preset, config, flags, set_ or [])
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if dry_run:
+        show(method, resolved)
+        return
+    out = out or Path("runs") / method / (preset or "custom") / f"seed{resolved.config.train.seed}"
+    last = get_method(method).train(
+        resolved.config, out, resume=resume, overwrite=overwrite, console=Console(stderr=True)
+    )
+    print(f"wrote {last}")
+
+
+def resolve_flags(
+    method: str, preset: str | None, config: Path | None, flags: dict[str, Any], assignments: list[str]
+) -> "Resolved":
+    """The configuration that a command line describes.
+
+    Raises:
+        UserError: an unknown method, preset or key, or a value that is not allowed.
+    """
+    from hvp.common.config import parse_assignment, read_yaml, resolve
+    from hvp.methods import get_method, get_preset
+
+    names = {"data.path": "--data", "selection.hard_views": "--hard-views", "data.on_bad_image": "--on-bad-image"}
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if preset:
+        layers.append((f"preset {preset}", read_yaml(get_preset(method, preset))))
+    if config:
+        layers.append((str(config), read_yaml(config)))
+    for key, value in flags.items():
+        if value is not None:
+            flag = names.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
+            layers.append((flag, {key: value.value if isinstance(value, StrEnum) else value}))
+    for assignment in assignments:
+        key, value = parse_assignment(assignment)
+        layers.append(("--set", {key: value}))
+    return resolve(get_method(method).config, layers)
+
+
+def show(method: str, resolved: "Resolved") -> None:
+    """Every value with its origin, and what follows from them."""
+    console = Console()
+    table = Table("key", "value", "from", title=f"hvp pretrain {method}", title_justify="left", box=None)
+    for key, value, source in resolved.values():
+        table.add_row(key, "null" if value is None else str(value), source)
+    console.print(table)
+    for line in consequences(resolved.config):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def consequences(config: Any) -> list[str]:
+    """What a configuration amounts to: images, steps, learning rate, combinations, and the memory of the views."""
+    from hvp.common.data import open_dataset
+    from hvp.common.errors import UserError
+
+    train, slots = config.train, config.view_slots()
+    lines = [""]
+    if config.data.path is None:
+        lines.append("steps:        not known without --data")
+    else:
+        source = open_dataset(config.data.path, "train", shapes=config.data.shapes)
+        steps = len(source) // train.batch_size
+        if steps == 0:
+            raise UserError(
+                f"train.batch_size = {train.batch_size}, but {source.name} has {len(source)} images: less than a batch"
+            )
+        lines.append(f"images:       {source.name}")
+        lines.append(f"steps:        {steps} per epoch, {steps * train.epochs} in all")
+    lines.append(f"rate:         {config.optim.base_lr * train.batch_size / 256:g} after warm-up")
+    views = ", ".join(f"{slot.candidates} {slot.name} of {slot.transform.size} px, {slot.kept} kept" for slot in slots)
+    lines.append(f"views:        {views}")
+    compared = config.combination_slots().num_combinations
+    if compared > 1 and config.selection.search == "sampled":
+        compared = f"{min(compared, config.selection.comparisons)} of {compared}"
+    lines.append(f"combinations: {compared}")
+    pixels = sum(slot.candidates * slot.transform.size**2 * 3 for slot in slots)
+    part = train.batch_size // train.accumulate
+    lines.append(
+        f"view memory:  {pixels / 2**20:.2f} MiB an image from the loader, {part * pixels / 2**20:.0f} MiB a batch of "
+        f"{part}, {4 * part * pixels / 2**20:.0f} MiB normalised on the device"
+    )
+    return lines

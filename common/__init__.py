@@ -1,0 +1,5 @@
+"""What every method shares."""
+
+from hvp.common.hardviews import Selection, Slots, select
+
+__all__ = ["Selection", "Slots", "select"]

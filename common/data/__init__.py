@@ -1,0 +1,32 @@
+"""Datasets: the embedded `shapes` and image folders, behind one small protocol."""
+
+from typing import Literal
+
+from hvp.common.data.folder import open_folder
+from hvp.common.data.shapes import Shapes, ShapesOptions
+from hvp.common.data.source import BadImage, ImageSource
+
+__all__ = ["BadImage", "ImageSource", "ShapesOptions", "open_dataset"]
+
+
+def open_dataset(
+    spec: str, split: Literal["train", "val"], *, shapes: ShapesOptions = ShapesOptions(), labels: bool = False
+) -> ImageSource:
+    """Open what `--data` names.
+
+    Args:
+        spec: `shapes` for the embedded dataset (a folder of that name is `./shapes`), or else a folder of images in
+            one of the layouts of `hvp.common.data.folder`.
+        split: which part of it.
+        shapes: how to draw the embedded dataset; folders have no use for it.
+        labels: whether every image must have a label, as evaluation needs.
+
+    Returns:
+        A source with at least one image.
+
+    Raises:
+        UserError: the folder is missing, is empty, cannot be read, or lacks the split or the labels asked for.
+    """
+    if spec == "shapes":
+        return Shapes(shapes, split)
+    return open_folder(spec, split, labels=labels)

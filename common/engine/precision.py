@@ -1,0 +1,57 @@
+"""Device and number format of a run."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hvp.common.errors import UserError
+
+
+def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that `train.device` asks for.
+
+    Raises:
+        UserError: `cuda` where PyTorch sees no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device = cuda, but PyTorch sees no GPU here. Use --device cpu, or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+class Precision:
+    """Autocast and, for fp16, gradient scaling. Parameters and optimiser state stay float32.
+
+    Raises:
+        UserError: fp16 on the CPU, which has no fp16 training, or bf16 on a GPU that lacks it.
+    """
+
+    def __init__(self, name: Literal["fp32", "bf16", "fp16"], device: torch.device):
+        if name == "fp16" and device.type == "cpu":
+            raise UserError("train.precision = fp16 needs a GPU. On the CPU use --precision bf16 or fp32")
+        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise UserError("train.precision = bf16, which this GPU does not have. Use --precision fp16 or fp32")
+        self.device = device
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of every forward pass and loss."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a scalar loss to the parameters, scaled under fp16 until `unscale()`."""
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Brings gradients to their true size, as clipping needs them."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """One optimiser step; under fp16 it is skipped when a gradient overflowed."""
+        self.scaler.step(optimizer)
+        self.scaler.update()

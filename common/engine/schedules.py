@@ -1,0 +1,67 @@
+"""Schedules as pure functions of the step: a resumed run reads off the same values, and nothing has to be saved."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(step: int, *, base: float, final: float, total_steps: int) -> float:
+    """Half a cosine from `base` at step 0 to `final`, which the steps from `total_steps` on have.
+
+    Raises:
+        ValueError: a negative step or length.
+    """
+    if step < 0 or total_steps < 0:
+        raise ValueError(f"cosine: step {step} of {total_steps}")
+    if step >= total_steps:
+        return final
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def warmup_cosine(
+    step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0, start: float = 0.0
+) -> float:
+    """A linear warm-up from `start` to `base`, then half a cosine to `final`.
+
+    Both ends of the warm-up are reached, so the first step has `start` and the cosine begins by repeating `base`. The
+    last step is one short of `final`, which steps from `total_steps` on have.
+
+    Args:
+        step: counted from 0.
+        base, final: values after the warm-up and at the end.
+        total_steps, warmup_steps: lengths in steps; the second is part of the first.
+        start: value of step 0 if there is a warm-up.
+
+    Raises:
+        ValueError: a negative step, or a warm-up longer than the whole.
+
+    Source: facebookresearch/dino utils.py cosine_scheduler.
+    """
+    if step < 0 or not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"warmup_cosine: step {step}, warm-up of {warmup_steps} in {total_steps} steps")
+    if step < warmup_steps:
+        return _linear(step, start, base, warmup_steps)
+    return cosine(step - warmup_steps, base=base, final=final, total_steps=total_steps - warmup_steps)
+
+
+def linear_then_constant(step: int, start: float, end: float, warmup_steps: int) -> float:
+    """`start` to `end` in a line over `warmup_steps` steps, both reached, then `end`.
+
+    Args:
+        step: counted from 0; an epoch, for DINO's teacher temperature.
+        start, end: the two values.
+        warmup_steps: length of the line; with 0 the value is always `end`, with 1 the first is `start`.
+
+    Raises:
+        ValueError: a negative step or length.
+
+    Source: facebookresearch/dino main_dino.py DINOLoss.teacher_temp_schedule.
+    """
+    if step < 0 or warmup_steps < 0:
+        raise ValueError(f"linear_then_constant: step {step}, warm-up of {warmup_steps} steps")
+    return _linear(step, start, end, warmup_steps) if step < warmup_steps else end
+
+
+def _linear(step: int, first: float, last: float, num_steps: int) -> float:
+    """Value `step` of `num_steps` equally spaced ones from `first` to `last`; a single one is `first`."""
+    return first + (last - first) * step / max(num_steps - 1, 1)

@@ -1,0 +1,231 @@
+"""Weights for evaluation, from this project's checkpoints, the upstream's, and bare state dicts."""
+
+import argparse
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hvp.common.engine.checkpoint import FORMAT, VERSION
+from hvp.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LAST = "last.pt"
+
+Which = Literal["teacher", "student"]
+
+EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a state dict."
+
+# Left by DistributedDataParallel.
+WRAPPER = "module."
+BACKBONE = "backbone."
+# What sits on top of a backbone during pretraining and has no part in an evaluation.
+HEADS = ("head.", "projection_head.", "dino_loss.")
+
+# Upstream's checkpoints hold their arguments, and learning rates that are numpy numbers. These types are data and
+# nothing else; every other type in a file is refused. numpy 1 wrote the function's name in another module.
+SCALAR = np.float64(0).__reduce__()[0]
+PLAIN_TYPES: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+]
+
+
+@dataclass(frozen=True)
+class BackboneMeta:
+    """Where a backbone's weights came from."""
+
+    path: Path
+    """The file; the one inside, where a run's folder was given."""
+    format: Literal["hvp", "upstream", "bare"]
+    which: Literal["teacher", "student", "bare"]
+    """The network; `bare` where the file holds only one."""
+    method: str | None = None
+    """The method that trained it; None where the file does not say."""
+    epoch: int | None = None
+    step: int | None = None
+    config: Mapping[str, Any] | None = None
+    """The resolved configuration, or the upstream's arguments; None where the file has neither."""
+    dropped: tuple[str, ...] = ()
+    """Keys of the projection head, which were left out."""
+
+    def summary(self) -> dict[str, Any]:
+        """What an evaluation's result says of its checkpoint."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "which": self.which,
+            "method": self.method,
+            "epoch": self.epoch,
+            "step": self.step,
+        }
+
+
+@dataclass(frozen=True)
+class BackboneState:
+    """A backbone's weights under the backbone's own names, and where they came from."""
+
+    state: dict[str, Tensor]
+    meta: BackboneMeta
+
+
+def read_backbone_state(path: Path, which: Which = "teacher") -> BackboneState:
+    """The backbone's weights in a file, without running anything the file holds.
+
+    Understood are this project's checkpoints; the upstream's training checkpoints (`student` and `teacher`, with or
+    without `module.`); bare state dicts, also under `state_dict` or `model`, with or without `module.` and
+    `backbone.`; and `.safetensors`. Keys of a projection head are left out and listed in `meta.dropped`.
+
+    Args:
+        path: the file, or the folder of a run, whose last checkpoint is read.
+        which: the network; a file with one network has no choice, and `meta.which` says `bare`.
+
+    Raises:
+        UserError: there is no such file, it is damaged, it holds no weights, or not the network asked for.
+    """
+    path = _file(path)
+    content = _load(path)
+    ours = content.get("format") == FORMAT
+    if ours and content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: this checkpoint has version {content.get('version')}, but this hvp reads version {VERSION}."
+            " Use the hvp that wrote it."
+        )
+    networks = [key for key in ("student", "teacher") if content.get(key) is not None]
+    form: Literal["hvp", "upstream", "bare"]
+    found: Literal["teacher", "student", "bare"]
+    if ours or networks:
+        if which not in networks:
+            raise UserError(
+                f"{path}: this checkpoint has no {which}. It has: {', '.join(networks) or 'neither network'}."
+                " Choose one that is there."
+            )
+        weights, found, form = content[which], which, "hvp" if ours else "upstream"
+    else:
+        nested = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
+        weights, found, form = nested[0] if nested else content, "bare", "bare"
+    if not _is_state(weights):
+        raise UserError(f"{path}: this file holds {_kind(weights)}, no weights. {EXPECTED}")
+    state, dropped = _backbone(path, weights)
+    config = content.get("config" if ours else "args")
+    meta = BackboneMeta(
+        path=path,
+        format=form,
+        which=found,
+        method=content["method"] if ours else None,
+        epoch=content.get("epoch") if networks else None,
+        step=content.get("step") if ours else None,
+        config=vars(config) if isinstance(config, argparse.Namespace) else config,
+        dropped=tuple(dropped),
+    )
+    log.info("%s: %d tensors of the backbone (%s), %d of the head left out", path, len(state), found, len(dropped))
+    return BackboneState(state, meta)
+
+
+def _file(path: Path) -> Path:
+    """The checkpoint itself, where a run's folder was given."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file. Give a checkpoint, or the folder of a run.")
+        return path
+    last = path / LAST
+    if not last.is_file():
+        raise UserError(f"{path}: this folder has no {LAST}. Give a checkpoint, or the folder of a run that has one.")
+    return last
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The dict in a file; tensors on the CPU."""
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with torch.serialization.safe_globals(PLAIN_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: this file cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # what damaged bytes raise in the unpickler is not a closed list
+        if refused := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path}: this file holds Python objects besides weights ({refused[1]}), and hvp runs nothing from a"
+                " file. Save its state dict alone, where you trust it."
+            ) from error
+        raise UserError(f"{path}: this is no checkpoint, or only a part of one. {EXPECTED}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: this file holds {_kind(content)}, no weights. {EXPECTED}")
+    return content
+
+
+def _is_state(weights: object) -> bool:
+    return (
+        isinstance(weights, dict)
+        and bool(weights)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
+    )
+
+
+def _kind(content: object) -> str:
+    if isinstance(content, dict):
+        return f"a dict ({_first(list(map(str, content)))})"
+    return f"a {type(content).__name__}"
+
+
+def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The backbone's weights under its own names, and the keys of the head."""
+    names = {key.removeprefix(WRAPPER): value for key, value in weights.items()}
+    dropped = [name for name in names if name.startswith(HEADS)]
+    rest = {name: value for name, value in names.items() if not name.startswith(HEADS)}
+    inside = {name.removeprefix(BACKBONE): value for name, value in rest.items() if name.startswith(BACKBONE)}
+    if inside and len(inside) < len(rest):
+        outside = [name for name in rest if not name.startswith(BACKBONE)]
+        raise UserError(
+            f"{path}: {len(outside)} tensors belong neither to the backbone nor to a known head: {_first(outside)}."
+        )
+    if not rest:
+        raise UserError(f"{path}: there is no backbone in this file, only a head: {_first(dropped)}.")
+    return inside or rest, dropped
+
+
+def load_complete(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Loads weights that fit completely, and changes nothing if they do not.
+
+    Args:
+        module: the network; keeps its types and its device.
+        state: weights under the network's names.
+        what: what messages call the checkpoint, normally its path.
+
+    Raises:
+        UserError: keys are missing, are left over, or have other shapes. A `pos_embed` for another grid is another
+            shape: build the network for the grid that the checkpoint has.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    left_over = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(value.shape)} instead of {list(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if missing or left_over or shapes:
+        raise UserError(
+            f"{what}: the checkpoint does not fit the network completely, and is not used."
+            f"\n    missing ({len(missing)}): {_first(missing)}"
+            f"\n    left over ({len(left_over)}): {_first(left_over)}"
+            f"\n    other shapes ({len(shapes)}): {_first(shapes)}"
+            "\n    Check that the architecture and the patch size are the checkpoint's."
+        )
+    module.load_state_dict(dict(state))
+
+
+def _first(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") if names else "none"

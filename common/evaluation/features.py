@@ -1,0 +1,238 @@
+"""Frozen features: the evaluation's view of an image, the encoder over a whole dataset, and a cache of what it gave."""
+
+import hashlib
+import json
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from hvp.common.data import BadImage, ImageSource
+from hvp.common.engine.checkpoint import write_atomically
+from hvp.common.errors import UserError
+from hvp.common.views import normalize
+
+# N images, B images per forward pass, D features
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Progress = Callable[[str, int, int], None]
+"""Told what is going on: the stage's name, what is done, what there is to do."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A `Progress` that tells nobody."""
+
+
+def evaluation_view(image: np.ndarray, resolution: int) -> np.ndarray:
+    """The one view of an image that evaluation sees: the shorter side resized, then the centre cut out.
+
+    The shorter side becomes 256 / 224 of the resolution, 256 pixels at 224.
+
+    Args:
+        image: [H, W, 3] uint8.
+        resolution: side of the result, in pixels.
+
+    Returns:
+        [resolution, resolution, 3] uint8.
+
+    Source: eval_knn.py, extract_feature_pipeline: Resize(256, bicubic) and CenterCrop(224).
+    """
+    height, width = image.shape[:2]
+    shorter = round(resolution * 256 / 224)
+    # As torchvision rounds: the longer side down, the crop's corner to the nearest, halves to even.
+    width, height = (shorter * side // min(height, width) for side in (width, height))
+    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + resolution, top + resolution)))
+
+
+class _Views(Dataset[Tensor | BadImage]):
+    """The evaluation view of every image of a source, in order."""
+
+    def __init__(self, source: ImageSource, resolution: int) -> None:
+        self.source, self.resolution = source, resolution
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor | BadImage:
+        # A worker's exception arrives wrapped in its traceback; as a value it arrives as it was raised.
+        try:
+            return torch.from_numpy(evaluation_view(self.source.read(index), self.resolution))
+        except BadImage as error:
+            return error
+
+
+def _collate(items: list[Tensor | BadImage]) -> Tensor | BadImage:
+    views: list[Tensor] = []
+    for item in items:
+        if isinstance(item, BadImage):
+            return item
+        views.append(item)
+    return torch.stack(views)  # [B, H, W, 3]
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C is for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def unusable(error: BadImage) -> UserError:
+    """What to say of a bad image where leaving it out is no choice."""
+    return UserError(f"{error.where}: {error.reason}.\n    An evaluation uses every image: replace or remove the file.")
+
+
+@contextmanager
+def frozen(encoder: nn.Module, device: torch.device | str, precision: Precision) -> Iterator[None]:
+    """Evaluation mode, no gradients and the precision's autocast; every module's mode is put back afterwards."""
+    dtype = AUTOCAST[precision]
+    training = [module for module in encoder.modules() if module.training]
+    encoder.to(device).eval()
+    try:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def extract(
+    encoder: nn.Module,
+    source: ImageSource,
+    *,
+    resolution: int,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    batch_size: int = 256,
+    workers: int = 0,
+    features: Callable[[Tensor], Tensor] | None = None,
+    progress: Progress = silent,
+) -> Tensor:
+    """Features of every image, in the dataset's order.
+
+    Pixels travel from the workers as uint8 and are normalised on the device. The encoder ends on `device`, and its
+    modules in the modes they were in. Nothing random is drawn.
+
+    Args:
+        encoder: the network.
+        source: the images.
+        resolution: side of the centre crop, in pixels.
+        device: where the encoder runs.
+        precision: of the forward pass.
+        batch_size: images per forward pass.
+        workers: processes that read images; 0 reads in this one.
+        features: maps normalised images [B, 3, resolution, resolution] to [B, D]; the encoder itself if not given.
+        progress: called after each batch.
+
+    Returns:
+        [N, D] float32 on the CPU.
+
+    Raises:
+        UserError: an image cannot be read (an evaluation over fewer images would not be comparable), or its features
+            are not finite.
+    """
+    features = features or encoder
+    total = len(source)
+    # A generator of its own: a DataLoader without one draws from the global generator.
+    loader = DataLoader(
+        _Views(source, resolution),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.device(device).type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=_leave_interrupts,
+    )
+    table: Tensor | None = None
+    done = 0
+    with frozen(encoder, device, precision):
+        for pixels in loader:
+            if isinstance(pixels, BadImage):
+                raise unusable(pixels) from pixels
+            output = features(normalize(pixels.to(device, non_blocking=True))).float()  # [B, D]
+            bad = ~output.isfinite().all(dim=1)
+            if bad.any():
+                raise UserError(
+                    f"{source.describe(done + int(bad.int().argmax()))}: the encoder's features are not finite."
+                    + (" Try precision fp32." if precision != "fp32" else " The weights may come from a diverged run.")
+                )
+            if table is None:
+                table = torch.empty(total, output.shape[1])
+            table[done : done + len(output)] = output.cpu()
+            done += len(output)
+            progress(f"features of {source.name}", done, total)
+    if table is None:
+        raise UserError(f"{source.name}: there are no images.")
+    return table
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's state: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def source_digest(source: ImageSource) -> str:
+    """SHA-256 that tells datasets apart: the name, every image's description, and the pixels of three images.
+
+    The pixels tell generated datasets with different options apart, whose descriptions are equal. A file that was
+    overwritten under its old name is not noticed, unless it is the first, the middle or the last.
+    """
+    digest = hashlib.sha256(source.name.encode())
+    for index in range(len(source)):
+        digest.update(b"\0" + source.describe(index).encode())
+    for index in (0, len(source) // 2, len(source) - 1):
+        try:
+            image = source.read(index)
+        except BadImage as error:
+            raise unusable(error) from error
+        digest.update(f"{image.shape}".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def cached(folder: Path | None, key: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+    """Features from a file in `folder`, or computed and kept there for the next time.
+
+    A file that is damaged is computed again, and one that cannot be written is left out; both are logged.
+
+    Args:
+        folder: where the files are; None computes without a cache.
+        key: everything the features depend on.
+        compute: makes them.
+
+    Returns:
+        [N, D] float32 on the CPU.
+    """
+    if folder is None:
+        return compute()
+    path = folder / f"features-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.pt"
+    if path.exists():
+        try:
+            features = torch.load(path, map_location="cpu", weights_only=True)["features"]
+        except Exception as error:  # damaged bytes can raise anything in torch.load
+            log.warning("%s: the feature cache is damaged and computed again (%s)", path, type(error).__name__)
+        else:
+            log.info("features read from %s", path)
+            return features
+    features = compute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save({"key": dict(key), "features": features}, file))
+    except (OSError, UserError) as error:
+        log.warning("the features cannot be kept for the next time: %s", error)
+    return features

@@ -1,0 +1,102 @@
+"""The configuration sections that every method has."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hvp.common.config import Fraction, Section
+from hvp.common.data import ShapesOptions
+
+
+class DataConfig(Section):
+    """Where images come from and how they are read."""
+
+    path: str | None = None
+    """A folder of images, or `shapes`, the embedded dataset. Pretraining needs no labels."""
+
+    shapes: ShapesOptions = ShapesOptions()
+    """How the embedded dataset is drawn."""
+
+    loader: Literal["fast", "pil"] = "fast"
+    """View pipeline: `fast` (OpenCV) or `pil` (Pillow, as the upstreams do it)."""
+
+    workers: int | None = Field(None, ge=0)
+    """Processes that load views; 0 loads in the training process itself; null takes the cores at hand, at most 16."""
+
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image that does not decode ends the run, or is replaced by the next one, counted and listed."""
+
+
+class SelectionConfig(Section):
+    """Which of the sampled views are trained on (HVP)."""
+
+    hard_views: Literal["none", "hvp"] = "hvp"
+    """`hvp` samples extra views and selects; `none` is the upstream's vanilla step."""
+
+    policy: Literal["hardest", "easiest", "random"] = "hardest"
+    """`hardest` is HVP; `easiest` its appendix G.2 (expected to collapse); `random` a control at the same cost."""
+
+    search: Literal["sampled", "exact"] = "sampled"
+    """`sampled` compares random combinations (the paper); `exact` finds the best of all."""
+
+    comparisons: int = Field(128, ge=1)
+    """Random combinations compared for each image. HVP paper, appendix I: 128; appendix J times 64."""
+
+    per_image: bool = False
+    """Draw other combinations for every image. HVP's released code shares one list over the batch."""
+
+    mode: Literal["train", "eval"] = "train"
+    """Mode of the networks while they score. `train` (released code) has stochastic depth and batch statistics on."""
+
+    every: int = Field(1, ge=1)
+    """Select on every n-th step only; the steps between train on the first candidates. HVP paper, Table 15."""
+
+    start: Fraction = 0.0
+    """Begin selecting after this fraction of the steps. The papers: 0."""
+
+
+class TrainConfig(Section):
+    """The run itself."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
+
+    batch_size: int = Field(512, ge=1)
+    """Images of one optimiser step, over all processes and accumulated parts."""
+
+    accumulate: int = Field(1, ge=1)
+    """Parts in which each process goes through its share of the batch, to save memory. The step stays the same."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Autocast type; parameters and losses stay float32. fp16 uses a gradient scaler and needs a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is the GPU where there is one."""
+
+    seed: int = Field(0, ge=0)
+    """Of weights, views, image order, combinations and stochastic depth."""
+
+    save_every: int = Field(0, ge=0)
+    """Write last.pt every that many steps; 0: once an epoch."""
+
+    keep_every: int = Field(0, ge=0)
+    """Keep a copy of the checkpoint every that many epochs; 0: none but last.pt."""
+
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+
+
+class RunConfig(Section):
+    """What every method's configuration has."""
+
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "RunConfig":
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} does not divide into train.accumulate = "
+                f"{self.train.accumulate} equal parts"
+            )
+        return self

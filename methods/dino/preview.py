@@ -1,0 +1,59 @@
+"""Which crops a trained model would train on, for pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvp.common.engine.checkpoint import load_checkpoint
+from hvp.common.engine.run import seeded
+from hvp.common.hardviews import Selection
+from hvp.common.views import ViewBatch, normalize
+from hvp.methods.dino.config import DinoConfig
+from hvp.methods.dino.main_dino import HardViews, build_loader, build_loss, build_networks, open_training_data
+
+
+@dataclass(frozen=True)
+class Preview:
+    """N images, their sampled crops and the chosen ones: what `draw_selection()` draws."""
+
+    images: list[NDArray[np.uint8]]
+    """Source images, [H, W, 3]."""
+
+    batch: ViewBatch
+    """Their sampled crops."""
+
+    selection: Selection
+    """The crops that would be trained on."""
+
+
+def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> Preview:
+    """Selects among the crops of the first images of the first epoch, under the trained networks.
+
+    Args:
+        config: the run's configuration, with hard views.
+        checkpoint: one of that run.
+        num_images: N.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or there are fewer images.
+    """
+    train = config.train.model_copy(update={"batch_size": num_images, "accumulate": 1})
+    data = config.data.model_copy(update={"workers": 0})
+    config = config.model_copy(update={"train": train, "data": data})
+    content = load_checkpoint(checkpoint)
+    device = torch.device("cpu")
+    with seeded(config.train.seed, device):
+        student, teacher = build_networks(config, device)
+        dino_loss = build_loss(config)
+        student.load_state_dict(content["student"])
+        teacher.load_state_dict(content["teacher"])
+        dino_loss.load_state_dict(content["dino_loss"])
+        source = open_training_data(config)
+        (batch,) = next(build_loader(config, source, device).epoch(0))
+        hvp = HardViews(student, teacher, dino_loss, config, total_steps=1)
+        crops = [normalize(pixels) for pixels in batch.pixels]
+        selection, _ = hvp.select(crops, step=0, epoch=config.train.epochs - 1)
+    return Preview([source.read(index) for index in batch.index.tolist()], batch, selection)

@@ -1,0 +1,192 @@
+"""Every kind of file a user may point at, and what is said of the ones that will not do."""
+
+import argparse
+import collections
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hvp.common.engine.checkpoint import save_checkpoint
+from hvp.common.errors import UserError
+from hvp.common.evaluation.checkpoints import load_complete, read_backbone_state
+
+WEIGHT = {"cls_token": torch.ones(1, 1, 4), "norm.weight": torch.arange(4.0)}
+HEAD = {"head.mlp.0.weight": torch.ones(2, 4), "head.last_layer.weight_g": torch.ones(2, 1)}
+
+
+def network(scale: float, prefix: str = "", backbone: str = "backbone.") -> dict[str, Tensor]:
+    """A student or teacher as it stands in a checkpoint; every weight times `scale`."""
+    weights = {backbone + key: value for key, value in WEIGHT.items()} | HEAD
+    return {prefix + key: value * scale for key, value in weights.items()}
+
+
+def assert_weights(state: dict[str, Tensor], scale: float) -> None:
+    assert set(state) == set(WEIGHT)
+    for key, value in WEIGHT.items():
+        torch.testing.assert_close(state[key], value * scale)
+
+
+def hvp_file(path: Path, **changes: Any) -> Path:
+    content = {"method": "dino", "config": {"model": {"arch": "vit_tiny"}}, "epoch": 3, "step": 40}
+    content |= {"student": network(1.0), "teacher": network(2.0)}
+    save_checkpoint(path, content | changes)
+    return path
+
+
+def upstream_file(path: Path) -> Path:
+    """As main_dino.py saves it: DDP's prefix on the student, arguments, and numpy numbers in the optimiser."""
+    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(5e-4), "weight_decay": np.float64(0.04)}]}
+    content = {"student": network(1.0, "module."), "teacher": network(2.0), "optimizer": optimizer, "epoch": 100}
+    content |= {"args": argparse.Namespace(arch="vit_small", patch_size=16, global_crops_scale=(0.4, 1.0))}
+    torch.save(content | {"dino_loss": {"center": torch.zeros(1, 2)}}, path)
+    return path
+
+
+@pytest.mark.parametrize(("which", "scale"), [("student", 1.0), ("teacher", 2.0)])
+@pytest.mark.parametrize("write", [hvp_file, upstream_file])
+def test_training_checkpoints_give_the_network_asked_for(write: Any, which: Any, scale: float, tmp_path: Path) -> None:
+    state, meta = vars(read_backbone_state(write(tmp_path / "checkpoint.pth"), which)).values()
+    assert_weights(state, scale)
+    assert meta.which == which
+    assert meta.dropped == tuple(HEAD)
+
+
+def test_what_the_file_says_of_itself_is_kept(tmp_path: Path) -> None:
+    ours = read_backbone_state(hvp_file(tmp_path / "last.pt")).meta
+    assert (ours.format, ours.method, ours.epoch, ours.step) == ("hvp", "dino", 3, 40)
+    assert ours.config == {"model": {"arch": "vit_tiny"}}
+    assert ours.summary()["which"] == "teacher"
+    upstream = read_backbone_state(upstream_file(tmp_path / "checkpoint.pth")).meta
+    assert (upstream.format, upstream.method, upstream.epoch, upstream.step) == ("upstream", None, 100, None)
+    assert upstream.config is not None
+    assert upstream.config["patch_size"] == 16
+
+
+@pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_bare_state_dicts(prefix: str, wrapped: str | None, tmp_path: Path) -> None:
+    weights = collections.OrderedDict((prefix + key, value) for key, value in WEIGHT.items())
+    torch.save({wrapped: weights, "epoch": 7} if wrapped else weights, tmp_path / "weights.pth")
+    read = read_backbone_state(tmp_path / "weights.pth", "teacher")
+    assert_weights(read.state, 1.0)
+    assert (read.meta.format, read.meta.which, read.meta.dropped) == ("bare", "bare", ())
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    save_file(network(1.0), tmp_path / "weights.safetensors")
+    assert_weights(read_backbone_state(tmp_path / "weights.safetensors").state, 1.0)
+    (tmp_path / "weights.safetensors").write_bytes((tmp_path / "weights.safetensors").read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"weights\.safetensors: this is no checkpoint, or only a part of one"):
+        read_backbone_state(tmp_path / "weights.safetensors")
+
+
+def test_a_run_folder_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no last\.pt"):
+        read_backbone_state(tmp_path)
+    assert read_backbone_state(hvp_file(tmp_path / "last.pt").parent).meta.path == tmp_path / "last.pt"
+
+
+def test_a_network_that_is_not_there(tmp_path: Path) -> None:
+    torch.save({"student": network(1.0), "epoch": 1}, tmp_path / "simsiam.pth")
+    with pytest.raises(UserError, match=r"has no teacher\. It has: student"):
+        read_backbone_state(tmp_path / "simsiam.pth", "teacher")
+    assert read_backbone_state(tmp_path / "simsiam.pth", "student").meta.which == "student"
+    with pytest.raises(UserError, match=r"has no student\. It has: neither"):
+        read_backbone_state(hvp_file(tmp_path / "a.pt", student=None, teacher=None), "student")
+
+
+def test_a_newer_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has version 2, but this hvp reads version 1"):
+        read_backbone_state(hvp_file(tmp_path / "last.pt", version=2))
+
+
+class Foreign:
+    """A type that no checkpoint needs."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.ran),)
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    torch.save({"student": network(1.0), "args": Foreign(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth: this file holds Python objects besides weights \(os\.makedirs\)"):
+        read_backbone_state(tmp_path / "evil.pth", "student")
+    assert not (tmp_path / "ran").exists()
+
+
+def damaged_files() -> dict[str, Any]:
+    return {
+        "text": b"epoch: 3\n",
+        "empty": b"",
+        "pickle": pickle.dumps({"weights": [1, 2]}, protocol=2),
+        "picture": b"\x89PNG\r\n\x1a\n" + bytes(64),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_files())
+def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(damaged_files()[name])
+    with pytest.raises(UserError, match=f"{name}: this is no checkpoint, or only a part of one"):
+        read_backbone_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint(part: float, tmp_path: Path) -> None:
+    whole = hvp_file(tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(UserError, match=r"last\.pt: this is no checkpoint, or only a part of one"):
+        read_backbone_state(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "holds a list, no weights"),
+        ({"epoch": 3, "lr": 0.1}, r"holds a dict \(epoch, lr\), no weights"),
+        ({}, r"holds a dict \(none\), no weights"),
+        ({"student": 3}, "holds a int, no weights"),
+        (HEAD, "there is no backbone in this file, only a head: head.mlp.0.weight"),
+        ({"backbone.a": torch.ones(1), "predictor.b": torch.ones(1)}, "1 tensors belong neither .*: predictor.b"),
+    ],
+)
+def test_files_without_a_backbone(content: Any, said: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=said):
+        read_backbone_state(tmp_path / "x.pth", "student")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.pth: there is no such file"):
+        read_backbone_state(tmp_path / "nowhere.pth")
+
+
+def test_load_complete_takes_what_fits() -> None:
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    load_complete(target, {key: value.half() for key, value in source.state_dict().items()}, "x.pth")
+    torch.testing.assert_close(target.weight, source.weight, rtol=0, atol=1e-3)
+    assert target.weight.dtype == torch.float32
+
+
+def test_load_complete_lists_everything_that_does_not_fit() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    state = {"0.weight": torch.zeros(2, 4), "0.bias": torch.zeros(2)} | {f"fc.{i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(UserError) as caught:
+        load_complete(module, state, "x.pth")
+    message = str(caught.value)
+    assert message.startswith("x.pth: ")
+    assert "missing (2): 1.weight, 1.bias\n" in message
+    assert "left over (9): fc.0, fc.1, fc.2, fc.3, fc.4, fc.5, fc.6, fc.7, ...\n" in message
+    assert "other shapes (1): 0.weight [2, 4] instead of [2, 3]\n" in message
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[key])

@@ -1,0 +1,141 @@
+"""Features in order, from the view upstream evaluates, with nothing left changed; and the cache that keeps them."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_toys import ToyEncoder, ToySource
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from hvp.common.errors import UserError
+from hvp.common.evaluation.features import cached, evaluation_view, extract, source_digest, weights_digest
+from hvp.common.views import normalize
+
+
+@pytest.mark.parametrize("resolution", [224, 96, 32, 33])
+@pytest.mark.parametrize("size", [(64, 64), (300, 451), (457, 301), (37, 500), (256, 256)])
+def test_the_view_is_torchvisions(size: tuple[int, int], resolution: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    upstream = transforms.Compose(
+        [
+            transforms.Resize(round(resolution * 256 / 224), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(resolution),
+        ]
+    )
+    np.testing.assert_array_equal(evaluation_view(image, resolution), np.asarray(upstream(Image.fromarray(image))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_features_are_in_order_whatever_the_batches(batch_size: int, workers: int) -> None:
+    source, encoder = ToySource(length=13), ToyEncoder()
+    features = extract(encoder, source, resolution=16, batch_size=batch_size, workers=workers)
+    encoder.eval()
+    for index in range(len(source)):
+        view = torch.from_numpy(evaluation_view(source.read(index), 16))
+        torch.testing.assert_close(features[index], encoder(normalize(view)[None])[0].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_left_changed() -> None:
+    encoder = ToyEncoder()
+    modes = [module.training for module in encoder.modules()]
+    before, random = weights_digest(encoder), torch.get_rng_state()
+    features = extract(encoder, ToySource(), resolution=16)
+    assert [module.training for module in encoder.modules()] == modes
+    assert weights_digest(encoder) == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not features.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_modes_come_back_after_an_error() -> None:
+    encoder = ToyEncoder()
+    with pytest.raises(UserError):
+        extract(encoder, ToySource(bad=(30,)), resolution=16)
+    assert encoder.training
+    assert encoder.norm.training
+    assert not encoder.dropout.training
+
+
+def test_half_precision_gives_float32_features_that_are_close() -> None:
+    full = extract(ToyEncoder(), ToySource(), resolution=16)
+    half = extract(ToyEncoder(), ToySource(), resolution=16, precision="bf16")
+    assert half.dtype == full.dtype == torch.float32
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_named(workers: int) -> None:
+    with pytest.raises(UserError) as caught:
+        extract(ToyEncoder(), ToySource(bad=(17,)), resolution=16, batch_size=8, workers=workers)
+    assert str(caught.value).startswith("toy 17: is not an image.\n")
+    assert "skip" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_an_empty_source_is_an_error() -> None:
+    with pytest.raises(UserError, match="there are no images"):
+        extract(ToyEncoder(), ToySource(length=0), resolution=16)
+
+
+def test_features_that_are_not_finite_name_the_image() -> None:
+    def overflow(x: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(x))[:, None] == 3, torch.inf, x.mean(dim=(2, 3)))
+
+    with pytest.raises(UserError, match="toy 3: the encoder's features are not finite"):
+        extract(ToyEncoder(), ToySource(), resolution=16, features=overflow)
+
+
+def test_progress_ends_at_the_total() -> None:
+    seen: list[tuple[str, int, int]] = []
+    extract(ToyEncoder(), ToySource(), resolution=16, batch_size=25, progress=lambda *told: seen.append(told))
+    assert [(done, total) for _, done, total in seen] == [(25, 60), (50, 60), (60, 60)]
+
+
+def test_digests_tell_apart_what_matters() -> None:
+    sources = [ToySource(), ToySource(length=59), ToySource(name="other"), ToySource(seed=1)]
+    assert len({source_digest(source) for source in sources}) == len(sources)
+    assert source_digest(ToySource()) == source_digest(ToySource())
+    encoder = ToyEncoder()
+    before = weights_digest(encoder)
+    with torch.no_grad():
+        encoder.mix[0, 0] += 1e-3
+    assert weights_digest(encoder) != before
+
+
+def test_cache_computes_once_per_key(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def compute(name: str, value: float) -> Tensor:
+        return cached(tmp_path / "cache", {"name": name}, lambda: calls.append(name) or torch.full((2, 3), value))
+
+    for name, value in (("a", 1.0), ("b", 2.0), ("a", 7.0), ("b", 7.0)):
+        compute(name, value)
+    assert calls == ["a", "b"]
+    assert compute("a", 7.0).eq(1.0).all()
+    assert compute("b", 7.0).eq(2.0).all()
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached(tmp_path, {"a": 1}, lambda: torch.zeros(50, 3))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:200])
+    with caplog.at_level(logging.WARNING):
+        assert cached(tmp_path, {"a": 1}, lambda: torch.ones(50, 3)).eq(1.0).all()
+    assert "damaged and computed again" in caplog.text
+    assert cached(tmp_path, {"a": 1}, lambda: torch.zeros(50, 3)).eq(1.0).all()
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_evaluation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        assert cached(tmp_path / "file", {}, lambda: torch.ones(2, 3)).eq(1.0).all()
+    assert "cannot be kept" in caplog.text

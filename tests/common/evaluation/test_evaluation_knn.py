@@ -1,0 +1,192 @@
+"""k-NN against its definition written out with loops, and against itself in other chunks."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluation_toys import ToyEncoder, ToySource
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvp.common.errors import UserError
+from hvp.common.evaluation.knn import KnnScore, evaluate_knn, knn_classify, nearest_neighbours
+from hvp.common.evaluation.metrics import percent, rank_of_target
+from hvp.common.evaluation.results import write_result
+
+
+def slow_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, temperature: float) -> Any:
+    """Top-1 and top-5 in percent: neighbours by (similarity, index), classes by (votes, index)."""
+    hits = [0, 0]
+    for image, target in zip(test.tolist(), test_labels.tolist(), strict=True):
+        similarity = [sum(a * b for a, b in zip(image, other, strict=True)) for other in train.tolist()]
+        nearest = sorted(range(len(similarity)), key=lambda i: (-similarity[i], i))[:k]
+        votes: dict[int, float] = {}
+        for i in nearest:
+            label = int(train_labels[i])
+            votes[label] = votes.get(label, 0.0) + math.exp((similarity[i] - similarity[nearest[0]]) / temperature)
+        ranking = sorted(votes, key=lambda c: (-votes[c], c))
+        hits = [hits[0] + (target in ranking[:1]), hits[1] + (target in ranking[:5])]
+    return [100 * hit / len(test) for hit in hits]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Features of +-1/4 in 16 dimensions: of length 1, with exact similarities and many ties."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_train, num_test = draw(st.integers(1, 40)), draw(st.integers(1, 12))
+    free = draw(st.integers(1, 16))  # dimensions in which images differ
+
+    def features(rows: int) -> Tensor:
+        signs = np.ones((rows, 16))
+        signs[:, :free] = rng.choice([-1.0, 1.0], (rows, free))
+        return torch.tensor(signs / 4, dtype=torch.float32)
+
+    return {
+        "train_features": features(num_train),
+        "train_labels": torch.from_numpy(rng.integers(0, 7, num_train)),
+        "test_features": features(num_test),
+        "test_labels": torch.from_numpy(rng.integers(0, 7, num_test)),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), chunk_test=st.integers(1, 15), chunk_train=st.integers(1, 50), seed=st.integers(0, 2))
+def test_scores_are_the_definition_in_any_chunks(
+    problem: dict[str, Tensor], chunk_test: int, chunk_train: int, seed: int
+) -> None:
+    ks = [[1, 3, 20], [40, 2], [7]][seed]
+    scores = knn_classify(
+        **problem, ks=ks, temperature=0.25, num_classes=7, chunk_test=chunk_test, chunk_train=chunk_train
+    )
+    assert list(scores) == ks
+    for k in ks:
+        assert [scores[k].top1, scores[k].top5] == pytest.approx(slow_knn(*problem.values(), k, 0.25))
+        assert scores[k].neighbours == min(k, len(problem["train_labels"]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(), k=st.integers(1, 40), chunk=st.integers(1, 50))
+def test_of_equal_neighbours_the_first_is_taken(problem: dict[str, Tensor], k: int, chunk: int) -> None:
+    train, test = problem["train_features"], problem["test_features"]
+    k = min(k, len(train))
+    similarities, indices = nearest_neighbours(train, test, k, chunk_test=5, chunk_train=chunk)
+    expected = (test @ train.T).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(indices, expected.indices[:, :k])
+    assert torch.equal(similarities, expected.values[:, :k])
+
+
+def test_features_are_normalised_and_half_precision_will_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(300, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    labels = torch.arange(300) % 6
+    one = knn_classify(train, labels, test, labels[:50], [5], num_classes=6)
+    scaled = knn_classify(train * 7, labels, test * 0.1, labels[:50], [5], num_classes=6)
+    assert one == scaled
+    half = knn_classify(train.half(), labels, test.half(), labels[:50], [5], num_classes=6)
+    assert half == knn_classify(train.half().float(), labels, test.half().float(), labels[:50], [5], num_classes=6)
+
+
+def test_a_class_without_votes_is_no_hit() -> None:
+    # All five neighbours are of class 1. Whatever order the other classes are ranked in, none of them was found.
+    train, test = torch.ones(5, 2), torch.ones(1, 2)
+    for target in (0, 2, 5):
+        scores = knn_classify(train, torch.ones(5, dtype=torch.int64), test, torch.tensor([target]), [5], num_classes=6)
+        assert scores[5] == KnnScore(0.0, 0.0, 5)
+
+
+def test_a_tiny_temperature_does_not_overflow() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    scores = knn_classify(
+        train, torch.tensor([1, 0, 0]), train[:1], torch.tensor([1]), [3], temperature=1e-4, num_classes=2
+    )
+    assert scores[3] == KnnScore(100.0, None, 3)
+
+
+def test_top5_needs_five_classes() -> None:
+    assert percent(torch.tensor([0, 1, 4, 5]), 6) == (25.0, 75.0)
+    assert percent(torch.tensor([0, 1, 3, 3]), 4) == (25.0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ks": [0]}, "ks are"),
+        ({"ks": []}, "ks are"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"num_classes": 2}, r"train labels are not in \[0, 2\)"),
+        ({"test_labels": torch.zeros(3, dtype=torch.int64)}, r"test features are \[2, 4\], labels \[3\]"),
+        ({"test_features": torch.ones(2, 5)}, r"train is \[3, 4\] but test is \[2, 5\]"),
+        ({"test_features": torch.ones(0, 4), "test_labels": torch.ones(0, dtype=torch.int64)}, "test features"),
+    ],
+)
+def test_arguments_that_do_not_belong_together(change: dict[str, Any], said: str) -> None:
+    arguments = {
+        "train_features": torch.ones(3, 4),
+        "train_labels": torch.arange(3),
+        "test_features": torch.ones(2, 4),
+        "test_labels": torch.arange(2),
+        "ks": [1],
+        "num_classes": 3,
+    }
+    with pytest.raises(ValueError, match=said):
+        knn_classify(**(arguments | change))
+
+
+def test_rank_counts_ties_by_index_and_puts_nan_last() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, 2.0], [1.0, float("nan"), 3.0, 2.0]])
+    assert [rank_of_target(scores, torch.full((2,), c)).tolist() for c in range(4)] == [[3, 3], [0, 3], [1, 1], [2, 2]]
+
+
+def test_evaluation_reports_every_setting(tmp_path: Path) -> None:
+    result = evaluate_knn(
+        ToyEncoder(),
+        ToySource(),
+        ToySource(name="toy (val, 9 images)", length=9, seed=1),
+        ks=(1, 10, 200),
+        resolution=16,
+        checkpoint={"path": "last.pt", "which": "teacher"},
+    )
+    assert [row["k"] for row in result["results"]] == [1, 10, 200]
+    assert [row["top1"] for row in result["results"]][:2] == [100.0, 100.0]
+    assert [row["neighbours"] for row in result["results"]] == [1, 10, 60]
+    assert [row["top5"] for row in result["results"]] == [None] * 3
+    assert result["notes"] == ["k = 200 is more than the 60 training images: all of them voted"]
+    assert result["checkpoint"] == {"path": "last.pt", "which": "teacher"}
+    assert result["settings"]["k"] == [1, 10, 200]
+    assert (result["train"]["images"], result["val"]["images"]) == (60, 9)
+
+    write_result(result, tmp_path / "new" / "knn.json")
+    assert json.loads((tmp_path / "new" / "knn.json").read_text()) == result
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["knn.json"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        (ToySource(), ToySource(name="val", classes=None), "val: the images have no labels"),
+        (ToySource(classes=None), ToySource(), "have no labels"),
+        (ToySource(), ToySource(length=0, name="val"), "val: there are no images"),
+        (ToySource(), ToySource(classes=("blue", "green", "yellow")), "Only in val: yellow; only in train: red"),
+        (ToySource(), ToySource(classes=("blue", "green")), "Only in val: none; only in train: red"),
+    ],
+)
+def test_sources_that_cannot_be_compared(train: ToySource, val: ToySource, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        evaluate_knn(ToyEncoder(), train, val, resolution=16)
+
+
+@pytest.mark.parametrize("change", [{"ks": [10, 0]}, {"ks": []}, {"temperature": 0.0}, {"temperature": -1.0}])
+def test_settings_that_make_no_sense(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="k-NN: "):
+        evaluate_knn(ToyEncoder(), ToySource(), ToySource(), resolution=16, **change)
+
+
+def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"knn\.json: "):
+        write_result({"top1": 1.0}, tmp_path / "file" / "knn.json")

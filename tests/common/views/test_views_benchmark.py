@@ -1,0 +1,35 @@
+"""The benchmark runs and says what it promises; how fast things are is for `hvp bench loader` to say."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from hvp.common.views import benchmark
+
+
+def test_rows(monkeypatch):
+    monkeypatch.setattr(benchmark, "IMAGES", 1)
+    before = torch.get_rng_state(), torch.get_num_threads(), cv2.getNumThreads()
+    rows = benchmark.loader_rows(rounds=1)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (torch.get_num_threads(), cv2.getNumThreads()) == before[1:]
+    hard, vanilla, traffic = rows
+    for row in (hard, vanilla):
+        assert row.ratio == pytest.approx(row.reference_seconds / row.seconds)
+        assert row.as_dict()["ok"] == (row.ratio >= row.target)
+    assert traffic.as_dict()["ok"]
+    assert 1.0 < traffic.ratio <= traffic.target
+
+
+def test_the_reference_makes_the_views_the_loader_makes():
+    image = benchmark._Jpegs(1).open(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        views = benchmark._plain_views(2, 2, 16)(image)
+    assert [view.shape[-1] for view in views] == [224] * 4 + [96] * 16
+    assert all(view.dtype == torch.float32 for view in views)
+    whole = transforms.functional.to_tensor(image)
+    assert np.std([view.mean() for view in views]) > 0.05
+    assert whole.shape == (3, *benchmark.IMAGE_SIZE)

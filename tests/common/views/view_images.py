@@ -1,0 +1,42 @@
+"""Photograph-like pictures, made and compressed in memory, as an image source."""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hvp.common.data import BadImage
+from hvp.common.views import benchmark
+
+
+@lru_cache(maxsize=64)
+def photograph(index: int, height: int, width: int) -> NDArray[np.uint8]:
+    """A made, JPEG-compressed picture, [height, width, 3] uint8."""
+    return np.array(Image.open(io.BytesIO(benchmark.photograph(index, height, width))))
+
+
+class Photographs:
+    """An ImageSource in memory; images whose index is in `bad` do not decode."""
+
+    classes = None
+
+    def __init__(self, count: int, bad: tuple[int, ...] = (), size: tuple[int, int] = (60, 80)) -> None:
+        self.count, self.bad, self.size = count, bad, size
+        self.name = f"photographs ({count} images)"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        if index in self.bad:
+            raise BadImage(self.describe(index), "made bad for a test")
+        height, width = self.size
+        return photograph(index, height + index % 3, width - index % 5).copy()
+
+    def labels(self) -> None:
+        return None
+
+    def describe(self, index: int) -> str:
+        return f"photograph {index}"

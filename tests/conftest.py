@@ -1,0 +1,12 @@
+"""What holds for every test."""
+
+import cv2
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """The tests' tensors are small: more threads would only wait for each other, above all beside loader workers."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)

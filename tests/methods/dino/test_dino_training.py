@@ -1,0 +1,295 @@
+"""The DINO trainer, end to end on a little real data: its steps, its selection, its log and its checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from hvp.common.config import read_yaml, resolve
+from hvp.common.engine.checkpoint import load_checkpoint
+from hvp.common.errors import UserError
+from hvp.common.views import normalize
+from hvp.methods import get_preset
+from hvp.methods.dino import main_dino
+from hvp.methods.dino.config import DinoConfig
+from hvp.methods.dino.main_dino import HardViews, build_loader, build_loss, build_networks, train_dino
+
+SMALL = {
+    "data.workers": 0,
+    "data.shapes.train": 48,
+    "data.shapes.size": 32,
+    "train.batch_size": 8,
+    "train.epochs": 2,
+    "train.log_every": 2,
+    "model.drop_path_rate": 0.1,
+    "model.use_bn_in_head": False,
+    "selection.start": 0.0,
+    "optim.warmup_epochs": 1,
+}
+
+
+def small(**values) -> DinoConfig:
+    values = {key.replace("__", "."): value for key, value in values.items()}
+    layers = [("preset", read_yaml(get_preset("dino", "tiny"))), ("small", SMALL), ("test", values)]
+    return resolve(DinoConfig, layers).config
+
+
+def train(config: DinoConfig, out: Path, **options) -> dict:
+    console = Console(file=open(out.with_suffix(".txt"), "a"), width=200)  # noqa: SIM115
+    return load_checkpoint(train_dino(config, out, console=console, **options))
+
+
+def assert_same(a: dict, b: dict) -> None:
+    for part in ("student", "teacher", "dino_loss"):
+        for key, value in a[part].items():
+            assert torch.equal(value, b[part][key]), (part, key)
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    config = small(train__keep_every=1)
+    state = train(config, tmp_path / "run")
+    assert (state["step"], state["epoch"], state["method"]) == (12, 2, "dino")
+    assert state["config"] == config.model_dump(mode="json")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "epoch0001.pt",
+        "epoch0002.pt",
+        "last.pt",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    assert resolve(DinoConfig, [("file", read_yaml(tmp_path / "run" / "config.yaml"))]).config == config
+    log = rows(tmp_path / "run")
+    assert [row["step"] for row in log] == [2, 4, 6, 8, 10, 12]
+    assert all(row["images_per_s"] > 0 and 0 <= row["wait_share"] <= 1 and 0 < row["select_share"] < 1 for row in log)
+    # every image keeps one crop of each global transform, and two of four local ones
+    assert all(sum(row["kept_hist"]) == pytest.approx(4) for row in log)
+    # the selection raises the loss above that of a random combination, and is what is trained on
+    assert state["student"].keys() == state["teacher"].keys()
+
+
+def test_vanilla_is_the_run_without_any_selection(tmp_path, monkeypatch):
+    vanilla = train(small(selection__hard_views="none"), tmp_path / "vanilla")
+
+    class Absent:
+        """The trainer as if HVP had never been written."""
+
+        def __init__(self, *_, **__): ...
+        def acts_on(self, step):
+            return False
+
+        def first(self, crops):
+            return crops
+
+        def statistics(self, kept):
+            return {}
+
+    monkeypatch.setattr(main_dino, "HardViews", Absent)
+    monkeypatch.setattr(main_dino, "select", None)
+    monkeypatch.setattr(main_dino, "pair_losses", None)
+    assert_same(vanilla, train(small(selection__hard_views="none"), tmp_path / "absent"))
+
+
+def test_as_many_candidates_as_crops_is_vanilla(tmp_path):
+    vanilla = train(small(selection__hard_views="none"), tmp_path / "vanilla")
+    candidates = {"selection__global_candidates": 1, "selection__local_candidates": 2}
+    assert_same(vanilla, train(small(**candidates), tmp_path / "hvp"))
+
+
+def test_hard_views_change_the_run_and_the_same_seed_gives_the_same(tmp_path):
+    vanilla = train(small(selection__hard_views="none"), tmp_path / "vanilla")
+    first, second = (train(small(data__workers=workers), tmp_path / f"hvp{workers}") for workers in (0, 2))
+    assert_same(first, second)
+    other = train(small(train__seed=1), tmp_path / "seed1")
+    for state in (vanilla, other):
+        key = "backbone.blocks.0.attn.qkv.weight"
+        assert not torch.equal(first["student"][key], state["student"][key])
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+def test_accumulation_keeps_the_global_batch(tmp_path, use_bn):
+    """Two halves give the step of the whole where nothing couples the images of a batch; batch norm does."""
+    values = {
+        "model__drop_path_rate": 0.0,
+        "model__use_bn_in_head": use_bn,
+        "train__epochs": 1,
+        "optim__base_lr": 0.001,
+    }
+    whole = train(small(**values), tmp_path / "whole")
+    halves = train(small(**values, train__accumulate=2), tmp_path / "halves")
+    assert whole["step"] == halves["step"] == 6
+    key = "backbone.blocks.0.mlp.fc1.weight"
+    close = torch.allclose(whole["student"][key], halves["student"][key], rtol=0, atol=2e-5)
+    assert close is not use_bn
+    if not use_bn:
+        torch.testing.assert_close(whole["dino_loss"]["center"], halves["dino_loss"]["center"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [5, 6, 9])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, stop):
+    whole = train(small(train__save_every=1), tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    record = main_dino.Run.record
+
+    def killed(run, loss, **values):
+        if run.step == stop:
+            raise Killed
+        record(run, loss, **values)
+
+    monkeypatch.setattr(main_dino.Run, "record", killed)
+    with pytest.raises(Killed):
+        train(small(train__save_every=1), tmp_path / "part")
+    monkeypatch.setattr(main_dino.Run, "record", record)
+    resumed = train(small(train__save_every=1, data__workers=1), tmp_path / "part", resume=True)
+    assert_same(whole, resumed)
+    for key in ("step", "loss", "lr", "kept_hist"):
+        assert [row[key] for row in rows(tmp_path / "part")] == [row[key] for row in rows(tmp_path / "whole")]
+
+
+def test_resuming_with_another_configuration_lists_the_differences(tmp_path):
+    train(small(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.batch_size: 8 in the checkpoint, 16 now(.|\n)*optim\.base_lr"):
+        train(small(train__batch_size=16, optim__base_lr=0.1), tmp_path / "run", resume=True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
+
+
+def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert train(small(), tmp_path / "run", resume=True)["step"] == 12
+    assert "starts from the beginning" in (tmp_path / "run.txt").read_text()
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path):
+    train(small(), tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="is not empty"):
+        train(small(), tmp_path / "run")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    train(small(train__epochs=1), tmp_path / "run", overwrite=True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files but no run"):
+        train(small(), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan"):
+        train(small(optim__base_lr=1e30, optim__clip_grad=0.0, optim__optimizer="sgd"), tmp_path / "run")
+
+
+def test_every_and_start_choose_the_steps():
+    config = small(selection__start=0.5, selection__every=3)
+    networks = build_networks(config, torch.device("cpu"))
+    hvp = HardViews(*networks, build_loss(config), config, total_steps=20)
+    assert [step for step in range(20) if hvp.acts_on(step)] == [10, 13, 16, 19]
+
+
+def scored(config: DinoConfig):
+    """(hard views, normalised crops of a batch) under fresh networks."""
+    torch.manual_seed(0)
+    networks = build_networks(config, torch.device("cpu"))
+    loader = build_loader(config, main_dino.open_training_data(config), torch.device("cpu"))
+    (batch,) = next(loader.epoch(0))
+    hvp = HardViews(*networks, build_loss(config), config, total_steps=1)
+    return hvp, [normalize(pixels) for pixels in batch.pixels]
+
+
+def test_steps_between_selections_take_the_first_of_every_slot():
+    hvp, crops = scored(small())
+    first = hvp.first(crops)
+    assert torch.equal(first[0], crops[0][[0, 2]])
+    assert torch.equal(first[1], crops[1][[0, 1]])
+
+
+def test_kept_loss_is_the_objective_of_the_kept_crops():
+    """What `select()` maximised is the loss that the step then trains on, image by image."""
+    hvp, crops = scored(small(model__drop_path_rate=0.0, selection__search="exact"))
+    kept, _ = hvp.select(crops, step=0, epoch=0)
+    for b in range(8):
+        views = [crop[:, b] for crop in kept.views]
+        loss = hvp.dino_loss(hvp.student(views), hvp.teacher(views[:1]), 0)
+        assert float(kept.loss[b]) == pytest.approx(loss.item(), rel=1e-4)
+    random, _ = HardViews(
+        hvp.student, hvp.teacher, hvp.dino_loss, small(selection__policy="random"), total_steps=1
+    ).select(crops, step=0, epoch=0)
+    assert kept.loss.mean() > random.loss.mean()
+
+
+def test_reused_teacher_outputs_are_those_of_the_kept_crops():
+    hvp, crops = scored(small())
+    kept, teacher_output = hvp.select(crops, step=0, epoch=0)
+    again = hvp.teacher([kept.views[0].flatten(0, 1)])
+    torch.testing.assert_close(teacher_output, again, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_forbids_reuse():
+    hvp, crops = scored(small(model__use_bn_in_head=True))
+    assert hvp.select(crops, step=0, epoch=0)[1] is None
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_scoring_leaves_no_trace(mode):
+    hvp, crops = scored(small(selection__mode=mode))
+    before = [
+        value.clone() for part in (hvp.student, hvp.teacher, hvp.dino_loss) for value in part.state_dict().values()
+    ]
+    hvp.select(crops, step=0, epoch=0)
+    after = [value for part in (hvp.student, hvp.teacher, hvp.dino_loss) for value in part.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(parameter.grad is None for parameter in hvp.student.parameters())
+    assert hvp.student.training
+    assert hvp.teacher.training
+
+
+def test_scoring_in_train_mode_has_stochastic_depth_and_in_eval_mode_has_not():
+    for mode, equal in (("train", False), ("eval", True)):
+        hvp, crops = scored(small(selection__mode=mode, model__drop_path_rate=0.5, selection__search="exact"))
+        losses = [hvp.select(crops, step=0, epoch=0)[0].loss for _ in range(2)]
+        assert torch.equal(*losses) is equal
+
+
+def test_combinations_depend_on_seed_and_step_alone():
+    hvp, crops = scored(small(model__drop_path_rate=0.0, selection__comparisons=2))
+    torch.manual_seed(1)
+    a = hvp.select(crops, step=3, epoch=0)[0].index
+    torch.manual_seed(2)
+    assert torch.equal(a, hvp.select(crops, step=3, epoch=0)[0].index)
+    others = [hvp.select(crops, step=step, epoch=0)[0].index for step in range(4, 10)]
+    assert any(not torch.equal(a, other) for other in others)
+
+
+def test_bf16_trains_and_keeps_float32_weights(tmp_path):
+    state = train(small(train__precision="bf16", train__epochs=1), tmp_path / "run")
+    assert all(value.dtype == torch.float32 for value in state["student"].values())
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        train(small(train__precision="fp16", train__device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_callers_randomness_is_given_back(tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(small(train__epochs=1), tmp_path / "run")
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("optimizer", "arch"), [("sgd", "vit_micro"), ("lars", "vit_micro")])
+def test_every_optimizer_trains(tmp_path, optimizer, arch):
+    state = train(small(optim__optimizer=optimizer, model__arch=arch, train__epochs=1), tmp_path / "run")
+    assert state["step"] == 6

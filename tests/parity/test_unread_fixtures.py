@@ -1,0 +1,53 @@
+"""The check of conftest.py itself: a fixture that no test reads fails a whole run, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+READS_ONE_OF_TWO = """
+from fixtures import cases, load
+
+def test_reads_the_first():
+    assert load(cases("dino_thing")[0]).config == {}
+
+def test_reads_nothing():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "code"),
+    [
+        pytest.param(["dino_thing_0", "dino_thing_1"], [], 1, id="unread"),
+        pytest.param(["dino_thing_0", "nobodys_0"], [], 1, id="unread, of no known method"),
+        pytest.param(["dino_thing_0"], [], 0, id="all read"),
+        pytest.param(["dino_thing_0", "dino_thing_1"], ["-k", "first"], 0, id="some tests only"),
+        pytest.param(["dino_thing_0", "dino_thing_1"], ["test_one.py::test_reads_nothing"], 0, id="one test only"),
+    ],
+)
+def test_unread_fixture_fails_a_whole_run(tmp_path: Path, names: list[str], arguments: list[str], code: int) -> None:
+    for helper in ("conftest.py", "fixtures.py"):
+        shutil.copy(Path(__file__).parent / helper, tmp_path)
+    (tmp_path / "test_one.py").write_text(READS_ONE_OF_TWO)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in names:
+        meta = {"fixture": name.rpartition("_")[0], "config": {}}
+        (data / f"{name}.json").write_text(json.dumps(meta))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"HVP_PARITY": str(data)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == code, run.stdout + run.stderr
+    assert ("were read by no test: " + names[-1] in run.stdout) == (code == 1)
