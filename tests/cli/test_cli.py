@@ -1,0 +1,295 @@
+"""The `hvp` command through its entry point: what it prints, leaves, and says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hvp.cli.main import main
+from hvp.methods import presets
+
+QUICK = [
+    *("--set", "data.shapes.train=40", "--set", "data.shapes.val=20", "--set", "data.shapes.size=32"),
+    *("--set", "optim.warmup_epochs=1", "--epochs", "1", "--batch-size", "8", "--workers", "0"),
+]
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+Hvp = Callable[..., Ran]
+
+
+@pytest.fixture
+def hvp(monkeypatch, capsys, tmp_path) -> Hvp:
+    """Runs the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["hvp", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Ran(code, out, err)
+
+    return run
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+
+
+@pytest.fixture
+def imagenet(tmp_path) -> Path:
+    """A folder laid out as ImageNet: 2 classes, 20 training and 10 validation images of each."""
+    for split, count in (("train", 20), ("val", 10)):
+        for number, name in enumerate(("n01", "n02")):
+            write_images(tmp_path / "imagenet" / split / name, count, seed=number)
+    return tmp_path / "imagenet"
+
+
+@pytest.fixture
+def run_folder(hvp, tmp_path) -> Path:
+    """A finished run on a few shapes."""
+    assert hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run").code == 0
+    return tmp_path / "run"
+
+
+def test_the_installed_command_answers():
+    command = Path(sys.executable).with_name("hvp")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0
+    for name in ("pretrain", "eval", "presets", "bench", "demo"):
+        assert name in done.stdout
+
+
+def test_an_error_is_one_message_and_exit_code_2():
+    command = Path(sys.executable).with_name("hvp")
+    done = subprocess.run([command, "pretrain", "dinno"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "hvp: unknown method dinno. Did you mean dino? Known: dino\n"
+
+
+def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
+    ran = hvp("eval", "knn", "run/last.pt", "--data", "shapes", "--workers", "0", "--k", "5", "--k", "100")
+    assert ran.code == 0, ran.err
+    assert "k = 5" in ran.out
+    assert "100 is more than the 40 training images" in ran.out
+    result = json.loads((run_folder / "last-knn-teacher.json").read_text())
+    assert [row["k"] for row in result["results"]] == [5, 100]
+    assert result["settings"]["resolution"] == 32
+    assert result["checkpoint"]["which"] == "teacher"
+
+    ran = hvp(
+        *("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--epochs", "2", "--no-augment"),
+        *("--which", "student", "--out", "linear.json"),
+    )
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "linear.json").read_text())["settings"]["n_last_blocks"] == 3
+
+    ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run", "--resume")
+    assert ran.code == 0
+    assert "going on after step 5 of 5" in ran.err
+
+
+def test_images_without_labels_are_enough(hvp, tmp_path):
+    write_images(tmp_path / "pictures", 12)
+    ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--data", "pictures", "--out", "run")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_default_folder_names_method_preset_and_seed(hvp, tmp_path):
+    assert hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--seed", "3").code == 0
+    assert (tmp_path / "runs" / "dino" / "tiny" / "seed3" / "last.pt").exists()
+
+
+def test_dry_run_shows_table_8(hvp, imagenet, tmp_path):
+    ran = hvp("pretrain", "dino", "--preset", "vits16-100ep", "--data", imagenet, "--batch-size", "4", "--dry-run")
+    assert ran.code == 0, ran.err
+    shown = {line.split()[0]: line.split()[1:] for line in ran.out.splitlines() if line.split()}
+    expected = {  # HVP paper, Table 8
+        "train.epochs": "100",
+        "optim.warmup_epochs": "10",
+        "optim.optimizer": "adamw",
+        "optim.base_lr": "0.0005",
+        "optim.min_lr": "1e-06",
+        "optim.weight_decay": "0.04",
+        "optim.weight_decay_end": "0.4",
+        "model.out_dim": "65536",
+        "model.norm_last_layer": "True",
+        "model.momentum_teacher": "0.996",
+        "loss.teacher_temp": "0.04",
+        "loss.warmup_teacher_temp_epochs": "0",
+        "optim.freeze_last_layer": "1",
+        "optim.clip_grad": "3.0",
+        "model.drop_path_rate": "0.1",
+        "train.precision": "fp16",
+        "views.local_crops_number": "8",
+        "selection.comparisons": "128",
+    }
+    for key, value in expected.items():
+        assert shown[key] == [value, "preset", "vits16-100ep"], key
+    assert shown["train.batch_size"] == ["4", "--batch-size"]
+    assert "10 per epoch, 1000 in all" in ran.out
+    assert "128 of 51480" in ran.out
+    assert "1.00 MiB an image" in ran.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", presets("dino"))
+def test_every_preset_resolves_and_is_printed(hvp, name):
+    ran = hvp("pretrain", "dino", "--preset", name, "--dry-run")
+    assert ran.code == 0, ran.err
+    text = hvp("presets", "dino", name).out
+    assert f"--preset {name}" in text
+    assert "Measured" in text
+    assert name in hvp("presets", "dino").out
+    assert name in hvp("presets").out
+
+
+def test_precedence_of_the_configuration_file(hvp, tmp_path):
+    (tmp_path / "mine.yaml").write_text("train:\n  epochs: 7\n  seed: 5\n")
+    ran = hvp("pretrain", "dino", "--preset", "tiny", "--config", "mine.yaml", "--seed", "6", "--dry-run")
+    shown = {line.split()[0]: line.split()[1:] for line in ran.out.splitlines() if line.split()}
+    assert shown["train.epochs"] == ["7", "mine.yaml"]
+    assert shown["train.seed"] == ["6", "--seed"]
+    assert shown["train.batch_size"][1:] == ["preset", "tiny"]
+
+
+def test_nothing_is_read_from_the_working_directory(hvp, tmp_path):
+    for name in ("config.yaml", "pretrain.yaml", "tiny.yaml"):
+        (tmp_path / name).write_text("train: {epochs: 99}\n")
+    assert "99" not in hvp("pretrain", "dino", "--preset", "tiny", "--dry-run").out
+
+
+def test_a_bad_image_is_named_or_skipped(hvp, imagenet, tmp_path):
+    bad = imagenet / "train" / "n01" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    arguments = ["pretrain", "dino", "--preset", "tiny", *QUICK, "--data", imagenet]
+    ran = hvp(*arguments, "--out", "a")
+    assert ran.code == 2
+    assert str(bad) in ran.err
+    assert "--on-bad-image skip" in ran.err
+    ran = hvp(*arguments, "--out", "b", "--on-bad-image", "skip")
+    assert ran.code == 0
+    assert f"1 images could not be read and were replaced:\n  {bad}" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--data", "empty"], "empty"),
+        (["--data", "file.txt"], "file.txt"),
+        (["--data", "shapes", "--batch-size", "7000"], "fewer than one batch of 7000"),
+        (["--preset", "tiney"], "Did you mean tiny?"),
+        (["--set", "optim.bas_lr=1"], "Did you mean optim.base_lr?"),
+        (["--set", "optim.base_lr=fast"], "optim.base_lr = 'fast'"),
+        (["--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["--data", "shapes", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+        (["--data", "shapes", "--resume", "--overwrite"], "exclude each other"),
+        (["--data", "shapes", "--out", "file.txt"], "file.txt: cannot be used as output folder"),
+        (["--data", "shapes", "--out", "file.txt/x"], "cannot be used as output folder"),
+        (["--precision", "fp8"], "fp8"),
+        (["--epochs", "many"], "not a valid int"),
+        ([], "no images to train on"),
+    ],
+)
+def test_mistakes_are_one_message_and_leave_nothing(hvp, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    preset = [] if "--preset" in arguments else ["--set", "model.arch=vit_micro"]
+    ran = hvp("pretrain", "dino", *preset, *arguments)
+    assert ran.code == 2
+    assert message in ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unwritable_folder_is_said_before_training(hvp, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # the superuser may write anywhere
+    ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run")
+    assert ran.code == 2
+    assert "run: cannot be used as output folder: Permission denied" in ran.err
+
+
+def test_foreign_checkpoints_are_refused_by_name(hvp, tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "foreign.pt")
+    torch.save({"pos_embed": torch.zeros(1, 5, 96)}, tmp_path / "part.pt")
+    for name in ("text.pt", "foreign.pt", "part.pt", "missing.pt"):
+        ran = hvp("eval", "knn", name, "--data", "shapes")
+        assert ran.code == 2
+        assert name in ran.err
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(hvp, run_folder, tmp_path):
+    content = torch.load(run_folder / "last.pt", weights_only=True)
+    del content["teacher"]["backbone.blocks.1.attn.qkv.weight"]
+    content["teacher"]["backbone.extra"] = torch.zeros(1)
+    torch.save(content, tmp_path / "damaged.pt")
+    ran = hvp("eval", "knn", "damaged.pt", "--data", "shapes")
+    assert ran.code == 2
+    assert "blocks.1.attn.qkv.weight" in ran.err
+    assert "extra" in ran.err
+
+
+def test_evaluating_on_unlabelled_images_says_what_is_needed(hvp, run_folder, tmp_path):
+    write_images(tmp_path / "pictures", 3)
+    ran = hvp("eval", "knn", "run", "--data", "pictures")
+    assert ran.code == 2
+    assert "pictures" in ran.err
+
+
+def test_an_unwritable_result_is_said_before_evaluating(hvp, run_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = hvp("eval", "knn", "run", "--data", "shapes", "--out", "file/result.json")
+    assert ran.code == 2
+    assert "cannot be written" in ran.err
+
+
+def test_upstream_checkpoints_evaluate(hvp, run_folder, imagenet, tmp_path):
+    """The upstream trainer's layout: `module.` before the student's keys, optimiser and arguments beside them."""
+    ours = torch.load(run_folder / "last.pt", weights_only=True)
+    student = {f"module.{key}": value for key, value in ours["student"].items()}
+    torch.save({"student": student, "teacher": ours["teacher"], "epoch": 3}, tmp_path / "checkpoint.pth")
+    backbone = {k.removeprefix("backbone."): v for k, v in ours["teacher"].items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    arguments = ["--data", imagenet, "--workers", "0", "--k", "5", "--resolution", "32", "--out", "result.json"]
+    scores = []
+    for name in ("run/last.pt", "checkpoint.pth", "backbone.pth"):
+        ran = hvp("eval", "knn", name, *arguments)
+        assert ran.code == 0, ran.err
+        scores.append(json.loads((tmp_path / "result.json").read_text())["results"])
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_bench_writes_rows(hvp, tmp_path):
+    assert hvp("bench", "loader", "--rounds", "1", "--json", "rows.json").code == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 3
+    assert {"benchmark", "case", "ratio", "target", "ok", "memory_mb"} <= set(rows[0])
