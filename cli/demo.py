@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import nn
 
-PICTURE_IMAGES = 6
+PICTURE_IMAGES = 4
 
 
 def demo(
@@ -51,8 +51,10 @@ def demo(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = method.build_encoder(config)
-    console.print("Evaluating the trained encoder, and an untrained one of the same architecture ...")
-    results = {"untrained": _evaluate(untrained, config), "trained": _evaluate(trained, config)}
+    results = {}
+    for name, encoder in (("untrained", untrained), ("trained", trained)):
+        console.print(f"Evaluating the {name} encoder ...")
+        results[name] = _evaluate(encoder, config)
 
     table = Table("encoder", "k-NN top-1", "linear top-1", title="shapes, 2000 validation images", title_justify="left")
     for name, scores in results.items():
@@ -79,6 +81,7 @@ def demo(
 
 
 def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
+    from hvp.cli.evaluate import evaluation_progress
     from hvp.common.data import open_dataset
     from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.knn import evaluate_knn
@@ -87,7 +90,6 @@ def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
     train = open_dataset("shapes", "train", shapes=config.data.shapes, labels=True)
     val = open_dataset("shapes", "val", shapes=config.data.shapes, labels=True)
     resolution, workers = config.views.global_crops_size, available_workers(None)
-    knn = evaluate_knn(encoder, train, val, ks=[20], resolution=resolution, workers=workers)
     blocks, avgpool = probe_defaults(encoder)
     options = LinearOptions(
         epochs=100,
@@ -98,5 +100,7 @@ def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
         resolution=resolution,
         workers=workers,
     )
-    linear = evaluate_linear(encoder, train, val, options)
+    with evaluation_progress() as progress:
+        knn = evaluate_knn(encoder, train, val, ks=[20], resolution=resolution, workers=workers, progress=progress)
+        linear = evaluate_linear(encoder, train, val, options, progress=progress)
     return {"knn_top1": knn["results"][0]["top1"], "linear_top1": linear["last"]["top1"]}

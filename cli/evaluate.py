@@ -71,7 +71,7 @@ def knn(
 
     encoder, meta, train, val = _open(checkpoint, which, data)
     path = _result_path(out, meta, "knn")
-    with _progress() as progress:
+    with evaluation_progress() as progress:
         result = evaluate_knn(
             encoder,
             train,
@@ -134,7 +134,7 @@ def linear(
         workers=available_workers(workers),
         seed=seed,
     )
-    with _progress() as progress:
+    with evaluation_progress() as progress:
         result = evaluate_linear(
             encoder,
             train,
@@ -174,7 +174,7 @@ def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -11,7 +11,7 @@ Dimensions:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, combinations, pairwise, product
 from math import comb, prod
 from typing import Literal
@@ -265,13 +265,15 @@ def combination_losses(pair_loss: Tensor, combinations: Tensor, slots: Slots) ->
     Returns:
         [B, C], in the dtype of `pair_loss`.
     """
-    target_slots, online_slots, weights = zip(*slots.terms, strict=True)
-    entries = combinations[..., target_slots] * pair_loss.shape[2] + combinations[..., online_slots]  # [(B,) C, P]
+    target_slots, online_slots = _term_slots(slots, combinations.device)
+    targets, online = combinations.index_select(-1, target_slots), combinations.index_select(-1, online_slots)
+    entries = targets * pair_loss.shape[2] + online  # [(B,) C, P]
     flat = pair_loss.flatten(1)  # [B, T V]
     if combinations.dim() == 2:
         values = flat.index_select(1, entries.flatten()).unflatten(1, entries.shape)
     else:
         values = flat.gather(1, entries.flatten(1)).unflatten(1, entries.shape[1:])
+    weights = [weight for _, _, weight in slots.terms]
     if len(set(weights)) == 1:
         return values.sum(2) * weights[0]
     return (values * values.new_tensor(weights)).sum(2)
@@ -310,6 +312,13 @@ def gather_views(views: Sequence[Tensor], index: Tensor, slots: Slots) -> list[T
             kept.append(picked.unflatten(0, (end_slot - first_slot, stack.shape[1])))
         first_view, first_slot = end_view, end_slot
     return [view for stack in kept for view in stack] if single else kept
+
+
+@lru_cache(maxsize=64)
+def _term_slots(slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The slots of each term's target and online view, [P] int64 each; kept, as a copy to a GPU waits for it."""
+    targets, online, _ = zip(*slots.terms, strict=True)
+    return torch.tensor(targets, device=device), torch.tensor(online, device=device)
 
 
 def _enumerate(groups: Sequence[Group]) -> Tensor:
