@@ -81,6 +81,8 @@ def demo(
 
 
 def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
+    import torch
+
     from hvp.cli.evaluate import evaluation_progress
     from hvp.common.data import open_dataset
     from hvp.common.engine.run import available_workers
@@ -89,7 +91,7 @@ def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
 
     train = open_dataset("shapes", "train", shapes=config.data.shapes, labels=True)
     val = open_dataset("shapes", "val", shapes=config.data.shapes, labels=True)
-    resolution, workers = config.views.global_crops_size, available_workers(None)
+    resolution, workers = config.views.global_crops_size, available_workers(None, torch.device("cpu"))
     blocks, avgpool = probe_defaults(encoder)
     options = LinearOptions(
         epochs=100,

@@ -71,6 +71,7 @@ def knn(
 
     encoder, meta, train, val = _open(checkpoint, which, data)
     path = _result_path(out, meta, "knn")
+    on = pick_device(device.value)
     with evaluation_progress() as progress:
         result = evaluate_knn(
             encoder,
@@ -79,10 +80,10 @@ def knn(
             ks=k or KS,
             temperature=temperature,
             resolution=resolution or _resolution(meta),
-            device=pick_device(device.value),
+            device=on,
             precision=precision.value,
             batch_size=batch_size,
-            workers=available_workers(workers),
+            workers=available_workers(workers, on),
             checkpoint=meta.summary(),
             progress=progress,
         )
@@ -121,6 +122,7 @@ def linear(
 
     encoder, meta, train, val = _open(checkpoint, which, data)
     path = _result_path(out, meta, "linear")
+    on = pick_device(device.value)
     usual_blocks, usual_avgpool = probe_defaults(encoder)
     options = LinearOptions(
         epochs=epochs,
@@ -131,7 +133,7 @@ def linear(
         augment=augment,
         resolution=resolution or _resolution(meta),
         precision=precision.value,
-        workers=available_workers(workers),
+        workers=available_workers(workers, on),
         seed=seed,
     )
     with evaluation_progress() as progress:
@@ -140,7 +142,7 @@ def linear(
             train,
             val,
             options,
-            device=pick_device(device.value),
+            device=on,
             checkpoint=meta.summary(),
             cache_folder=path.parent / "features",
             progress=progress,

@@ -1,5 +1,6 @@
 """The `hvp` command."""
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -8,6 +9,10 @@ import typer
 
 from hvp.cli import bench, demo, evaluate, presets, pretrain
 from hvp.common.errors import UserError
+
+# PyTorch's threads wait for each other by spinning, which stalls a step tenfold as soon as anything else wants the
+# cores, be it only the loader's workers. Read when PyTorch is imported, which the commands do when they run.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     name="hvp",

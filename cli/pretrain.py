@@ -163,10 +163,9 @@ def consequences(config: Any) -> list[str]:
     lines.append(f"rate:         {config.optim.base_lr * train.batch_size / 256:g} after warm-up")
     views = ", ".join(f"{slot.candidates} {slot.name} of {slot.transform.size} px, {slot.kept} kept" for slot in slots)
     lines.append(f"views:        {views}")
-    compared = config.combination_slots().num_combinations
-    if compared > 1 and config.selection.search == "sampled":
-        compared = f"{min(compared, config.selection.comparisons)} of {compared}"
-    lines.append(f"combinations: {compared}")
+    combinations = config.combination_slots().num_combinations
+    sampled = config.selection.search == "sampled" and config.selection.comparisons < combinations
+    lines.append(f"combinations: {f'{config.selection.comparisons} of ' if sampled else ''}{combinations}")
     pixels = sum(slot.candidates * slot.transform.size**2 * 3 for slot in slots)
     part = train.batch_size // train.accumulate
     lines.append(

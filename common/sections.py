@@ -21,7 +21,7 @@ class DataConfig(Section):
     """View pipeline: `fast` (OpenCV) or `pil` (Pillow, as the upstreams do it)."""
 
     workers: int | None = Field(None, ge=0)
-    """Processes that load views; 0 loads in the training process itself; null takes the cores at hand, at most 16."""
+    """Processes that load views; 0 loads in the training process itself; null suits the cores at hand."""
 
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that does not decode ends the run, or is replaced by the next one, counted and listed."""

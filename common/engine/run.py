@@ -39,9 +39,12 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def available_workers(asked: int | None) -> int:
-    """Loader processes: as asked, or the cores at hand, at most 16."""
-    return min(16, len(os.sched_getaffinity(0))) if asked is None else asked
+def available_workers(asked: int | None, device: torch.device) -> int:
+    """Loader processes: as asked, or the cores at hand, at most 16; a quarter of them where the CPU trains, too."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 4) if device.type == "cpu" else min(16, cores)
 
 
 def claim_folder(out: Path, *, resume: bool, overwrite: bool) -> None:

@@ -101,7 +101,7 @@ def build_loader(config: DinoConfig, source: ImageSource, device: torch.device) 
         batch_size=config.train.batch_size // config.train.accumulate,
         accumulate=config.train.accumulate,
         seed=config.train.seed,
-        workers=available_workers(config.data.workers),
+        workers=available_workers(config.data.workers, device),
         pipeline=config.data.loader,
         on_bad_image=config.data.on_bad_image,
         pin_memory=device.type == "cuda",
