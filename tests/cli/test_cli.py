@@ -212,7 +212,7 @@ def test_a_bad_image_is_named_or_skipped(hvp, imagenet, tmp_path):
         (["--data", "shapes", "--out", "file.txt"], "file.txt: cannot be used as output folder"),
         (["--data", "shapes", "--out", "file.txt/x"], "cannot be used as output folder"),
         (["--precision", "fp8"], "fp8"),
-        (["--epochs", "many"], "not a valid int"),
+        (["--epochs", "many"], "valid integer"),
         ([], "no images to train on"),
     ],
 )
