@@ -80,8 +80,9 @@ class RunLog:
         self._show(step, row)
 
     def _show(self, step: int, row: Mapping[str, float | int | list[float]]) -> None:
+        digits = 0 if row["images_per_s"] >= 10 else 1  # type: ignore[operator]
         numbers = (
-            f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  waiting {row['wait_share']:.0%}  "
+            f"loss {row['loss']:.4f}  {row['images_per_s']:.{digits}f} images/s  waiting {row['wait_share']:.0%}  "
             f"selecting {row['select_share']:.0%}"
         )
         if self._progress is not None and self._task is not None:

@@ -1,6 +1,5 @@
 """Weighted k-NN: how well an image's nearest training images tell its class, without training anything."""
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from hvp.common.evaluation.results import Result, describe_source, labelled, ver
 
 # N training images, M test images, D features, K the largest number of neighbours, C classes
 
-log = logging.getLogger(__name__)
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -222,8 +220,6 @@ def evaluate_knn(
         raise UserError(f"k-NN: temperature = {temperature}, but it must be above 0; {TEMPERATURE} is usual.")
     classes, train_labels, val_labels = labelled(train, val)
     notes = [f"k = {k} is more than the {len(train)} training images: all of them voted" for k in ks if k > len(train)]
-    for note in notes:
-        log.warning("k-NN: %s", note)
 
     started = time.perf_counter()
     train_features, val_features = (

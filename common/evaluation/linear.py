@@ -224,7 +224,6 @@ def evaluate_linear(
         notes.append(
             f"batch_size = {options.batch_size} is more than the {len(train)} training images: {batch_size} is used"
         )
-        log.warning("linear probing: %s", notes[-1])
 
     probe_features = cast(Callable[[Tensor, int, bool], Tensor], encoder.probe_features)
 
