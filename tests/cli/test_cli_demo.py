@@ -1,0 +1,53 @@
+"""`hvp demo`: a short one that shows that everything is left, and the real one, which must learn."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from hvp.cli import pretrain
+from hvp.cli.main import main
+
+SHORT = [
+    *("data.shapes.train=40", "data.shapes.val=20", "data.shapes.size=32", "data.workers=0"),
+    *("train.epochs=1", "train.batch_size=8"),
+]
+
+
+def demo(monkeypatch, folder, *arguments):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["hvp", "demo", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    return json.loads((folder / "demo" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("vanilla", [False, True])
+def test_a_short_demo_leaves_everything_and_can_be_repeated(monkeypatch, tmp_path, capsys, vanilla):
+    resolve = pretrain.resolve_flags
+    monkeypatch.setattr(
+        pretrain,
+        "resolve_flags",
+        lambda method, preset, config, flags, _: resolve(method, preset, config, flags, SHORT),
+    )
+    arguments = ["--vanilla"] if vanilla else []
+    first = demo(monkeypatch, tmp_path, *arguments)
+    again = demo(monkeypatch, tmp_path, *arguments)
+    assert first["gain"] == again["gain"]
+    assert first["gain"]["knn_top1"] == pytest.approx(first["trained"]["knn_top1"] - first["untrained"]["knn_top1"])
+    assert (tmp_path / "demo" / "run" / "last.pt").exists()
+    out = capsys.readouterr().out
+    assert ("Selection starts after" in out) is not vanilla
+    picture = tmp_path / "demo" / "selection.png"
+    assert picture.exists() is not vanilla
+    if not vanilla:
+        assert Image.open(picture).size[0] > 1000
+
+
+@pytest.mark.slow
+def test_the_demo_learns(monkeypatch, tmp_path):
+    result = demo(monkeypatch, tmp_path)
+    assert result["gain"]["knn_top1"] >= 20
+    assert result["gain"]["linear_top1"] >= 20
