@@ -105,7 +105,8 @@ def measure(
         raise UserError("nothing to measure without images: give --data DIR, or --data shapes")
     source = open_dataset(config.data.path, "train", shapes=config.data.shapes)
     per_epoch = steps_per_epoch(len(source), config.train.batch_size)
-    workers, device = available_workers(config.data.workers), pick_device(config.train.device)
+    device = pick_device(config.train.device)
+    workers = available_workers(config.data.workers, device)
     warmup, steps = _how_many(per_epoch, math.ceil(workers / config.train.accumulate))
     total = config.train.epochs * per_epoch
     selecting = _selecting_steps(config.selection, total)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from hvp.common.engine.precision import pick_device
 from hvp.common.engine.run import available_workers
 from hvp.common.errors import UserError
 from hvp.common.sections import RunConfig
@@ -54,12 +55,13 @@ def _message(where: str, reason: str, config: RunConfig) -> str:
     if train.batch_size > 1:
         why = f"now {train.batch_size}; also changes the learning rate, which scales with it"
         settings.append((f"--batch-size {train.batch_size // 2}", why))
-    workers = available_workers(config.data.workers)
+    device = pick_device(train.device)
+    workers = available_workers(config.data.workers, device)
     if where == "host" and workers:
         why = f"now {workers}; each keeps up to two batches ready"
         line = (f"--workers {workers // 2}", why)
         # Beside a GPU, most of the machine's memory is the loader's; without, the networks'.
-        settings.insert(0 if _on_gpu(config) else min(1, len(settings)), line)
+        settings.insert(0 if device.type == "cuda" else min(1, len(settings)), line)
     width = max((len(setting) for setting, _ in settings), default=0)
     listed = "\n".join(f"      {setting:{width}}  ({why})" for setting, why in settings)
     detail = reason.strip().splitlines()[-1].partition(" Of the allocated memory")[0].rstrip(".") if reason else ""
@@ -68,7 +70,3 @@ def _message(where: str, reason: str, config: RunConfig) -> str:
         f"    Lower what it takes, in this order:\n{listed}\n"
         "    `--dry-run --measure` tells the peak of a setting without a run."
     )
-
-
-def _on_gpu(config: RunConfig) -> bool:
-    return config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
