@@ -4,6 +4,7 @@ import errno
 import math
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_running_out_of_memory_names_what_to_lower(hvp, monkeypatch, error, said
     def train(*_: object, **__: object) -> Path:
         raise error
 
-    monkeypatch.setattr("hvp.methods.dino.METHOD", type(get_method("dino"))("dino", DinoConfig, train, None, None))
+    monkeypatch.setattr("hvp.methods.dino.METHOD", replace(get_method("dino"), train=train))
     ran = hvp(*TINY, *QUICK, "--workers", "6", "--out", "run")
     assert ran.code == 2
     assert ran.err.startswith(f"hvp: {said}")
@@ -142,6 +143,6 @@ def test_other_errors_are_not_explained_away(hvp, monkeypatch):
     def train(*_: object, **__: object) -> Path:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("hvp.methods.dino.METHOD", type(get_method("dino"))("dino", DinoConfig, train, None, None))
+    monkeypatch.setattr("hvp.methods.dino.METHOD", replace(get_method("dino"), train=train))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         hvp(*TINY, *QUICK, "--out", "run")
