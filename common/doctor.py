@@ -4,6 +4,7 @@ What is imported at the top works in a broken installation, too; everything else
 `check_packages` found that it can be.
 """
 
+import math
 import os
 import platform
 import random
@@ -163,10 +164,7 @@ def check_precision(config: Any) -> Check:
 
 def check_cores(workers: int | None) -> Check:
     """Cores that this process may use, against the loader's processes."""
-    machine = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    quota = _quota(CGROUP_QUOTA)
-    cores = allowed if quota is None else min(float(allowed), quota)
+    machine, cores = os.cpu_count() or 1, _cores()
     found = f"{cores:g} of {machine} available" if cores < machine else f"{machine}"
     values = {"cores": cores, "machine": machine, "workers": workers}
     if workers is not None:
@@ -266,7 +264,7 @@ def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: in
     rate = len(indices) / (time.perf_counter() - started)
     found = f"{rate:.0f} images/s a core, from {len(indices)} at random"
     if workers is not None and workers > 1:
-        found += f"; {workers} workers: at most {rate * workers:.0f}, before the views are made"
+        found += f"; {workers} workers: at most {rate * min(workers, _cores()):.0f}, before the views are made"
     yield Check("decoding", "ok", found, values={"images_per_s_per_core": rate, "sample": len(indices)})
 
     values = {"bad": [{"file": error.where, "reason": error.reason} for error in bad], "sample": len(indices)}
@@ -302,6 +300,12 @@ def _loader_bytes(config: Any) -> int:
 
 def _kept_epochs(config: Any) -> int:
     return config.train.epochs // config.train.keep_every if config.train.keep_every else 0
+
+
+def _cores() -> float:
+    """Those that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(float(allowed), _quota(CGROUP_QUOTA) or math.inf)
 
 
 def _quota(path: Path) -> float | None:
