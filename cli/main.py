@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hvp.cli import bench, demo, evaluate, presets, pretrain
+from hvp.cli import bench, demo, doctor, evaluate, launch, presets, pretrain
 from hvp.common.errors import UserError
 
 # PyTorch's threads wait for each other by spinning, which stalls a step tenfold as soon as anything else wants the
@@ -27,6 +27,8 @@ app.add_typer(evaluate.app, name="eval")
 app.command("presets")(presets.presets)
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
+app.add_typer(launch.app, name="launch")
 
 
 def _show_version(asked: bool) -> None:

@@ -11,6 +11,21 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from hvp.common.config import Resolved
+    from hvp.common.engine.measure import Measurement
+
+FLAGS = {
+    "data": "data.path",
+    "hard_views": "selection.hard_views",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "precision": "train.precision",
+    "device": "train.device",
+    "seed": "train.seed",
+    "workers": "data.workers",
+    "loader": "data.loader",
+    "on_bad_image": "data.on_bad_image",
+}
+"""The configuration key that each option of `hvp pretrain` stands for."""
 
 
 class HardViews(StrEnum):
@@ -71,37 +86,43 @@ def pretrain(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value with its origin, steps and memory; train nothing.")
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="With --dry-run: time a few real steps, with and without hard views."),
+    ] = False,
 ) -> None:
     """Pretrain an encoder.
 
     Values come from the defaults, then the preset, then --config, then the other options; later ones win.
     `hvp pretrain dino --dry-run` lists every key that --set accepts.
     """
-    flags = {
-        "data.path": data,
-        "selection.hard_views": hard_views,
-        "train.epochs": epochs,
-        "train.batch_size": batch_size,
-        "train.precision": precision,
-        "train.device": device,
-        "train.seed": seed,
-        "data.workers": workers,
-        "data.loader": loader,
-        "data.on_bad_image": on_bad_image,
-    }
+    given = locals()
+    from hvp.common.engine.memory import memory_advice
     from hvp.methods import get_method
 
+    flags = {key: given[name] for name, key in FLAGS.items()}
     resolved = resolve_flags(method, preset, config, flags, set_ or [])
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if measure and not dry_run:
+        raise typer.BadParameter("--measure belongs to --dry-run: it times a few steps and leaves nothing behind")
     if dry_run:
         show(method, resolved)
+        if measure:
+            with memory_advice(resolved.config):
+                _measure(method, resolved.config)
         return
-    out = out or Path("runs") / method / (preset or "custom") / f"seed{resolved.config.train.seed}"
-    last = get_method(method).train(
-        resolved.config, out, resume=resume, overwrite=overwrite, console=Console(stderr=True)
-    )
+    out = out or run_folder(method, preset, resolved.config.train.seed)
+    with memory_advice(resolved.config):
+        last = get_method(method).train(
+            resolved.config, out, resume=resume, overwrite=overwrite, console=Console(stderr=True)
+        )
     print(f"wrote {last}")
+
+
+def run_folder(method: str, preset: str | None, seed: int) -> Path:
+    """Where a run goes that was given no --out."""
+    return Path("runs") / method / (preset or "custom") / f"seed{seed}"
 
 
 def resolve_flags(
@@ -173,3 +194,55 @@ def consequences(config: Any) -> list[str]:
         f"{part}, {4 * part * pixels / 2**20:.0f} MiB normalised on the device"
     )
     return lines
+
+
+def _measure(method: str, config: Any) -> None:
+    from hvp.common.engine.measure import measure
+    from hvp.methods import get_method
+
+    progress = Console(stderr=True)
+    found = measure(
+        get_method(method).train, config, on_stage=lambda stage: progress.print(f"Measuring {stage} ...", markup=False)
+    )
+    console = Console()
+    place = f"on {found.device.type}, {found.workers} loader worker{'' if found.workers == 1 else 's'}"
+    console.print(f"\nMeasured over {found.steps} steps after {found.warmup_steps} of warm-up, {place}:", markup=False)
+    console.print(_costs(found))
+    if found.hard is None:
+        console.print(f"Hard views were not measured: {found.reason}", markup=False, soft_wrap=True)
+    elif found.selecting_steps < found.total_steps:
+        console.print(
+            f"Of the whole run's {found.total_steps} steps, {found.selecting_steps} select; the others only sample "
+            "the views.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _costs(found: "Measurement") -> Table:
+    kinds = [("without hard views", found.vanilla, found.vanilla.seconds * found.total_steps)]
+    if found.hard is not None and found.hard_run_seconds is not None:
+        kinds.append(("with hard views", found.hard, found.hard_run_seconds))
+    memory = "peak GPU memory" if found.device.type == "cuda" else "peak memory, this process"
+    of = "" if found.device_memory is None else f" of {found.device_memory / 2**30:.1f}"
+    table = Table("", *(name for name, _, _ in kinds), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    costs = [cost for _, cost, _ in kinds]
+    table.add_row("images/s", *(f"{cost.images_per_s:.1f}" for cost in costs))
+    table.add_row("seconds a step", *(f"{cost.seconds:.3f}" for cost in costs))
+    table.add_row("  waiting for the loader", *(f"{cost.wait_share:.0%}" for cost in costs))
+    table.add_row("  selecting", *(f"{cost.select_share:.0%}" for cost in costs))
+    table.add_row(memory, *(f"{cost.peak_memory / 2**30:.2f}{of} GiB" for cost in costs))
+    table.add_row("an epoch", *(_duration(cost.seconds * found.steps_per_epoch) for cost in costs))
+    epochs = f"{found.epochs} epoch{'' if found.epochs == 1 else 's'}"
+    table.add_row(f"the run, {epochs}", *(_duration(seconds) for _, _, seconds in kinds))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    """123456 as `1 d 10:17:36`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"

@@ -32,13 +32,16 @@ class Method:
     """Its configuration, a `RunConfig` with `view_slots()`."""
 
     train: "Callable[..., Path]"
-    """train(config, out, *, resume, overwrite, console) -> the last checkpoint."""
+    """train(config, out, *, resume, overwrite, console, on_row) -> the last checkpoint."""
 
     build_encoder: "Callable[[Any], nn.Module]"
     """The backbone that a configuration describes, with fresh weights."""
 
     encoder_from_state: "Callable[[Mapping[str, Tensor]], nn.Module | None]"
     """The backbone that a state dict belongs to, by names and shapes, weights not loaded; None if there is none."""
+
+    checkpoint_bytes: "Callable[[Any], int]"
+    """The size of a checkpoint of a configuration."""
 
 
 def get_method(name: str) -> Method:

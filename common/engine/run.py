@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +84,7 @@ class Run:
         device: where the networks are.
         console: where progress goes.
         resume: go on from `last.pt`, if there is one.
+        on_row: told every row of the log once it is written; what it raises ends the run.
 
     Raises:
         UserError: `last.pt` cannot be read, or does not fit the configuration.
@@ -100,6 +101,7 @@ class Run:
         console: Console,
         *,
         resume: bool = False,
+        on_row: Callable[[Mapping[str, Any]], None] | None = None,
     ):
         self.out = out
         self.step = 0
@@ -115,6 +117,7 @@ class Run:
         self._loader = loader
         self._parts = dict(parts)
         self._device = device
+        self._on_row = on_row
         self._loss_sum, self._loss_count = 0.0, 0
         self._clock = time.perf_counter()
         if resume:
@@ -183,18 +186,19 @@ class Run:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         steps = self._loss_count
-        self.log.write(
-            {
-                "step": done,
-                "epoch": (done - 1) // self.steps_per_epoch,
-                "loss": self._loss_sum / steps,
-                **values,
-                "images_per_s": steps * self._config.train.batch_size / seconds,
-                "wait_share": self.waiting.take() / seconds,
-                "select_share": self.selecting.take() / seconds,
-            }
-        )
+        row: dict[str, Any] = {
+            "step": done,
+            "epoch": (done - 1) // self.steps_per_epoch,
+            "loss": self._loss_sum / steps,
+            **values,
+            "images_per_s": steps * self._config.train.batch_size / seconds,
+            "wait_share": self.waiting.take() / seconds,
+            "select_share": self.selecting.take() / seconds,
+        }
+        self.log.write(row)
         self._loss_sum, self._loss_count = 0.0, 0
+        if self._on_row is not None:
+            self._on_row(row)
 
     def save(self, path: Path | None = None) -> None:
         """Writes a checkpoint, `last.pt` unless told otherwise, that a resume continues from exactly."""

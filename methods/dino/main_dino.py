@@ -9,8 +9,10 @@ Source: facebookresearch/dino main_dino.py; HVP Algorithm 1.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +45,13 @@ COLLAPSE_STEPS = 100
 
 
 def train_dino(
-    config: DinoConfig, out: Path, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    config: DinoConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Path:
     """Pretrains an encoder.
 
@@ -53,6 +61,7 @@ def train_dino(
         resume: go on from the folder's `last.pt`.
         overwrite: delete an earlier run in the folder first.
         console: where progress goes; stderr if not given.
+        on_row: told every row of the log; what it raises ends the run.
 
     Returns:
         The last checkpoint. `student` and `teacher` in it have the upstream's state-dict keys.
@@ -76,7 +85,10 @@ def train_dino(
             "optimizer": optimizer,
             "scaler": precision.scaler,
         }
-        with closing(loader), Run("dino", config, out, loader, parts, device, console, resume=resume) as run:
+        with (
+            closing(loader),
+            Run("dino", config, out, loader, parts, device, console, resume=resume, on_row=on_row) as run,
+        ):
             for epoch in run.epochs:
                 train_one_epoch(student, teacher, dino_loss, optimizer, precision, run, epoch, config)
             return run.last_checkpoint

@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,43 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hvp.cli.main import main
 from hvp.methods import presets
 
 QUICK = [
     *("--set", "data.shapes.train=40", "--set", "data.shapes.val=20", "--set", "data.shapes.size=32"),
     *("--set", "optim.warmup_epochs=1", "--epochs", "1", "--batch-size", "8", "--workers", "0"),
 ]
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Hvp = Callable[..., Ran]
-
-
-@pytest.fixture
-def hvp(monkeypatch, capsys, tmp_path) -> Hvp:
-    """Runs the command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["hvp", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ran(code, out, err)
-
-    return run
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
@@ -79,7 +46,7 @@ def test_the_installed_command_answers():
     command = Path(sys.executable).with_name("hvp")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
-    for name in ("pretrain", "eval", "presets", "bench", "demo"):
+    for name in ("pretrain", "eval", "presets", "bench", "demo", "doctor", "launch"):
         assert name in done.stdout
 
 

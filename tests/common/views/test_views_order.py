@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from view_images import Photographs
 
-from hvp.common.views import epoch_order, micro_batches, steps_per_epoch
+from hvp.common.views import MultiViewLoader, ViewSlot, ViewTransform, epoch_order, micro_batches, steps_per_epoch
 
 COUNTS = st.integers(1, 300)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -64,3 +65,49 @@ def test_all_processes_together_read_the_order(batch_size, accumulate, world_siz
 def test_outside_of_the_epoch_or_the_world(step, rank):
     with pytest.raises(ValueError, match="step"):
         micro_batches(epoch_order(9, 0, 0), step, batch_size=2, rank=rank, world_size=2)
+
+
+ONE_VIEW = (ViewSlot("global", ViewTransform(size=8, scale=(0.4, 1.0), blur=0.0), candidates=1, kept=1),)
+
+
+def loaded(
+    count: int, seed: int, epoch: int, steps: range, *, global_batch: int, accumulate: int, world_size: int
+) -> list[list[int]]:
+    """What the processes' loaders hand out in some steps of an epoch: the images of each step, rank by rank."""
+    batch_size = global_batch // (accumulate * world_size)
+    ranks = [
+        MultiViewLoader(
+            Photographs(count, size=(12, 16)),
+            ONE_VIEW,
+            batch_size=batch_size,
+            seed=seed,
+            workers=0,
+            accumulate=accumulate,
+            rank=rank,
+            world_size=world_size,
+        ).epoch(epoch, start_step=steps.start)
+        for rank in range(world_size)
+    ]
+    seen = []
+    for _ in steps:
+        parts = [part for rank in ranks for part in next(rank)]
+        assert all(len(part.index) == batch_size for part in parts)
+        seen.append([index for part in parts for index in part.index.tolist()])
+    return seen
+
+
+WORLDS = st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (6, 1), (2, 3), (3, 2), (1, 6)])
+
+
+@settings(max_examples=40)
+@given(data=st.data(), count=st.integers(6, 24), seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
+def test_loaders_show_every_image_once_whoever_loads_and_wherever_they_resume(data, count, seed, epoch):
+    """Up to some step one number of processes and parts, from there on another: together they read the order."""
+    order = epoch_order(count, seed, epoch)
+    steps = steps_per_epoch(count, 6)
+    resumed = data.draw(st.integers(0, steps), label="resumed")
+    seen = []
+    for part in (range(resumed), range(resumed, steps)):
+        world_size, accumulate = data.draw(WORLDS, label="world_size, accumulate")
+        seen += loaded(count, seed, epoch, part, global_batch=6, accumulate=accumulate, world_size=world_size)
+    assert [index for images in seen for index in images] == order[: 6 * steps].tolist()

@@ -1,0 +1,185 @@
+"""`hvp launch slurm`: a batch file that runs exactly the command given, and runs it again until it is done."""
+
+import os
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hvp.common.errors import UserError
+from hvp.common.slurm import SlurmJob, sbatch_script
+
+RUN = ["pretrain", "dino", "--preset", "vitb16-400ep", "--data", "/data/imagenet"]
+# Stand-ins for Slurm's commands: what they are called with is noted, and srun runs the task as it would.
+SRUN = '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
+HVP = '#!/bin/sh\nprintf "%s\\0" "$@" > seen\necho "$MASTER_ADDR:$MASTER_PORT" > place\nexit $CODE\n'
+SCONTROL = (
+    '#!/bin/sh\necho "$@" >> asked\ncase "$1 $2" in\n"show hostnames") echo node7; echo node8;;\n'
+    '"show job") echo "PreemptEligibleTime=2030-01-01T00:00:00 PreemptTime=$PREEMPTED";;\nesac\n'
+)
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Runs a batch file in an empty folder, on a cluster that is three shell scripts."""
+    tools, work = tmp_path / "bin", tmp_path / "work"
+    tools.mkdir()
+    work.mkdir()
+    for name, text in (("srun", SRUN), ("hvp", HVP), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(stat.S_IRWXU)
+
+    def run(script: str, code: int = 0, preempted: str = "None") -> tuple[int, list[str], str, str]:
+        """The exit code, the arguments that hvp got, where the processes meet, and what scontrol was asked last."""
+        slurm = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "4"}
+        path = f"{tools}:{os.environ['PATH']}"
+        env = {**os.environ, **slurm, "PATH": path, "CODE": str(code), "PREEMPTED": preempted}
+        done = subprocess.run(["bash", "-c", script], cwd=work, env=env, capture_output=True, text=True)
+        assert done.stderr == ""
+        arguments = (work / "seen").read_text().split("\0")[:-1]
+        asked = (work / "asked").read_text().splitlines()[-1]
+        return done.returncode, arguments, (work / "place").read_text().strip(), asked
+
+    return run
+
+
+def directives(script: str) -> dict[str, str]:
+    """The options in the lines that sbatch reads, which end at the first command."""
+    lines = script.splitlines()
+    end = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[end:])
+    options = [line.removeprefix("#SBATCH --") for line in lines[:end] if line.startswith("#SBATCH")]
+    return {option.partition("=")[0]: option.partition("=")[2] for option in options}
+
+
+def test_the_file_asks_for_what_was_asked(hvp, tmp_path):
+    resources = [
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        8,
+        "--cpus-per-task",
+        6,
+        "--time",
+        "1-12:00:00",
+        "--partition",
+        "a100",
+    ]
+    ran = hvp("launch", "slurm", *resources, "--account", "vision", "--out", "job.sh", "--", *RUN)
+    assert ran.code == 0, ran.err
+    assert ran.out == "wrote job.sh; queue it with: sbatch job.sh\n"
+    script = (tmp_path / "job.sh").read_text()
+    assert subprocess.run(["bash", "-n", "job.sh"], cwd=tmp_path).returncode == 0
+    assert directives(script) == {
+        "job-name": "dino-vitb16-400ep",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "6",
+        "time": "1-12:00:00",
+        "partition": "a100",
+        "account": "vision",
+        "requeue": "",
+        "output": "%x-%j.out",
+        "open-mode": "append",
+        "signal": "USR1@120",
+    }
+    assert max(map(len, script.splitlines()[2:])) <= 120
+    assert (
+        hvp("launch", "slurm", *resources, "--account", "vision", "--", *RUN).out.splitlines()[2:]
+        == (script.splitlines()[2:])
+    )
+
+
+def test_an_existing_file_is_kept(hvp, tmp_path):
+    (tmp_path / "job.sh").write_text("mine")
+    ran = hvp("launch", "slurm", "--out", "job.sh", "--", *RUN)
+    assert ran.code == 2
+    assert "job.sh: exists" in ran.err
+    assert (tmp_path / "job.sh").read_text() == "mine"
+
+
+def test_the_command_arrives_as_it_was_given(hvp, cluster):
+    awkward = ["--data", '/data/it\'s "here" $HOME', "--set", "data.path=a\nb; exit 3", "--config", "no `such` file"]
+    script = sbatch_script(SlurmJob("a", 1, 1, 1, "60"), [*RUN, *awkward], made_by=["launch", *awkward], resumes=True)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    code, arguments, place, _ = cluster(script)
+    assert code == 0
+    assert arguments == [*RUN, *awkward]
+    assert place == "node7:10007"
+
+
+def test_a_run_gets_its_folder_and_resumes(hvp, cluster):
+    for separator in (["--"], []):
+        script = hvp("launch", "slurm", *separator, *RUN, "--seed", "3").out
+        usual = ["--out", "runs/dino/vitb16-400ep/seed3", "--resume"]
+        assert cluster(script)[1] == [*RUN, "--seed", "3", *usual]
+    given = ["--out", "my runs/1", "--resume"]
+    assert cluster(hvp("launch", "slurm", "--", *RUN, *given).out)[1] == [*RUN, *given]
+
+
+@pytest.mark.parametrize(
+    ("code", "preempted", "again"),
+    [
+        (0, "None", False),
+        (1, "None", False),
+        (2, "2030-01-01T00:00:00", False),  # a mistake would be made again and again
+        (75, "None", True),
+        (143, "None", False),
+        (143, "2030-01-01T00:00:00", True),
+    ],
+)
+def test_what_stopped_early_is_queued_again(hvp, cluster, code, preempted, again):
+    script = hvp("launch", "slurm", "--", *RUN).out
+    status, _, _, asked = cluster(script, code, preempted)
+    assert status == code
+    assert (asked == "requeue 20007") == again
+
+
+def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
+    ran = hvp("launch", "slurm", "--", "eval", "knn", "run/last.pt", "--data", "shapes")
+    assert "signal" not in directives(ran.out)
+    assert directives(ran.out)["job-name"] == "hvp-eval-knn"
+    status, arguments, _, asked = cluster(ran.out, code=75)
+    assert arguments == ["eval", "knn", "run/last.pt", "--data", "shapes"]
+    assert (status, asked) == (75, "show hostnames node[7-8]")
+    ran = hvp("launch", "slurm", "--nodes", "2", "--", "eval", "knn", "run/last.pt", "--data", "shapes")
+    assert ran.code == 2
+    assert "hvp eval knn is one process" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "message"),
+    [
+        ([], "pretrain dino --preset vitb16-400e", "Did you mean vitb16-400ep?"),
+        ([], "pretrain dinno", "unknown method dinno"),
+        ([], "pretrain dino --set optim.bas_lr=1", "Did you mean optim.base_lr?"),
+        ([], "pretrain dino --config none.yaml", "none.yaml: cannot be read"),
+        ([], "pretrain dino --epochs many", "valid integer"),
+        ([], "pretrain dino --hard-views maybe", "'maybe' is not one of"),
+        ([], "pretrain dino --preest tiny", "No such option"),
+        ([], "pretrian dino", "No such command"),
+        ([], "pretrain dino --dry-run", "nothing to queue"),
+        ([], "pretrain dino --overwrite", "would delete the run"),
+        ([], "pretrain --help", "runs nothing"),
+        (["--gpus-per-node", "3"], "pretrain dino", "512 does not divide among 3 processes"),
+        (["--time", "soon"], "pretrain dino", "--time soon: must read"),
+        (["--partition", "a b"], "pretrain dino", "--partition 'a b': must be one word"),
+        (["--job-name", "a\nrm"], "pretrain dino", "must be one word"),
+        (["--nodes", "0"], "pretrain dino", "--nodes"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_queued(hvp, tmp_path, options, command, message):
+    ran = hvp("launch", "slurm", *options, "--out", "job.sh", "--", *shlex.split(command))
+    assert ran.code == 2
+    assert message in ran.err
+    assert not any(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("time", ["60", "30:00", "24:00:00", "2-0", "2-12:30", "7-00:00:00"])
+def test_slurms_ways_to_write_a_time(time):
+    SlurmJob("a", 1, 1, 1, time)
+    with pytest.raises(UserError):
+        SlurmJob("a", 1, 1, 1, time + ":")

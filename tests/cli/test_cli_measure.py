@@ -1,0 +1,148 @@
+"""`--dry-run --measure`, and what is said when memory runs out."""
+
+import errno
+import math
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvp.common.engine.measure import _how_many, _selecting_steps, measure
+from hvp.common.sections import SelectionConfig
+from hvp.methods import get_method
+from hvp.methods.dino.config import DinoConfig
+
+TINY = ["pretrain", "dino", "--preset", "tiny", "--workers", "0", "--device", "cpu"]
+QUICK = [
+    *("--set", "data.shapes.train=130", "--set", "data.shapes.val=20", "--set", "data.shapes.size=32"),
+    *("--set", "optim.warmup_epochs=1", "--epochs", "3", "--batch-size", "8"),
+]
+
+
+def config_of(**changes: dict[str, object]) -> DinoConfig:
+    """A network that takes milliseconds, on 40 shapes."""
+    tree: dict[str, dict[str, object]] = {
+        "data": {"path": "shapes", "shapes": {"size": 32, "train": 40, "val": 10}, "workers": 0},
+        "model": {"arch": "vit_micro", "patch_size": 8, "out_dim": 16, "head_hidden_dim": 16},
+        "optim": {"warmup_epochs": 0},
+        "views": {"global_crops_size": 16, "local_crops_size": 8, "local_crops_number": 2},
+        "selection": {"local_candidates": 4},
+        "train": {"epochs": 3, "batch_size": 8, "precision": "fp32", "device": "cpu"},
+    }
+    return DinoConfig.model_validate({key: {**tree.get(key, {}), **changes.get(key, {})} for key in tree})
+
+
+def test_measuring_reports_both_kinds_of_step_and_leaves_nothing(hvp, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    ran = hvp(*TINY, *QUICK, "--out", "run", "--dry-run", "--measure")
+    assert ran.code == 0, ran.err
+    assert "Measured over 10 steps after 2 of warm-up, on cpu, 0 loader workers" in ran.out
+    rows = {line[: line.index("  ", 3)].strip(): line.split() for line in ran.out.splitlines() if "  " in line[3:]}
+    assert float(rows["images/s"][-2]) > 0
+    assert rows["selecting"][-2] == "0%"
+    assert rows["selecting"][-1] != "0%"
+    assert re.fullmatch(r"\d+\.\d\d", rows["peak memory, this process"][-2])
+    assert "the run, 3 epochs" in rows
+    assert "Of the whole run's 48 steps, 33 select" in ran.out
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+    assert not any((tmp_path / "tmp").iterdir())
+
+
+def test_a_run_in_which_every_step_selects_is_its_steps(monkeypatch):
+    stages: list[str] = []
+    found = measure(get_method("dino").train, config_of(), on_stage=stages.append)
+    assert (found.warmup_steps, found.steps, found.steps_per_epoch) == (2, 3, 5)  # no more than there are
+    assert stages == ["5 steps without hard views", "5 steps with hard views"]
+    assert found.hard is not None
+    assert found.hard_run_seconds == pytest.approx(15 * found.hard.seconds)
+    assert found.selecting_steps == 15
+    assert found.vanilla.images_per_s == pytest.approx(8 / found.vanilla.seconds)
+    assert 0 <= found.hard.wait_share + found.hard.select_share <= 1
+    assert found.hard.peak_memory > 2**20
+
+
+def test_hard_views_that_cannot_be_sampled_are_left_out():
+    config = config_of(selection={"hard_views": "none", "local_candidates": 1})
+    found = measure(get_method("dino").train, config)
+    assert found.hard is None
+    assert "selection.local_candidates = 1" in found.reason
+
+
+def test_steps_are_whole_bursts_of_the_loader():
+    assert _how_many(1000, 0) == (2, 10)
+    assert _how_many(1000, 4) == (4, 12)
+    assert _how_many(1000, 16) == (16, 16)
+    assert _how_many(10, 16) == (5, 5)
+    assert _how_many(1, 1) == (0, 1)
+
+
+@pytest.mark.parametrize(("start", "every"), [(0.0, 1), (0.3, 1), (0.25, 3), (1.0, 2)])
+def test_selecting_steps_are_those_of_the_trainer(start, every):
+    first = math.ceil(start * 101)
+    expected = sum(step >= first and (step - first) % every == 0 for step in range(101))
+    assert _selecting_steps(SelectionConfig(start=start, every=every), 101) == expected
+
+
+def test_measuring_belongs_to_a_dry_run(hvp, tmp_path):
+    ran = hvp(*TINY, *QUICK, "--measure")
+    assert ran.code == 2
+    assert "--measure belongs to --dry-run" in ran.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_measuring_needs_images(hvp):
+    ran = hvp("pretrain", "dino", "--dry-run", "--measure")
+    assert ran.code == 2
+    assert "nothing to measure without images" in ran.err
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 17 MiB is free. "
+    "Of the allocated memory 14.16 GiB is allocated by PyTorch, and more advice."
+)
+CPU = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "settings"),
+    [
+        (
+            torch.OutOfMemoryError(CUDA),
+            "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB"
+            " of which 17 MiB is free.\n",
+            ["train.accumulate=2 ", "--precision bf16 ", "--batch-size 4 "],
+        ),
+        (
+            RuntimeError("CUDA error: out of memory"),
+            "out of GPU memory",
+            ["train.accumulate=2 ", "--precision bf16 ", "--batch-size 4 "],
+        ),
+        (RuntimeError(CPU), "out of host memory", ["train.accumulate=2 ", "--workers 3 ", "--batch-size 4 "]),
+        (MemoryError(), "out of host memory.\n", ["train.accumulate=2 ", "--workers 3 ", "--batch-size 4 "]),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of host memory", ["--workers 3 "]),
+    ],
+)
+def test_running_out_of_memory_names_what_to_lower(hvp, monkeypatch, error, said, settings):
+    def train(*_: object, **__: object) -> Path:
+        raise error
+
+    monkeypatch.setattr("hvp.methods.dino.METHOD", replace(get_method("dino"), train=train))
+    ran = hvp(*TINY, *QUICK, "--workers", "6", "--out", "run")
+    assert ran.code == 2
+    assert ran.err.startswith(f"hvp: {said}")
+    places = [ran.err.index(setting) for setting in settings]
+    assert places == sorted(places)
+    assert "(now 8; also changes the learning rate" in ran.err
+
+
+def test_other_errors_are_not_explained_away(hvp, monkeypatch):
+    def train(*_: object, **__: object) -> Path:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("hvp.methods.dino.METHOD", replace(get_method("dino"), train=train))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        hvp(*TINY, *QUICK, "--out", "run")
