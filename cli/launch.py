@@ -45,12 +45,14 @@ def slurm(
     from hvp.common.slurm import SlurmJob, sbatch_script
 
     name, given = parse(command)
-    is_run = name == "pretrain"
-    if is_run:
+    is_run = name in ("pretrain", "resume")
+    if given.get("devices"):
+        raise UserError("leave out --devices: Slurm starts the processes, as --nodes and --gpus-per-node say")
+    if name == "pretrain":
         command = _for_the_queue(command, given, nodes * gpus_per_node)
     elif nodes * gpus_per_node > 1:
         raise UserError(f"hvp {name} is one process: leave out --nodes and --gpus-per-node")
-    usual = f"{given['method']}-{given['preset'] or 'custom'}" if is_run else "hvp-" + name.replace(" ", "-")
+    usual = f"{given['method']}-{given['preset'] or 'custom'}" if name == "pretrain" else "hvp-" + name.replace(" ", "-")
     job = SlurmJob(job_name or usual, nodes, gpus_per_node, cpus_per_task, time, partition, account)
     script = sbatch_script(job, command, made_by=sys.argv[1:], resumes=is_run)
     if out is None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hvp.cli import bench, demo, doctor, evaluate, launch, presets, pretrain
-from hvp.common.errors import UserError
+from hvp.cli import bench, demo, doctor, evaluate, launch, presets, pretrain, resume
+from hvp.common.errors import LostProcess, SharedError, Stopped, UserError
 
 # PyTorch's threads wait for each other by spinning, which stalls a step tenfold as soon as anything else wants the
 # cores, be it only the loader's workers. Read when PyTorch is imported, which the commands do when they run.
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("pretrain")(pretrain.pretrain)
+app.command("resume")(resume.resume)
 app.add_typer(evaluate.app, name="eval")
 app.command("presets")(presets.presets)
 app.add_typer(bench.app, name="bench")
@@ -46,9 +47,18 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line. A mistake the user can mend is one message and exit code 2, never a traceback."""
+    """Runs the command line. A mistake the user can mend is one message and exit code 2, never a traceback; a run that
+    a signal stopped has the signal's code. Of several processes one prints the message."""
     try:
         app()
+    except (SharedError, Stopped) as error:
+        from hvp.common.engine.distributed import leave_together
+
+        if error.leader:
+            print(f"hvp: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, LostProcess):
+            leave_together()
+        sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
     except UserError as error:
         print(f"hvp: {error}", file=sys.stderr)
         sys.exit(2)

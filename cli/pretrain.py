@@ -1,6 +1,8 @@
 """hvp pretrain"""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +26,7 @@ FLAGS = {
     "workers": "data.workers",
     "loader": "data.loader",
     "on_bad_image": "data.on_bad_image",
+    "save_every": "train.save_every",
 }
 """The configuration key that each option of `hvp pretrain` stands for."""
 
@@ -55,6 +58,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes to start here, one a GPU. Under torchrun or srun leave it out.", show_default="1"
+    ),
+]
+
+
 def pretrain(
     method: Annotated[str, typer.Argument(help="The method: dino.", show_default=False)],
     preset: Annotated[str | None, typer.Option(help="Start from a preset; `hvp presets METHOD` lists them.")] = None,
@@ -81,8 +92,13 @@ def pretrain(
         list[str] | None,
         typer.Option("--set", help="One value, for example `optim.base_lr=0.001`.", metavar="KEY=VALUE"),
     ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between two checkpoints; 0: one an epoch.", metavar="STEPS")
+    ] = None,
+    devices: Devices = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the folder first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Resume although the configuration differs.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value with its origin, steps and memory; train nothing.")
     ] = False,
@@ -98,10 +114,10 @@ def pretrain(
     """
     given = locals()
     from hvp.common.engine.memory import memory_advice
-    from hvp.methods import get_method
 
     flags = {key: given[name] for name, key in FLAGS.items()}
-    resolved = resolve_flags(method, preset, config, flags, set_ or [])
+    with said_once():
+        resolved = resolve_flags(method, preset, config, flags, set_ or [])
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
     if measure and not dry_run:
@@ -113,11 +129,49 @@ def pretrain(
                 _measure(method, resolved.config)
         return
     out = out or run_folder(method, preset, resolved.config.train.seed)
-    with memory_advice(resolved.config):
-        last = get_method(method).train(
-            resolved.config, out, resume=resume, overwrite=overwrite, console=Console(stderr=True)
-        )
-    print(f"wrote {last}")
+    train(method, resolved.config, out, devices, resume=resume, overwrite=overwrite, force=force)
+
+
+def train(method: str, config: Any, out: Path, devices: int | None, **options: bool) -> None:
+    """Trains in this process, which may be one of several, or starts as many as asked.
+
+    Raises:
+        UserError: something that the caller can mend.
+        Stopped: a signal asked to stop.
+    """
+    from hvp.common.engine.distributed import environment_world, launch
+    from hvp.common.engine.memory import memory_advice
+    from hvp.common.errors import UserError
+    from hvp.methods import get_method
+
+    started = environment_world().size
+    if devices is not None and devices > 1 and started == 1:
+        code = launch(devices, sys.argv[1:])
+        if code:
+            raise typer.Exit(code)
+        return
+    if devices is not None and devices != started:
+        with said_once():
+            raise UserError(f"--devices {devices}, but the launcher started {started} processes. Leave out --devices")
+    with memory_advice(config):
+        last = get_method(method).train(config, out, console=Console(stderr=True), **options)
+    if environment_world().leader:
+        print(f"wrote {last}")
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For mistakes that all processes of a run make alike before they are in touch: rank 0 says them."""
+    from hvp.common.engine.distributed import environment_world
+    from hvp.common.errors import SharedError, UserError
+
+    try:
+        yield
+    except UserError as error:
+        world = environment_world()
+        if world.size == 1:
+            raise
+        raise SharedError(str(error), world.leader) from error
 
 
 def run_folder(method: str, preset: str | None, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake the user can mend."""
+"""The exceptions that stand for something other than a mistake in the program."""
 
 
 class UserError(Exception):
@@ -7,3 +7,35 @@ class UserError(Exception):
     Raised for anything outside the program: arguments, configuration, files, data. The command line prints the
     message without a traceback and exits with code 2; library callers catch it like any other exception.
     """
+
+
+class SharedError(UserError):
+    """The mistake of one process or of all, raised in every process of a run.
+
+    Args:
+        message: what was wrong; it names the rank where only some processes met it.
+        leader: whether this is the process that shows it.
+    """
+
+    def __init__(self, message: str, leader: bool):
+        super().__init__(message)
+        self.leader = leader
+
+
+class LostProcess(SharedError):
+    """Another process of the run died without a word; whether the others live is not known."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did so after a step, with a checkpoint.
+
+    Args:
+        message: what was left where.
+        exit_code: the command line's, by signal: see `hvp.common.engine.signals`.
+        leader: whether this is the process that shows it.
+    """
+
+    def __init__(self, message: str, exit_code: int, leader: bool):
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.leader = leader

@@ -32,7 +32,7 @@ class Method:
     """Its configuration, a `RunConfig` with `view_slots()`."""
 
     train: "Callable[..., Path]"
-    """train(config, out, *, resume, overwrite, console, on_row) -> the last checkpoint."""
+    """train(config, out, *, resume, overwrite, force, console, on_row) -> the last checkpoint."""
 
     build_encoder: "Callable[[Any], nn.Module]"
     """The backbone that a configuration describes, with fresh weights."""

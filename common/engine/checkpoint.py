@@ -11,11 +11,20 @@ import torch
 from hvp.common.errors import UserError
 
 FORMAT = "hvp-checkpoint"
-VERSION = 1
+VERSION = 2
 
 
-def write_atomically(path: Path, write: Any) -> None:
+class DamagedCheckpoint(UserError):
+    """A file that is truncated, or no checkpoint of hvp."""
+
+
+def write_atomically(path: Path, write: Any, previous: Path | None = None) -> None:
     """Calls `write(file)` on a file beside `path`, then renames it: readers see the old content or the new one.
+
+    Args:
+        path: the file.
+        write: writes to an open binary file.
+        previous: where the old content goes. At every moment one of the two names stands for a whole file.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full; what stood at `path` is still there.
@@ -26,35 +35,47 @@ def write_atomically(path: Path, write: Any) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
         kept = f" The previous {path.name} is intact." if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {reason}.{kept}") from error
+        raise UserError(f"{path}: cannot be written: {_reason(error)}.{kept}") from error
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes tensors, numbers, text and containers of these, atomically, with the format's name and version."""
+def _reason(error: BaseException) -> str:
+    """What the operating system said. torch.save raises a RuntimeError of its own after the OSError of a full disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error)
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Writes tensors, numbers, text and containers of these, atomically, with the format's name and version; the
+    checkpoint that stood there becomes `previous`."""
     whole = {"format": FORMAT, "version": VERSION, **content}
-    write_atomically(path, lambda file: torch.save(whole, file))
+    write_atomically(path, lambda file: torch.save(whole, file), previous)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads one of our checkpoints to the CPU, with `weights_only=True`.
 
     Raises:
-        UserError: missing, truncated, not a checkpoint of hvp, or of a version that this release does not know.
+        DamagedCheckpoint: truncated, or not a checkpoint of hvp.
+        UserError: missing, or of a version that this release does not know.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: is truncated, or no checkpoint: {str(error).splitlines()[0]:.200}") from error
+        raise DamagedCheckpoint(f"{path}: is truncated, or no checkpoint: {str(error).splitlines()[0]:.200}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a checkpoint written by hvp")
+        raise DamagedCheckpoint(f"{path}: is not a checkpoint written by hvp")
     if content["version"] != VERSION:
         raise UserError(f"{path}: has format version {content['version']}, but this hvp reads version {VERSION}")
     return content

@@ -1,16 +1,22 @@
 """What a run writes down while it trains: metrics.jsonl, TensorBoard events, and progress for the person who waits."""
 
 import json
+import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hvp.common.engine.checkpoint import write_atomically
+from hvp.common.errors import UserError
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -31,10 +37,11 @@ class RunLog:
         self._first = first_step
         self._started = time.monotonic()
         self._last_plain = float("-inf")
-        path = folder / "metrics.jsonl"
-        _drop_rows_after(path, first_step)
-        self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._path = folder / "metrics.jsonl"
+        with _writing(folder):
+            _drop_rows_after(self._path, first_step)
+            self._rows = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            self._events = Events(folder / "tensorboard", first_step=first_step)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -58,7 +65,9 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         self._events.close()
-        self._rows.close()
+        # Every row was flushed when it was written; what a full disk refused then, closing would try again.
+        with suppress(OSError):
+            self._rows.close()
 
     def note(self, text: str) -> None:
         """One line for the person, above the bar."""
@@ -70,13 +79,16 @@ class RunLog:
             self._progress.update(self._task, completed=step, epoch=epoch + 1)
 
     def write(self, row: Mapping[str, float | int | list[float]]) -> None:
-        """One row: `step`, `epoch`, `loss`, `images_per_s`, the shares of time, and whatever else the trainer gives."""
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
+        """One row: `step`, `epoch`, `loss`, `images_per_s`, the shares of time, and whatever else the trainer gives.
+
+        Raises:
+            UserError: the disk is full, or the folder is gone.
+        """
         step = int(row["step"])  # type: ignore[arg-type]
-        for name, value in row.items():
-            if isinstance(value, float):
-                self._events.add_scalar(name, value, step)
+        with _writing(self._path.parent):
+            self._rows.write(json.dumps(row) + "\n")
+            self._rows.flush()
+            self._events.add(step, {name: value for name, value in row.items() if isinstance(value, float)})
         self._show(step, row)
 
     def _show(self, step: int, row: Mapping[str, float | int | list[float]]) -> None:
@@ -85,6 +97,8 @@ class RunLog:
             f"loss {row['loss']:.4f}  {row['images_per_s']:.{digits}f} images/s  waiting {row['wait_share']:.0%}  "
             f"selecting {row['select_share']:.0%}"
         )
+        if row.get("skipped_steps"):
+            numbers += f"  overflows {row['skipped_steps']:.0f}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, numbers=numbers)
             return
@@ -98,6 +112,68 @@ class RunLog:
             self.note(
                 f"step {step}/{self._total}  epoch {epoch + 1}  {numbers}  left {hours}:{minutes:02}:{seconds:02}"
             )
+
+
+class NoLog(RunLog):
+    """The log of a process that writes and prints nothing."""
+
+    def __init__(self) -> None: ...
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def advance(self, step: int, epoch: int) -> None: ...
+
+    def write(self, row: Mapping[str, float | int | list[float]]) -> None: ...
+
+
+class Events:
+    """TensorBoard's event file, a file of its own for every start of the run.
+
+    Written when a row is: TensorBoard's own writer keeps rows for minutes, which a crash loses, and meets a full disk
+    in a thread.
+
+    Args:
+        folder: made if it is not there.
+        first_step: steps done before; TensorBoard drops what earlier files hold of later ones.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "xb")  # noqa: SIM115 - closed in close()
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """The numbers of a step."""
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        # as with the rows, there is nothing left to write but what a full disk refused
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: the log cannot be written: {error.strerror or error}") from error
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

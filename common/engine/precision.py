@@ -36,6 +36,8 @@ class Precision:
         self.device = device
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.skipped_steps = 0
+        """Optimiser steps that fp16 left out because a gradient overflowed."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of every forward pass and loss."""
@@ -52,6 +54,24 @@ class Precision:
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> None:
-        """One optimiser step; under fp16 it is skipped when a gradient overflowed."""
+        """One optimiser step; under fp16 it is skipped, and counted, when a gradient overflowed."""
         self.scaler.step(optimizer)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            before = self.scaler.get_scale()
+            self.scaler.update()
+            self.skipped_steps += self.scaler.get_scale() < before
+
+    def statistics(self) -> dict[str, float]:
+        """For the log, under fp16: the scale of the loss, and the steps that were skipped so far."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {"fp16_scale": self.scaler.get_scale(), "skipped_steps": float(self.skipped_steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"scaler": self.scaler.state_dict(), "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped_steps = state["skipped_steps"]

@@ -127,6 +127,7 @@ class MultiViewLoader:
                 f"{source.name}: {len(source)} images are fewer than one batch of {global_batch}.\n"
                 "    Make the batch size smaller or use more images; an incomplete batch is not trained on."
             )
+        self.source = source
         self.global_batch = global_batch
         self.accumulate = accumulate
         self.steps_per_epoch = steps_per_epoch(len(source), global_batch)
@@ -309,7 +310,9 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # One thread a worker: the workers are the parallelism. Ctrl-C is for the main process, which ends them.
+    # One thread a worker: the workers are the parallelism. Signals that ask to stop reach whole process groups, but are
+    # for the main process: it has a step to finish, and then ends the workers.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -10,20 +10,29 @@ Source: facebookresearch/dino main_dino.py; HVP Algorithm 1.
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.data import ImageSource, open_dataset
+from hvp.common.engine.distributed import (
+    World,
+    averaging,
+    data_parallel,
+    joined,
+    share_of_batch,
+    synchronised,
+    unwrapped,
+)
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
 from hvp.common.engine.precision import Precision, pick_device
-from hvp.common.engine.run import Run, Stateful, available_workers, claim_folder, seeded
+from hvp.common.engine.run import Run, Stateful, available_workers, claimed, mix, seeded
 from hvp.common.engine.schedules import warmup_cosine
 from hvp.common.errors import UserError
 from hvp.common.hardviews import Selection, gather_views, select
@@ -50,16 +59,18 @@ def train_dino(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     console: Console | None = None,
     on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Path:
-    """Pretrains an encoder.
+    """Pretrains an encoder, in one process or as one of those that a launcher started.
 
     Args:
         config: what to do.
         out: the run's folder.
-        resume: go on from the folder's `last.pt`.
+        resume: go on from the folder's last checkpoint.
         overwrite: delete an earlier run in the folder first.
+        force: resume although the configuration differs.
         console: where progress goes; stderr if not given.
         on_row: told every row of the log; what it raises ends the run.
 
@@ -68,29 +79,32 @@ def train_dino(
 
     Raises:
         UserError: something that the caller can mend, before the first step where it can be known by then.
+        Stopped: a signal asked to stop.
     """
     console = console or Console(stderr=True)
-    device = pick_device(config.train.device)
-    precision = Precision(config.train.precision, device)
-    with seeded(config.train.seed, device):
-        loader = build_loader(config, open_training_data(config), device)
-        student, teacher = build_networks(config, device)
-        dino_loss = build_loss(config).to(device)
-        optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
-        claim_folder(out, resume=resume, overwrite=overwrite)
+    with joined() as world, ExitStack() as held:
+        with world.agreeing():
+            device = pick_device(config.train.device)
+            precision = Precision(config.train.precision, device)
+            held.enter_context(seeded(config.train.seed, device))
+            loader = held.enter_context(closing(build_loader(config, open_training_data(config), device, world)))
+            student, teacher = (synchronised(network, world, device) for network in build_networks(config, device))
+            dino_loss = build_loss(config).to(device)
+            optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
+        held.enter_context(claimed(out, world, resume=resume, overwrite=overwrite))
         parts: dict[str, Stateful] = {
             "student": student,
             "teacher": teacher,
             "dino_loss": dino_loss,
             "optimizer": optimizer,
-            "scaler": precision.scaler,
+            "precision": precision,
         }
-        with (
-            closing(loader),
-            Run("dino", config, out, loader, parts, device, console, resume=resume, on_row=on_row) as run,
-        ):
+        with Run(
+            "dino", config, out, loader, parts, device, console, world, resume=resume, force=force, on_row=on_row
+        ) as run:
+            model = data_parallel(student, world, device)
             for epoch in run.epochs:
-                train_one_epoch(student, teacher, dino_loss, optimizer, precision, run, epoch, config)
+                train_one_epoch(model, teacher, dino_loss, optimizer, precision, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -105,17 +119,21 @@ def open_training_data(config: DinoConfig) -> ImageSource:
     return open_dataset(config.data.path, "train", shapes=config.data.shapes)
 
 
-def build_loader(config: DinoConfig, source: ImageSource, device: torch.device) -> MultiViewLoader:
-    """The multi-view loader of a configuration."""
+def build_loader(
+    config: DinoConfig, source: ImageSource, device: torch.device, world: World = World()
+) -> MultiViewLoader:
+    """The multi-view loader of a configuration, for this process's share of every batch."""
     return MultiViewLoader(
         source,
         config.view_slots(),
-        batch_size=config.train.batch_size // config.train.accumulate,
+        batch_size=share_of_batch(config.train.batch_size, config.train.accumulate, world),
         accumulate=config.train.accumulate,
         seed=config.train.seed,
-        workers=available_workers(config.data.workers, device),
+        workers=available_workers(config.data.workers, device, world),
         pipeline=config.data.loader,
         on_bad_image=config.data.on_bad_image,
+        rank=world.rank,
+        world_size=world.size,
         pin_memory=device.type == "cuda",
     )
 
@@ -167,7 +185,7 @@ def build_loss(config: DinoConfig) -> DINOLoss:
 
 
 def train_one_epoch(
-    student: MultiCropWrapper,
+    model: MultiCropWrapper | DistributedDataParallel,
     teacher: MultiCropWrapper,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
@@ -176,10 +194,11 @@ def train_one_epoch(
     epoch: int,
     config: DinoConfig,
 ) -> None:
-    """The steps of one epoch that are not done yet."""
+    """The steps of one epoch that are not done yet. `model` is the student, as `data_parallel()` gave it back."""
+    student: MultiCropWrapper = unwrapped(model)
     optim, num_parts = config.optim, config.train.accumulate
     last_layer = list(student.head.last_layer.parameters())
-    hvp = HardViews(student, teacher, dino_loss, config, run.total_steps)
+    hvp = HardViews(student, teacher, dino_loss, config, run.total_steps, run.world.rank)
     at_chance = 0
     for it, parts in run.steps(epoch):
         # schedules are functions of the step
@@ -199,7 +218,7 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=precision.device)
         kept = None
-        for part in parts:
+        for number, part in enumerate(parts, start=1):
             crops = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]
             teacher_output = None
             with precision.autocast():
@@ -213,7 +232,9 @@ def train_one_epoch(
                 if teacher_output is None:
                     with torch.no_grad():
                         teacher_output = teacher(views[:1])  # [2 B, K]
-                loss = dino_loss(student(views), teacher_output, epoch) / num_parts
+                with averaging(model, on=number == num_parts):
+                    student_output = model(views)  # [(2 + local) B, K]
+                loss = dino_loss(student_output, teacher_output, epoch) / num_parts
             precision.backward(loss)
             dino_loss.center_step(teacher_output)
             step_loss += loss.detach()
@@ -224,12 +245,14 @@ def train_one_epoch(
         if epoch < optim.freeze_last_layer:
             for parameter in last_layer:
                 parameter.grad = None
+        loss_value = run.check(step_loss, lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
         update_ema(teacher.parameters(), student.parameters(), momentum)
         dino_loss.update_center()
 
-        loss_value = step_loss.item()
-        run.record(loss_value, lr=lr, weight_decay=wd, momentum=momentum, **hvp.statistics(kept))
+        run.record(
+            loss_value, lr=lr, weight_decay=wd, momentum=momentum, **precision.statistics(), **hvp.statistics(kept)
+        )
         at_chance = at_chance + 1 if abs(loss_value - math.log(config.model.out_dim)) < 1e-3 else 0
         if at_chance == COLLAPSE_STEPS:
             run.log.note(
@@ -247,6 +270,7 @@ class HardViews:
             norm update their running statistics in `selection.mode: train`, as in HVP's released code.
         config: says what is sampled and how to select.
         total_steps: optimiser steps of the run, for `selection.start`.
+        rank: this process's, for choices that are an image's own.
     """
 
     def __init__(
@@ -256,9 +280,13 @@ class HardViews:
         dino_loss: DINOLoss,
         config: DinoConfig,
         total_steps: int,
+        rank: int = 0,
     ):
         self.student, self.teacher, self.dino_loss = student, teacher, dino_loss
         self.selection, self.seed = config.selection, config.train.seed
+        # A list of combinations that a batch shares is the same in all processes. What is drawn for every image is not.
+        drawn_per_image = config.selection.per_image or config.selection.policy == "random"
+        self.stream = (rank,) if rank and drawn_per_image else ()
         self.slots = config.combination_slots()
         self.first_candidates = config.first_candidates()
         self.first_step = math.ceil(config.selection.start * total_steps)
@@ -310,7 +338,7 @@ class HardViews:
         )
         self.student.train()
         self.teacher.train()
-        generator = torch.Generator().manual_seed(_mix(self.seed, step))
+        generator = torch.Generator().manual_seed(mix(self.seed, step, *self.stream))
         kept = select(
             crops,
             losses,
@@ -340,8 +368,3 @@ class HardViews:
 
 def _has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
-
-
-def _mix(seed: int, step: int) -> int:
-    """A generator seed of its own for every (seed, step)."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])

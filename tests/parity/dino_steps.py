@@ -12,6 +12,7 @@ from fixtures import Fixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hvp.common.engine.distributed import World
 from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
 from hvp.common.engine.precision import Precision
 from hvp.common.engine.timing import Stopwatch
@@ -52,10 +53,14 @@ class FormulaRun:
         self.steps_per_epoch = f.config["niter"]
         self.total_steps = f.config["epochs"] * f.config["niter"]
         self.selecting = Stopwatch(CPU)
+        self.world = World()
 
     def steps(self, epoch: int) -> Iterator[tuple[int, list[FormulaBatch]]]:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
             yield step, [FormulaBatch(crops(self.f, step))]
+
+    def check(self, loss: Tensor, **_: float) -> float:
+        return loss.item()
 
     def record(self, loss: float, **values: Any) -> None:
         self.outcome.losses.append(loss)

@@ -57,11 +57,14 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert (state["step"], state["epoch"], state["method"]) == (12, 2, "dino")
     assert state["config"] == config.model_dump(mode="json")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
         "config.yaml",
         "epoch0001.pt",
         "epoch0002.pt",
         "last.pt",
         "metrics.jsonl",
+        "previous.pt",
+        "run.json",
         "tensorboard",
     ]
     assert resolve(DinoConfig, [("file", read_yaml(tmp_path / "run" / "config.yaml"))]).config == config
