@@ -2,16 +2,17 @@
 
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hvp.common.engine.signals import EXIT_CODES
 from hvp.common.errors import UserError
 
 SIGNAL_SECONDS = 120
 """Between SIGUSR1 and the time limit: for the step that is under way, and a checkpoint."""
 
-SAVED_ON_USR1 = 75
-SAVED_ON_TERM = 143
+SAVED_ON_USR1, SAVED_ON_TERM = EXIT_CODES[signal.SIGUSR1], EXIT_CODES[signal.SIGTERM]
 """What hvp exits with after it was told to stop by SIGUSR1, or by SIGTERM, and saved."""
 
 

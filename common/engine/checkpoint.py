@@ -11,7 +11,7 @@ import torch
 from hvp.common.errors import UserError
 
 FORMAT = "hvp-checkpoint"
-VERSION = 2
+VERSION = 1
 
 
 class DamagedCheckpoint(UserError):
