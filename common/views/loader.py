@@ -187,10 +187,12 @@ class MultiViewLoader:
     def _next(self, batches: Iterator["ViewBatch | _Failure"]) -> ViewBatch:
         try:
             batch = next(batches)
-        except RuntimeError as error:
-            # A worker that died, or one that could not get shared memory; anything else is a mistake of ours.
-            reason = str(error).strip().splitlines()[-1]
-            if "DataLoader worker (pid" not in reason and "shared memory" not in reason:
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker that died, maybe before its tensors were fetched from it, so that the connection breaks; or one
+            # that could not get shared memory. Anything else is a mistake of ours.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            lost = self._workers > 0 and isinstance(error, (OSError, EOFError))
+            if not lost and "DataLoader worker (pid" not in reason and "shared memory" not in reason:
                 raise
             self.close()
             raise UserError(

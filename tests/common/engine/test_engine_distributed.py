@@ -1,0 +1,182 @@
+"""Several processes: what the environment says, what they agree on, and what the helpers do to modules."""
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from hvp.common.engine import distributed
+from hvp.common.engine.distributed import (
+    World,
+    averaging,
+    data_parallel,
+    environment_world,
+    first_host,
+    joined,
+    rendezvous,
+    share_of_batch,
+    synchronised,
+)
+from hvp.common.errors import SharedError, UserError
+
+CPU = torch.device("cpu")
+
+
+def in_two_processes(body: Callable[..., None], tmp_path: Any) -> list[Any]:
+    """Runs `body(world, say)` in two gloo processes; what each said, by rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (body, port, str(tmp_path)), nprocs=2)
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+
+def _process(rank: int, body: Callable[..., None], port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}.items():
+            patch.setenv(name, str(value))
+        patch.setenv("MASTER_ADDR", "localhost")
+        said: list[Any] = []
+        with joined() as world:
+            body(world, said.append)
+        torch.save(said, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({}, World()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, World(3, 8, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 0, 1)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, World(5, 8, 1, 1)),
+        # the script of sbatch is one process, however many tasks the job has
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, World()),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, World()),
+    ],
+)
+def test_the_environment_says_the_place(environment, world):
+    assert environment_world(environment) == world
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one", "WORLD_SIZE": "2"}])
+def test_a_wrong_environment_is_a_user_error(environment):
+    with pytest.raises(UserError, match="RANK = "):
+        environment_world(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node7", "node7"),
+        ("a,b", "a"),
+        ("gpu[003-007,009],login1", "gpu003"),
+        ("gpu[12]", "gpu12"),
+        ("rack1-n[1,4]-ib", "rack1-n1-ib"),
+        ("", ""),
+    ],
+)
+def test_the_first_machine_of_a_slurm_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_where_the_processes_meet():
+    assert rendezvous({"MASTER_ADDR": "here", "MASTER_PORT": "5"}) == ("here", "5")
+    assert rendezvous({"SLURM_JOB_ID": "1234567", "SLURM_STEP_NODELIST": "n[3-4]"}) == ("n3", "34567")
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        rendezvous({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_a_batch_must_divide():
+    assert share_of_batch(64, 2, World(0, 4)) == 8
+    with pytest.raises(UserError, match="Set a multiple of 8, for example 64"):
+        share_of_batch(60, 2, World(0, 4))
+
+
+def test_one_process_is_left_as_it_is():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert data_parallel(module, World(), CPU) is module
+    assert synchronised(module, World(), CPU) is module
+    assert synchronised(module[0], World(0, 2), CPU) is module[0]
+    with pytest.raises(UserError, match="batch-norm"):
+        synchronised(module, World(0, 2), CPU)
+
+
+def test_synchronised_batch_norm_keeps_parameters_and_names():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = dict(module.named_parameters())
+    after = synchronised(module, World(0, 2), torch.device("cuda"))
+    assert isinstance(after[1], nn.SyncBatchNorm)
+    assert all(before[name] is parameter for name, parameter in after.named_parameters())
+
+
+def _agree(world: World, say: Callable[[Any], None]) -> None:
+    say(world.mean([float(world.rank), 3.0]))
+    say(world.broadcast(f"from {world.rank}"))
+    for who in (0, 1, None):
+        try:
+            with world.agreeing():
+                if who in (world.rank, None):
+                    raise UserError("the disk is full")
+        except SharedError as error:
+            say((str(error), error.leader))
+    with world.agreeing():
+        say("on")
+
+
+def test_a_mistake_of_one_process_is_raised_in_all(tmp_path):
+    for rank, said in enumerate(in_two_processes(_agree, tmp_path)):
+        leader = rank == 0
+        assert said == [
+            [0.5, 3.0],
+            "from 0",
+            ("rank 0: the disk is full", leader),
+            ("rank 1: the disk is full", leader),
+            ("the disk is full", leader),
+            "on",
+        ]
+
+
+def _accumulate(world: World, say: Callable[[Any], None]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 1, bias=False)
+    model = data_parallel(layer, world, CPU)
+    assert isinstance(model, DistributedDataParallel)
+    exchanges = []
+
+    def count(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanges.append(1)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    model.register_comm_hook(None, count)
+    inputs = torch.arange(12.0).reshape(2, 2, 3)[world.rank]
+    for number, row in enumerate(inputs, start=1):
+        with averaging(model, on=number == 2):
+            output = model(row)
+        output.sum().backward()
+        say(len(exchanges))
+    say(layer.weight.grad.clone())
+    # a pass through the module itself exchanges nothing
+    layer(inputs).sum().backward()
+    say(len(exchanges))
+    with torch.no_grad():
+        layer.weight += world.rank
+    try:
+        distributed.assert_equal_weights(layer, world)
+    except SharedError as error:
+        say("different weights" in str(error))
+
+
+def test_gradients_are_averaged_once_a_step_and_unequal_weights_refused(tmp_path):
+    for said in in_two_processes(_accumulate, tmp_path):
+        mean = torch.arange(12.0).reshape(2, 2, 3).sum(1).mean(0, keepdim=True)
+        assert said[:2] == [0, 1]
+        assert torch.equal(said[2], mean)
+        assert said[3:] == [1, True]

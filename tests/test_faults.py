@@ -1,0 +1,401 @@
+"""Everything that ends a run before its time, and what must be left then.
+
+    fault                                   what the command says          what is left
+    --------------------------------------  -----------------------------  -----------------------------------------
+    SIGKILL at any moment, also while a     nothing                        a whole checkpoint, readable rows, events;
+    checkpoint is being written                                            resumed: the uninterrupted weights
+    SIGINT, SIGTERM, SIGUSR1                the step; code 130, 143, 75    a checkpoint of that very step
+    a second SIGINT                         nothing; code 130              the checkpoint that was there
+    last.pt truncated, foreign or gone      its name, and what is taken    previous.pt, which is gone on from
+    both damaged; unknown version           the file; code 2               both, untouched
+    another configuration                   every difference; code 2       the run, untouched; --force goes on
+    a second run into the folder            process and machine; code 2    the first run, untouched
+    a loss that is not finite               step, rate, checkpoint; 2      weights of the step before; nonfinite.json
+    full disk, at a checkpoint or a row     the file and why; code 2       the last good checkpoint
+    the data set vanishes                   the image; code 2              the last good checkpoint
+    a loader worker dies                    the worker; code 2             the last good checkpoint
+    one of several processes is killed      the rank; no code 0            the last good checkpoint; nobody waits on
+
+A message is one, on stderr, without a traceback. Configuration, folders and single images: tests/cli/test_cli.py.
+"""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from hvp.cli.main import main
+from hvp.common.engine import checkpoint, log
+from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
+from hvp.common.engine.run import Run
+
+HVP = str(Path(sys.executable).with_name("hvp"))
+STEPS = 10
+QUICK = [
+    *("pretrain", "dino", "--preset", "tiny", "--epochs", "2", "--batch-size", "8", "--workers", "0"),
+    *("--set", "data.shapes.train=40", "--set", "data.shapes.size=32", "--set", "optim.warmup_epochs=1"),
+    *("--set", "model.use_bn_in_head=false", "--set", "model.drop_path_rate=0.1", "--set", "selection.start=0"),
+    *("--set", "train.log_every=1", "--save-every", "1"),
+]
+
+Hvp = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def hvp(monkeypatch, capsys, tmp_path) -> Hvp:
+    """Runs the command in this process, in an empty folder: (exit code, what it said)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["hvp", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.count("hvp: ") == (code not in (0, 130) or "SIGINT" in said)
+        return code, said
+
+    return run
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [HVP, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hvp", *QUICK, "--out", str(out)])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    return out
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    """A copy of it."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def at_step(monkeypatch, step: int, act: Callable[[], object]) -> None:
+    """Has something happen while a step is in progress."""
+    record = Run.record
+
+    def recording(self: Run, loss: float, **values: float | list[float]) -> None:
+        if self.step + 1 == step:
+            act()
+        record(self, loss, **values)
+
+    monkeypatch.setattr(Run, "record", recording)
+
+
+def step_of(out: Path) -> int:
+    return load_checkpoint(out / "last.pt")["step"]
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_finished_like(out: Path, whole: Path) -> None:
+    """Weights, centre and optimiser bit for bit; every step logged once, with the same loss."""
+    one, other = (load_checkpoint(folder / "last.pt") for folder in (out, whole))
+    for part in ("student", "teacher", "dino_loss"):
+        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items()), part
+    for number, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
+    assert [(row["step"], row["loss"]) for row in rows(out)] == [(row["step"], row["loss"]) for row in rows(whole)]
+
+
+def kill(process: subprocess.Popen, out: Path, *, after: int, writing: bool, moment: float = 0.0) -> None:
+    """SIGKILL once so many steps are done: some seconds later, or as soon as a checkpoint is being written."""
+    wait_for_rows(process, out, after)
+    part = out / ".last.pt.part"
+    while writing and process.poll() is None and not part.exists():
+        pass
+    time.sleep(moment)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < count):
+        time.sleep(0.001)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
+    """Killed before the first checkpoint, while one is written, and between two; each time with other workers."""
+    out = tmp_path / "run"
+    kill(start(*QUICK, "--out", out), out, after=0, writing=True)
+    kill(start("resume", out, "--workers", "1"), out, after=3, writing=True)
+    # what was cut off in the middle is readable up to there
+    assert len([json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]) >= 3
+    logged = [event.step for file in (out / "tensorboard").iterdir() for event in EventFileLoader(str(file)).Load()]
+    assert max(logged) >= 3
+    kill(start(*QUICK, "--out", out, "--resume", "--workers", "2"), out, after=6, writing=False, moment=0.01)
+    process = start("resume", out)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert "going on after step" in said
+    assert_finished_like(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(20))
+def test_twenty_kill_points_give_twenty_equal_runs(whole, tmp_path, point):
+    choose, out = random.Random(point), tmp_path / "run"
+    after, writing, moment = choose.randrange(STEPS - 2), choose.random() < 0.5, choose.random() * 0.02
+    kill(start(*QUICK, "--out", out), out, after=after, writing=writing, moment=0 if writing else moment)
+    process = start("resume", out, "--workers", point % 3)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert_finished_like(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)], ids=lambda x: str(x)
+)
+def test_a_signal_stops_after_the_step_with_a_checkpoint(hvp, whole, monkeypatch, tmp_path, number, code):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        stopped, said = hvp(*QUICK, "--save-every", "0", "--out", "run")
+    assert stopped == code
+    assert f"{number.name}: stopped after step 3 of 10. Go on with: hvp resume run" in said
+    assert step_of(tmp_path / "run") == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert hvp("resume", "run")[0] == 0
+    assert_finished_like(tmp_path / "run", whole)
+
+
+def test_a_second_interrupt_does_not_wait(hvp, monkeypatch, tmp_path):
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    assert hvp(*QUICK, "--out", "run")[0] == 130
+    assert step_of(tmp_path / "run") == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "gone"])
+def test_the_checkpoint_before_stands_in(hvp, run, whole, damage):
+    last = run / "last.pt"
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[:5000])
+    elif damage == "foreign":
+        torch.save({"weight": torch.zeros(2)}, last)
+    else:
+        last.unlink()  # a crash between the two renames of a save
+    code, said = hvp("resume", run)
+    assert code == 0
+    assert "going on after step 9 of 10" in said
+    if damage != "gone":
+        assert f"{last}: is " in said
+        assert f"Taking {run / 'previous.pt'} of step 9 instead" in said
+    assert_finished_like(run, whole)
+
+
+def test_what_cannot_be_read_is_named_and_left(hvp, run):
+    for name in ("last.pt", "previous.pt"):
+        (run / name).write_bytes(b"PK\x03\x04 half a file")
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert "pt: is truncated, or no checkpoint" in said
+    assert (run / "last.pt").read_bytes() == b"PK\x03\x04 half a file"
+
+
+def test_an_unknown_version_is_refused_not_replaced(hvp, run, monkeypatch):
+    content = load_checkpoint(run / "last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "VERSION", 99)
+        save_checkpoint(run / "last.pt", {k: v for k, v in content.items() if k not in ("format", "version")})
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert "has format version 99" in said
+
+
+def test_another_configuration_is_refused_unless_forced(hvp, run):
+    changed = [*QUICK, "--out", run, "--resume", "--epochs", "3", "--set", "optim.base_lr=0.001"]
+    code, said = hvp(*changed)
+    assert code == 2
+    assert "train.epochs: 2 in the checkpoint, 3 now" in said
+    assert re.search(r"optim\.base_lr: \S+ in the checkpoint, 0\.001 now", said)
+    assert hvp(*changed, "--force")[0] == 0
+    assert step_of(run) == 15
+    code, said = hvp(*changed, "--set", "model.head_hidden_dim=16", "--force")
+    assert code == 2
+    assert "student does not fit this configuration" in said
+
+
+def test_resuming_what_is_no_run(hvp, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("folder", "nowhere"):
+        code, said = hvp("resume", name)
+        assert code == 2
+        assert f"{name}: holds no run" in said
+
+
+def test_a_second_run_into_the_folder_is_refused(hvp, run):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, 2); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(run / ".lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    before = (run / "last.pt").stat()
+    for arguments in (("resume", run), (*QUICK, "--out", run, "--overwrite")):
+        code, said = hvp(*arguments)
+        assert code == 2
+        assert f"another run is writing here: process {os.getpid()} on " in said
+    assert (run / "last.pt").stat() == before
+    holder.kill()  # a crash leaves no lock behind
+    holder.wait()
+    assert hvp("resume", run)[0] == 0
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
+    check = Run.check
+
+    def checking(self: Run, loss: torch.Tensor, **values: float) -> float:
+        return check(self, loss * float("nan") if self.step == 3 else loss, **values)
+
+    monkeypatch.setattr(Run, "check", checking)
+    code, said = hvp(*QUICK, "--out", "run")
+    assert code == 2
+    assert re.search(r"step 4: the loss is nan, lr 0\.000\d+\. ", said)
+    assert "Last good checkpoint: run/last.pt, step 3" in said
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["student"].values())
+    about = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert about["step"] == 4
+    assert len({image["index"] for image in about["images"]}) == 8
+    assert about["images"][0]["name"].startswith("shapes train ")
+
+
+def test_a_disk_that_fills_up_under_a_checkpoint(hvp, monkeypatch, tmp_path):
+    fsync, synced = os.fsync, []
+
+    def full(number: int) -> None:
+        synced.append(number)
+        if len(synced) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, said = hvp(*QUICK, "--out", "run")
+    assert code == 2
+    assert "last.pt: cannot be written: No space left on device. The previous last.pt is intact." in said
+    assert step_of(tmp_path / "run") >= 3
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_disk_that_fills_up_under_the_log(hvp, monkeypatch, tmp_path):
+    add = log.Events.add
+
+    def full(self: log.Events, step: int, values: dict[str, float]) -> None:
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, step, values)
+
+    monkeypatch.setattr(log.Events, "add", full)
+    code, said = hvp(*QUICK, "--out", "run")
+    assert code == 2
+    assert "run: the log cannot be written: No space left on device" in said
+    assert step_of(tmp_path / "run") == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(hvp, small_disk):
+    assert hvp(*QUICK, "--out", small_disk / "run")[0] == 0
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**16))
+    code, said = hvp(*QUICK, "--out", small_disk / "run", "--resume", "--epochs", "3", "--force")
+    assert code == 2
+    assert "No space left on device" in said
+    assert step_of(small_disk / "run") == 10
+
+
+def test_a_data_set_that_vanishes(hvp, monkeypatch, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "images"))
+    code, said = hvp(*QUICK, "--data", "images", "--out", "run")
+    assert code == 2
+    assert ".png: " in said
+    assert step_of(tmp_path / "run") == 3
+    assert hvp("resume", "run")[0] == 2
+
+
+def test_a_loader_worker_that_dies(hvp, monkeypatch, tmp_path):
+    def kill_workers() -> None:
+        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
+        pytest.skip("children are found in /proc")
+    at_step(monkeypatch, 2, kill_workers)
+    code, said = hvp(*QUICK, "--workers", "1", "--epochs", "8", "--out", "run")
+    assert code == 2
+    assert "A loader worker failed" in said
+    assert 2 <= step_of(tmp_path / "run") < 40
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_several_processes_stop_together_and_die_together(tmp_path):
+    out = tmp_path / "run"
+    process = start(*QUICK, "--epochs", "200", "--out", out, "--devices", "2")
+    wait_for_rows(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 143, said
+    assert said.count("hvp: ") == 1
+    assert "SIGTERM: stopped after step" in said
+    stopped = step_of(out)
+    assert rows(out)[-1]["step"] == stopped
+
+    process = start("resume", out, "--devices", "2")
+    wait_for_rows(process, out, stopped + 3)
+    # the launcher's children are the processes, and whichever of its own helpers
+    victims = [pid for pid in children(process) if b"hvp.cli.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    said = process.communicate()[1]
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert step_of(out) >= stopped + 2
