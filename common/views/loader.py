@@ -181,7 +181,9 @@ class MultiViewLoader:
         before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         batches = iter(self._loader)
         if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
+            # what was there may itself be the handler of an earlier DataLoader
+            from_loader = getattr(before, "__module__", "").startswith("torch.utils.data")
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if from_loader else before)
         return batches
 
     def _next(self, batches: Iterator["ViewBatch | _Failure"]) -> ViewBatch:
