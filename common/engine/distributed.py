@@ -18,6 +18,7 @@ when they next talk to it.
 """
 
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -306,16 +307,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     Raises:
         UserError: a process was killed, so that it could say nothing itself.
     """
-    import logging
-
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from hvp.common.engine.signals import EXIT_CODES
 
-    # The processes say themselves what is wrong.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # the launcher reports signals and exit codes; the processes say themselves what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="hvp-") as folder:
         config = LaunchConfig(
@@ -339,4 +337,6 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             return failure.exitcode
         except SignalException as error:
             return EXIT_CODES[signal.Signals(error.sigval)]
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
