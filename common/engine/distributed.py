@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -163,7 +163,7 @@ def joined() -> Iterator[World]:
 
     Raises:
         UserError: the environment is not complete, or the others cannot be reached.
-        LostProcess: another process died.
+        LostProcess: another process died, or this one met a mistake outside `World.agreeing()`.
     """
     world = environment_world()
     if world.size == 1:
@@ -186,6 +186,10 @@ def joined() -> Iterator[World]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostProcess(f"rank {world.rank}: another process of the run has ended", world.leader) from error
         raise
+    except SharedError:
+        raise
+    except UserError as error:
+        raise LostProcess(f"rank {world.rank}: {error}", leader=True) from error
     dist.destroy_process_group()
 
 
@@ -204,10 +208,9 @@ def leave_together() -> None:
     """Waits for the other processes, all of which end now: a launcher kills the rest when the first one is gone, and
     the leader may have something to say still."""
     if dist.is_initialized():
-        try:
+        with suppress(RuntimeError):  # nobody is left to wait for
             dist.all_reduce(torch.zeros(1))
-        except RuntimeError:
-            return  # nobody is left to wait for
+        dist.destroy_process_group()
 
 
 def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
