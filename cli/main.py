@@ -56,8 +56,9 @@ def main() -> None:
 
         if error.leader:
             print(f"hvp: {error}", file=sys.stderr, flush=True)
-        if not isinstance(error, LostProcess):
-            leave_together()
+        if isinstance(error, LostProcess):
+            os._exit(2)  # closing the connections would wait for those that are gone
+        leave_together()
         sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
     except UserError as error:
         print(f"hvp: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ class SharedError(UserError):
 
 
 class LostProcess(SharedError):
-    """Another process of the run died without a word; whether the others live is not known."""
+    """This process has lost the others: one of them died, or this one failed where they could not be told."""
 
 
 class Stopped(Exception):

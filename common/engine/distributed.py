@@ -18,13 +18,14 @@ when they next talk to it.
 """
 
 import hashlib
+import logging
 import os
 import re
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -162,7 +163,7 @@ def joined() -> Iterator[World]:
 
     Raises:
         UserError: the environment is not complete, or the others cannot be reached.
-        LostProcess: another process died.
+        LostProcess: another process died, or this one met a mistake outside `World.agreeing()`.
     """
     world = environment_world()
     if world.size == 1:
@@ -185,6 +186,10 @@ def joined() -> Iterator[World]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostProcess(f"rank {world.rank}: another process of the run has ended", world.leader) from error
         raise
+    except SharedError:
+        raise
+    except UserError as error:
+        raise LostProcess(f"rank {world.rank}: {error}", leader=True) from error
     dist.destroy_process_group()
 
 
@@ -203,10 +208,9 @@ def leave_together() -> None:
     """Waits for the other processes, all of which end now: a launcher kills the rest when the first one is gone, and
     the leader may have something to say still."""
     if dist.is_initialized():
-        try:
+        with suppress(RuntimeError):  # nobody is left to wait for
             dist.all_reduce(torch.zeros(1))
-        except RuntimeError:
-            return  # nobody is left to wait for
+        dist.destroy_process_group()
 
 
 def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
@@ -306,16 +310,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     Raises:
         UserError: a process was killed, so that it could say nothing itself.
     """
-    import logging
-
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from hvp.common.engine.signals import EXIT_CODES
 
-    # The processes say themselves what is wrong.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # the launcher reports signals and exit codes; the processes say themselves what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="hvp-") as folder:
         config = LaunchConfig(
@@ -339,4 +340,6 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             return failure.exitcode
         except SignalException as error:
             return EXIT_CODES[signal.Signals(error.sigval)]
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
