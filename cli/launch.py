@@ -50,9 +50,11 @@ def slurm(
         raise UserError("leave out --devices: Slurm starts the processes, as --nodes and --gpus-per-node say")
     if name == "pretrain":
         command = _for_the_queue(command, given, nodes * gpus_per_node)
-    elif nodes * gpus_per_node > 1:
+    elif not is_run and nodes * gpus_per_node > 1:
         raise UserError(f"hvp {name} is one process: leave out --nodes and --gpus-per-node")
-    usual = f"{given['method']}-{given['preset'] or 'custom'}" if name == "pretrain" else "hvp-" + name.replace(" ", "-")
+    usual = "hvp-" + name.replace(" ", "-")
+    if name == "pretrain":
+        usual = f"{given['method']}-{given['preset'] or 'custom'}"
     job = SlurmJob(job_name or usual, nodes, gpus_per_node, cpus_per_task, time, partition, account)
     script = sbatch_script(job, command, made_by=sys.argv[1:], resumes=is_run)
     if out is None:

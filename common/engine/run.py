@@ -255,6 +255,12 @@ class Run:
                 self.log.note(f"{len(skipped)} images could not be read and were replaced:\n{listed}")
 
     @property
+    def row_due(self) -> bool:
+        """Whether `record()` will write a row for this step; what only a row shows need not be computed otherwise."""
+        done = self.step + 1
+        return done % self._config.train.log_every == 0 or done == self.total_steps
+
+    @property
     def last_checkpoint(self) -> Path:
         return self.out / LAST
 
@@ -328,7 +334,7 @@ class Run:
         done = self.step + 1
         self._loss_sum += loss
         self._loss_count += 1
-        if done % self._config.train.log_every and done != self.total_steps:
+        if not self.row_due:
             return
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now

@@ -250,9 +250,8 @@ def train_one_epoch(
         update_ema(teacher.parameters(), student.parameters(), momentum)
         dino_loss.update_center()
 
-        run.record(
-            loss_value, lr=lr, weight_decay=wd, momentum=momentum, **precision.statistics(), **hvp.statistics(kept)
-        )
+        statistics = precision.statistics() | (hvp.statistics(kept) if run.row_due else {})
+        run.record(loss_value, lr=lr, weight_decay=wd, momentum=momentum, **statistics)
         at_chance = at_chance + 1 if abs(loss_value - math.log(config.model.out_dim)) < 1e-3 else 0
         if at_chance == COLLAPSE_STEPS:
             run.log.note(

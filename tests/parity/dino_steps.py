@@ -53,6 +53,7 @@ class FormulaRun:
         self.steps_per_epoch = f.config["niter"]
         self.total_steps = f.config["epochs"] * f.config["niter"]
         self.selecting = Stopwatch(CPU)
+        self.row_due = True
         self.world = World()
 
     def steps(self, epoch: int) -> Iterator[tuple[int, list[FormulaBatch]]]:
