@@ -49,7 +49,7 @@ def overhead(
     from hvp.common.engine.precision import pick_device
     from hvp.methods.dino.benchmark import overhead_rows
 
-    _report(overhead_rows(rounds or 3, pick_device(device.value), batch_size), json)
+    _report(overhead_rows(rounds or 5, pick_device(device.value), batch_size), json)
 
 
 def _report(rows: "list[Row]", path: Path | None) -> None:

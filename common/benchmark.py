@@ -60,8 +60,10 @@ class Row:
         }
 
 
-def interleaved(procedures: list[Callable[[], Any]], rounds: int, device: torch.device | None = None) -> list[float]:
-    """Median seconds of each procedure over `rounds`, in turns, after one round of warm-up."""
+def interleaved(
+    procedures: list[Callable[[], Any]], rounds: int, device: torch.device | None = None
+) -> list[list[float]]:
+    """Seconds of each procedure in each of `rounds`, taken in turns after one round of warm-up."""
     seconds: list[list[float]] = [[] for _ in procedures]
     for round_number in range(rounds + 1):
         for taken, procedure in zip(seconds, procedures, strict=True):
@@ -71,7 +73,24 @@ def interleaved(procedures: list[Callable[[], Any]], rounds: int, device: torch.
             _synchronize(device)
             if round_number:
                 taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+    return seconds
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median of the rounds' ratios: a round's two sides met the same machine, two medians need not have."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc reuse what a step has freed instead of giving it back to the system and asking for it again.
+
+    Otherwise the larger step of two pays for page faults that a GPU's allocator, or a long run, does not have. It holds
+    for the rest of the process; elsewhere than on glibc nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def peak_memory_mb(procedure: Callable[[], Any], device: torch.device | None = None) -> float | None:

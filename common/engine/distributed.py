@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -256,6 +257,8 @@ def data_parallel(module: ModuleT, world: World, device: torch.device) -> Module
     if world.size == 1:
         return module
     assert_equal_weights(module, world)
+    # 1 x 1 convolutions on channels-last images: their gradients' strides differ in name only.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         module,
         device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,

@@ -6,13 +6,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvp.common.benchmark import Row, interleaved, peak_memory_mb, threads
+from hvp.common.benchmark import Row, interleaved, keep_freed_memory, peak_memory_mb, ratio, threads
 from hvp.common.engine.precision import Precision
 from hvp.common.hardviews import Slots, combination_losses, gather_views, select
 from hvp.methods.dino.config import DinoConfig
@@ -47,7 +48,9 @@ def _scoring_row(batch: int, rounds: int) -> Row:
     memory = peak_memory_mb(ours)
     seconds, reference = interleaved([ours, plain], max(1, rounds // 2))
     case = f"DINO scoring, {batch} images, {PROTOTYPES} prototypes, {COMPARISONS} combinations, against the plain loop"
-    return Row("select", case, reference / seconds, 30.0, False, memory, seconds, reference, equal)
+    return Row(
+        "select", case, ratio(reference, seconds), 30.0, False, memory, median(seconds), median(reference), equal
+    )
 
 
 def _plain_selection(teacher: Tensor, student: Tensor, center: Tensor, combinations: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _exact_row(batch: int, rounds: int) -> Row:
         f"exact search over {SLOTS.num_combinations} combinations, {batch} images, given the pair losses, against "
         f"drawing and gathering {COMPARISONS}"
     )
-    return Row("select", case, reference / seconds, 1.0, False, memory, seconds, reference, equal)
+    return Row("select", case, ratio(reference, seconds), 1.0, False, memory, median(seconds), median(reference), equal)
 
 
 def _pixels_row(batch: int, rounds: int) -> Row:
@@ -113,10 +116,12 @@ def _pixels_row(batch: int, rounds: int) -> Row:
     memory = peak_memory_mb(ours)
     seconds, reference = interleaved([ours, plain], rounds)
     case = f"picking the kept crops' pixels, {batch} images, against one `where` a slot and candidate"
-    return Row("select", case, reference / seconds, None, False, memory, seconds, reference, equal)
+    return Row(
+        "select", case, ratio(reference, seconds), None, False, memory, median(seconds), median(reference), equal
+    )
 
 
-def overhead_rows(rounds: int = 3, device: torch.device | None = None, batch: int | None = None) -> list[Row]:
+def overhead_rows(rounds: int = 5, device: torch.device | None = None, batch: int | None = None) -> list[Row]:
     """The training step with HVP over the vanilla step, without the loader: ViT-Ti in fp32 on a CPU, ViT-S in bf16 on a
     GPU."""
     device = device or torch.device("cpu")
@@ -146,12 +151,15 @@ def _overhead_row(
             for a, b in zip(recomputed[1], reused[1], strict=True)
         )
         memory = peak_memory_mb(step.select, device)
+        keep_freed_memory()
         seconds, reference = interleaved([step.hard, step.vanilla], rounds, device)
     case = (
         f"DINO step with HVP (4 + 16 crops) over vanilla (2 + 8), {arch}, {precision_name}, {batch} images, "
         f"{device.type}"
     )
-    return Row("overhead", case, seconds / reference, target, True, memory, seconds, reference, equal)
+    return Row(
+        "overhead", case, ratio(seconds, reference), target, True, memory, median(seconds), median(reference), equal
+    )
 
 
 class _Step:
