@@ -40,8 +40,8 @@ def demo(
     if hard_views:
         console.print(
             f"DINO with hard views on generated shapes. Selection starts after {config.selection.start:.0%} of the "
-            "steps: a network this small may collapse when it gets the hardest views from the start (the papers do start "
-            "at once).",
+            "steps: a network this small may collapse when it gets the hardest views from the start (the papers do "
+            "start at once).",
             highlight=False,
         )
     checkpoint = method.train(config, out / "run", overwrite=(out / "run").exists(), console=Console(stderr=True))
