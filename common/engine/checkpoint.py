@@ -2,11 +2,12 @@
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hvp.common.errors import UserError
 
@@ -79,3 +80,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if content["version"] != VERSION:
         raise UserError(f"{path}: has format version {content['version']}, but this hvp reads version {VERSION}")
     return content
+
+
+MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
+"""Numbers that an optimiser keeps for each that it trains."""
+
+
+def checkpoint_bytes(modules: Sequence[nn.Module], optimizer: str) -> int:
+    """Bytes of the tensors in a checkpoint of these modules and their optimiser's moments. They may be on the meta
+    device, which takes no memory.
+
+    Args:
+        modules: all that a checkpoint holds; what has a gradient in them is trained.
+        optimizer: one of MOMENTS.
+    """
+    trained = sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if p.requires_grad)
+    states = sum(t.numel() * t.element_size() for m in modules for t in m.state_dict().values())
+    return states + MOMENTS[optimizer] * trained
