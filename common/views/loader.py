@@ -8,6 +8,7 @@ micro-batches, nor from where a run was resumed: `order.py` says which images a 
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -154,6 +155,9 @@ class MultiViewLoader:
             generator=torch.Generator(),  # its seeds are not used; without its own it would draw from the global one
         )
 
+        # Workers ignore SIGTERM, by which multiprocessing would end those that are left when the interpreter exits.
+        weakref.finalize(self, _end_workers, self._loader)
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[ViewBatch]]:
         """The batches of one epoch, from `start_step` on. One epoch is read at a time.
 
@@ -180,9 +184,7 @@ class MultiViewLoader:
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch; a further epoch starts new ones."""
-        workers, self._loader._iterator = self._loader._iterator, None
-        if isinstance(workers, _MultiProcessingDataLoaderIter):
-            workers._shutdown_workers()
+        _end_workers(self._loader)
 
     def _start(self) -> Iterator["ViewBatch | _Failure"]:
         # DataLoader installs a SIGCHLD handler that raises a RuntimeError wherever the main process happens to be,
@@ -317,6 +319,12 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
                     raise
                 skipped.append(bad.where)
         raise UserError(f"{self.source.name}: none of its {count} images can be decoded.")
+
+
+def _end_workers(loader: "DataLoader[ViewBatch | _Failure]") -> None:
+    workers, loader._iterator = loader._iterator, None
+    if isinstance(workers, _MultiProcessingDataLoaderIter):
+        workers._shutdown_workers()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
