@@ -196,8 +196,8 @@ def train_one_epoch(
         run.collapse.see(
             it,
             abs(loss_value - uniform) < 1e-3,
-            f"the loss has been ln(out_dim) = {uniform:.3f} for {run.collapse.steps} steps: the outputs are uniform. Lower "
-            "the learning rate or the teacher temperature, or start selecting later (selection.start)",
+            f"for {run.collapse.steps} steps the loss has been ln(out_dim) = {uniform:.3f}: the outputs are uniform. "
+            "Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
         )
 
 
