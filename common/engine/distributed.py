@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hvp.common.engine.batch_norm import share_batch_norm
 from hvp.common.errors import LostProcess, SharedError, UserError
 
 T = TypeVar("T")
@@ -237,19 +238,11 @@ def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
 
 def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT:
     """The module with batch norm over the images of all processes; the module itself where there is nothing to do.
-
-    Raises:
-        UserError: batch norm and several processes on CPUs, where PyTorch cannot do that. Statistics of each process's
-            own images would silently train something else than one process does.
-    """
+    Statistics of each process's own images would silently train something else than one process does."""
     if world.size == 1 or not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
         return module
-    if device.type != "cuda":
-        raise UserError(
-            f"{world.size} processes on CPUs cannot share batch-norm statistics. Use one process or GPUs, or a network "
-            "without batch norm"
-        )
-    converted: ModuleT = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else share_batch_norm
+    converted: Any = convert(module)
     return converted
 
 
