@@ -158,7 +158,9 @@ def train_one_epoch(
             with precision.autocast():
                 if selector.acts_on(it):  # hvp: train on the hardest pair of the sampled views
                     with run.selecting.running():
-                        kept = selector.keep(views, score(simsiam, views, selector), it)
+                        with selector.scoring(simsiam):
+                            losses = pair_losses(simsiam, views)
+                        kept = selector.keep(views, losses, it)
                         views = kept.views
                 else:
                     views = selector.first(views)
@@ -183,14 +185,3 @@ def train_one_epoch(
             "selecting later (selection.start)",
         )
 
-
-def score(model: SimSiam, views: list[Tensor], selector: ViewSelector) -> Tensor:
-    """hvp: the pair losses [B, N, N] of the candidates [N, B, 3, H, W], all forwarded in one batch.
-
-    Batch norm so sees all views of a batch together, as in HVP's released code, where the training step shows it the
-    two kept views one after the other.
-    """
-    (candidates,) = views
-    with selector.scoring(model):
-        p, z = model.single_forward(candidates.flatten(0, 1))  # each [N B, D]
-        return pair_losses(*(x.unflatten(0, candidates.shape[:2]) for x in (p, z)))

@@ -7,12 +7,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hvp.methods.simsiam.builder import SimSiam
+
 EPS = 1e-8
-"""Shorter vectors are divided by this instead of their length, as `torch.nn.CosineSimilarity` does."""
+"""Vectors shorter than this are divided by it instead of their length, as `torch.nn.CosineSimilarity` does."""
+
+
+def pair_losses(model: SimSiam, views: list[Tensor]) -> Tensor:
+    """Forwards all candidates in one batch. To be called without gradient.
+
+    So batch norm sees all views of a batch together, as in HVP's released code, where a training step shows it the two
+    kept views one after the other.
+
+    Args:
+        model: in the mode it is to score in; in training mode its running statistics move.
+        views: one tensor [N, B, 3, H, W] of candidates, normalised.
+
+    Returns:
+        [B, N, N] as `negative_cosines()`.
+
+    Source: HVP (arXiv:2310.03940) Eq. 2; automl/hvp select_crops.py.
+    """
+    (candidates,) = views
+    p, z = model.single_forward(candidates.flatten(0, 1))  # each [N B, D]
+    return negative_cosines(*(x.unflatten(0, candidates.shape[:2]) for x in (p, z)))
 
 
 @torch.no_grad()
-def pair_losses(p: Tensor, z: Tensor) -> Tensor:
+def negative_cosines(p: Tensor, z: Tensor) -> Tensor:
     """Negative cosine of every view's prediction to every view's projection, kept per image.
 
     A pair's loss is the mean of its two entries. The diagonal, a view against itself, is no term of the objective.
@@ -27,10 +49,10 @@ def pair_losses(p: Tensor, z: Tensor) -> Tensor:
     Raises:
         ValueError: p and z differ in shape; the message shows both.
 
-    Source: HVP (arXiv:2310.03940) Eq. 2; SimSiam (arXiv:2011.10566) Eq. 2, before the mean over the batch.
+    Source: SimSiam (arXiv:2011.10566) Eq. 1, before the mean over the batch.
     """
     if p.shape != z.shape:
-        raise ValueError(f"pair_losses: p is {list(p.shape)} but z is {list(z.shape)}")
+        raise ValueError(f"negative_cosines: p is {list(p.shape)} but z is {list(z.shape)}")
     p, z = (normalize(x.float(), dim=-1, eps=EPS).transpose(0, 1) for x in (p, z))  # [B, N, D]
     with torch.autocast(p.device.type, enabled=False):
         return -(z @ p.mT)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
 from torch import Tensor, nn
 
 from hvp.common.engine.schedules import cosine
-from hvp.common.evaluation.checkpoints import backbone_of
+from hvp.common.errors import UserError
+from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots, select
-from hvp.common.networks import encoder_from_state
 from hvp.common.networks.resnet import CONVNETS, ResNet
 from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import build_model, symmetric_loss
-from hvp.methods.simsiam.score import pair_losses
+from hvp.methods.simsiam.score import negative_cosines
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, f: Fixture, what: str) -> None:
@@ -41,7 +43,7 @@ def test_loss_and_gradients(case: str) -> None:
 def test_pair_losses_average_to_the_loss_of_each_image(case: str) -> None:
     f = load(case)
     t = f.tensors
-    matrix = pair_losses(torch.stack((t["p1"], t["p2"])), torch.stack((t["z1"], t["z2"])))
+    matrix = negative_cosines(torch.stack((t["p1"], t["p2"])), torch.stack((t["z1"], t["z2"])))
     assert_close((matrix[:, 0, 1] + matrix[:, 1, 0]) / 2, t["per_sample_loss"], f, "loss of each image")
 
 
@@ -128,7 +130,7 @@ def test_selection(case: str) -> None:
     f = load(case)
     t, num_views = f.tensors, f.config["n_views"]
     p, z = (t[name].unflatten(0, (num_views, f.config["B"])) for name in ("p", "z"))  # [N, B, D]
-    matrix = pair_losses(p, z)
+    matrix = negative_cosines(p, z)
     slots = Slots.from_counts((num_views,), (2,))
     assert torch.equal(slots.all_combinations(), t["pairs"])
     for (first, second), expected in zip(t["pairs"].tolist(), t["pair_similarity"], strict=True):
@@ -167,15 +169,38 @@ def test_checkpoint_names_and_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_backbones_of_the_reference_checkpoints_are_recognised(name: str) -> None:
-    (entries,) = load_checkpoint_keys(name)["entries"].values()
-    with torch.device("meta"):
-        weights = {key: torch.empty(shape) for key, shape, _ in entries}
-        state, head = backbone_of("checkpoint", weights)
-        encoder = encoder_from_state(state)
+def test_reference_checkpoints_load_for_evaluation(name: str, tmp_path: Path) -> None:
+    facts = load_checkpoint_keys(name)
+    ((top_level, entries),) = facts["entries"].items()
+    # every tensor filled with its own number, which the file holds once
+    weights = {
+        key: torch.tensor(number, dtype=getattr(torch, dtype)).expand(shape)
+        for number, (key, shape, dtype) in enumerate(entries)
+    }
+    rest = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}}, "fp16": None, "total_time": "1:00:00"}
+    content = {key: weights if key == top_level else rest[key] for key in facts["top_level_keys"]}
+    torch.save(content, tmp_path / "checkpoint.pth.tar")
+
+    encoder, meta = load_encoder(tmp_path / "checkpoint.pth.tar")
     assert isinstance(encoder, ResNet)
-    assert {key: value.shape for key, value in encoder.state_dict().items()} == {k: v.shape for k, v in state.items()}
-    assert all(key.startswith(("encoder.fc.", "predictor.")) for key in head)
+    assert not encoder.training
+    assert (meta.format, meta.which, meta.epoch) == ("bare", "bare", 100)
+    assert all(key.startswith(("encoder.fc.", "predictor.")) for key in meta.dropped)
+    loaded = encoder.state_dict()
+    assert len(loaded) + len(meta.dropped) == len(weights)
+    for key, value in loaded.items():
+        theirs = key.replace(".downsample.", ".shortcut.") if "cifar" in name else key
+        assert torch.equal(value, weights[f"module.encoder.{theirs}"]), key
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_by_its_keys(tmp_path: Path) -> None:
+    (entries,) = load_checkpoint_keys("simsiam_resnet50")["entries"].values()
+    weights = {key: torch.zeros(()).expand(shape) for key, shape, _ in entries}
+    del weights["module.encoder.bn1.weight"]
+    weights["module.encoder.extra"] = torch.zeros(1)
+    torch.save({"state_dict": weights}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"missing \(1\): bn1\.weight\n.*left over \(1\): extra\n"):
+        load_encoder(tmp_path / "odd.pth")
 
 
 def test_residual_branches_start_at_zero() -> None:

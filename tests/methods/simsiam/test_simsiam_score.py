@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp.common.hardviews import Slots, select
 from hvp.methods.simsiam.main_simsiam import symmetric_loss
-from hvp.methods.simsiam.score import pair_losses
+from hvp.methods.simsiam.score import negative_cosines
 
 
 def outputs(views: int = 4, images: int = 3, dim: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def test_equals_the_formula(views: int, images: int, dim: int, zeros: bool, seed
     if zeros:  # an output without direction agrees with nothing
         p[0, 0] = 0
         z[-1, -1] = 0
-    losses = pair_losses(p, z)
+    losses = negative_cosines(p, z)
     assert losses.shape == (images, views, views)
     for b in range(images):
         for t in range(views):
@@ -50,7 +50,7 @@ def test_equals_the_formula(views: int, images: int, dim: int, zeros: bool, seed
 def test_nothing_is_harder_than_the_kept_pair(views: int, seed: int) -> None:
     """Against the objective itself, pair by pair and image by image."""
     p, z = outputs(views, seed=seed)
-    kept = select([], pair_losses(p, z), Slots.from_counts((views,), (2,)))
+    kept = select([], negative_cosines(p, z), Slots.from_counts((views,), (2,)))
     for b in range(p.shape[1]):
         of_pair = {
             (i, j): symmetric_loss(p[i, b : b + 1], p[j, b : b + 1], z[i, b : b + 1], z[j, b : b + 1]).item()
@@ -65,7 +65,7 @@ def test_nothing_is_harder_than_the_kept_pair(views: int, seed: int) -> None:
 def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
     p, z = (x.requires_grad_() for x in outputs())
     before = [x.detach().clone() for x in (p, z)]
-    assert not pair_losses(p, z).requires_grad
+    assert not negative_cosines(p, z).requires_grad
     assert all(torch.equal(a.detach(), b) for a, b in zip((p, z), before, strict=True))
 
 
@@ -73,10 +73,10 @@ def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     p, z = (30000 * x.clamp(-1, 1) for x in outputs(dim=50))  # the length is more than float16 holds
     p, z = p.to(dtype), z.to(dtype)
-    losses = pair_losses(p, z)
+    losses = negative_cosines(p, z)
     assert losses.dtype == torch.float32
     assert losses.isfinite().all()
-    assert torch.equal(losses, pair_losses(p.float(), z.float()))
+    assert torch.equal(losses, negative_cosines(p.float(), z.float()))
     loss = symmetric_loss(p[0], p[1], z[0], z[1])
     assert loss.dtype == torch.float32
     assert torch.equal(loss, symmetric_loss(p[0].float(), p[1].float(), z[0].float(), z[1].float()))
@@ -84,19 +84,19 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 def test_autocast_does_not_coarsen_the_losses() -> None:
     p, z = outputs(dim=50)
-    expected, loss = pair_losses(p, z), symmetric_loss(p[0], p[1], z[0], z[1])
+    expected, loss = negative_cosines(p, z), symmetric_loss(p[0], p[1], z[0], z[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(pair_losses(p, z), expected)
+        assert torch.equal(negative_cosines(p, z), expected)
         assert torch.equal(symmetric_loss(p[0], p[1], z[0], z[1]), loss)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_only_where_it_belongs(value: float) -> None:
     p, z = outputs()
-    expected = pair_losses(p, z)
+    expected = negative_cosines(p, z)
     bad = p.clone()
     bad[3, 1, 2] = value
-    losses = pair_losses(bad, z)
+    losses = negative_cosines(bad, z)
     others = torch.ones_like(losses, dtype=torch.bool)
     others[1, :, 3] = False
     assert not losses[~others].isfinite().any()
@@ -106,4 +106,4 @@ def test_not_finite_only_where_it_belongs(value: float) -> None:
 def test_shapes_that_do_not_fit() -> None:
     p, z = outputs()
     with pytest.raises(ValueError, match=r"p is \[4, 3, 5\] but z is \[4, 2, 5\]"):
-        pair_losses(p, z[:, :2])
+        negative_cosines(p, z[:, :2])

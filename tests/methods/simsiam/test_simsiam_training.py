@@ -23,10 +23,10 @@ from hvp.methods.simsiam.main_simsiam import (
     build_model,
     check_batch,
     parameter_groups,
-    score,
     symmetric_loss,
     train_simsiam,
 )
+from hvp.methods.simsiam.score import pair_losses
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -52,11 +52,17 @@ def train(config: SimSiamConfig, out: Path) -> dict:
 
 
 def scored(config: SimSiamConfig) -> tuple[SimSiam, ViewSelector, list[Tensor]]:
-    """A fresh model, the selector, and the normalised views of a batch."""
+    """A fresh model, its selector, and the normalised views of a batch."""
     torch.manual_seed(0)
     model = build_model(config, CPU)
     (batch,) = next(build_loader(config, open_training_data(config), CPU).epoch(0))
     return model, ViewSelector(config, total_steps=1), [normalize(pixels) for pixels in batch.pixels]
+
+
+def losses_of(model: SimSiam, selector: ViewSelector, views: list[Tensor]) -> Tensor:
+    """As a step scores."""
+    with selector.scoring(model):
+        return pair_losses(model, views)
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -117,7 +123,7 @@ def test_gradients_stop_at_the_projections():
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_scores_are_those_of_all_views_in_one_batch(mode):
     model, selector, views = scored(small(selection__mode=mode))
-    losses = score(model, views, selector)
+    losses = losses_of(model, selector, views)
     torch.manual_seed(0)
     fresh = build_model(small(), CPU).train(mode == "train")
     z = fresh.encoder(torch.cat(list(views[0])))
@@ -132,7 +138,7 @@ def test_scores_are_those_of_all_views_in_one_batch(mode):
 def test_scoring_moves_nothing_but_running_statistics(mode):
     model, selector, views = scored(small(selection__mode=mode))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    score(model, views, selector)
+    losses_of(model, selector, views)
     changed = {key.rpartition(".")[2] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == ({"running_mean", "running_var", "num_batches_tracked"} if mode == "train" else set())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -142,7 +148,7 @@ def test_scoring_moves_nothing_but_running_statistics(mode):
 def test_the_kept_pair_is_the_hardest_under_the_same_outputs():
     model, selector, views = scored(small())
     p, z = (x.detach().unflatten(0, (4, 8)) for x in model.single_forward(views[0].flatten(0, 1)))
-    kept = selector.keep(views, score(model, views, selector), step=0)
+    kept = selector.keep(views, losses_of(model, selector, views), step=0)
     assert kept.views[0].shape == (2, 8, 3, 32, 32)
     for b in range(8):
         pair = kept.index[b].tolist()
