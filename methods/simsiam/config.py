@@ -1,8 +1,8 @@
-"""The configuration of SimSiam. Defaults are those of facebookresearch/simsiam, main_simsiam.py, unless said otherwise."""
+"""The configuration of SimSiam. Defaults are those of facebookresearch/simsiam, unless said otherwise."""
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hvp.common.config import Fraction, Range, Section
 from hvp.common.hardviews import Slots
@@ -46,7 +46,7 @@ class OptimConfig(Section):
     """Of everything that is trained, batch norm and biases too."""
 
     fix_pred_lr: bool = False
-    """The predictor keeps the learning rate of the first epoch. Off in upstream's defaults, on in its README's command."""
+    """The predictor keeps the learning rate of the first epoch. Upstream: off by default, on in its README."""
 
 
 class ViewsConfig(Section):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import CollapseWatch, feature_spread
+from hvp.common.engine.collapse import feature_spread
 from hvp.common.engine.distributed import (
     World,
     averaging,
@@ -39,8 +39,8 @@ from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.score import EPS, pair_losses
 
-COLLAPSED_SPREAD = 0.01
-"""Spread of the projections below which a step looks collapsed."""
+COLLAPSED_SPREAD = 0.05
+"""Spread of the projections (1 all over the sphere, 0 a point) below which a step looks collapsed."""
 
 
 def train_simsiam(config: SimSiamConfig, out: Path, **options: Unpack[RunOptions]) -> Path:
@@ -65,9 +65,8 @@ def train_simsiam(config: SimSiamConfig, out: Path, **options: Unpack[RunOptions
             optimizer = build_optimizer(config.optim.optimizer, parameter_groups(model, config.optim.weight_decay))
         with s.run("simsiam", {"model": model, "optimizer": optimizer}) as run:
             ddp = data_parallel(model, s.world, s.device)
-            collapse = CollapseWatch(run.log.note)
             for epoch in run.epochs:
-                train_one_epoch(ddp, optimizer, s.precision, run, epoch, config, collapse)
+                train_one_epoch(ddp, optimizer, s.precision, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -139,7 +138,6 @@ def train_one_epoch(
     run: Run,
     epoch: int,
     config: SimSiamConfig,
-    collapse: CollapseWatch,
 ) -> None:
     """The steps of one epoch that are not done yet. `model` is as `data_parallel()` gave it back."""
     simsiam: SimSiam = unwrapped(model)
@@ -178,10 +176,9 @@ def train_one_epoch(
         spread = feature_spread(z1)
         statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
         run.record(loss_value, lr=lr, spread=spread, **statistics)
-        collapse.see(
+        run.collapse.see(
             it,
             spread < COLLAPSED_SPREAD,
-            f"the projections of all images are the same (spread {spread:.4f}). Lower the learning rate, or start "
-            "selecting later (selection.start)",
+            f"for {run.collapse.steps} steps the projections of all images have been nearly the same (spread "
+            f"{spread:.4f}). Lower the learning rate, or start selecting later (selection.start)",
         )
-
