@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ log = logging.getLogger(__name__)
 LAST = "last.pt"
 
 Which = Literal["teacher", "student", "model"]
-"""The networks of a checkpoint: those of a method with a teacher, or the only one. The first that is there is what an
-evaluation takes unasked."""
+"""The networks of a checkpoint: those of a method with a teacher, or the only one."""
+
+ORDER: tuple[Which, ...] = ("teacher", "student", "model")
+"""The first of these that a file holds is what an evaluation takes unasked."""
 
 EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a state dict."
 
@@ -109,11 +111,12 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
             f"{path}: this checkpoint has version {content.get('version')}, but this hvp reads version {VERSION}."
             " Use the hvp that wrote it."
         )
-    networks = {name: content[name] for name in get_args(Which) if content.get(name) is not None}
+    networks = {name: content[name] for name in ORDER if content.get(name) is not None}
     form: Literal["hvp", "upstream", "bare"]
     found: Which | Literal["bare"]
     if ours or "teacher" in networks or "student" in networks:
-        form, found = "hvp" if ours else "upstream", which or next(iter(networks), "model")
+        form = "hvp" if ours else "upstream"
+        found = which if which is not None else next(iter(networks), "model")
         if found not in networks:
             raise UserError(
                 f"{path}: this checkpoint has no {found}. It has: {', '.join(networks) or 'no network'}."

@@ -4,4 +4,11 @@ from hvp.methods import Method
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import build_encoder, build_modules, train_simsiam
 
-METHOD = Method("simsiam", SimSiamConfig, train_simsiam, build_encoder, build_modules)
+METHOD = Method(
+    "simsiam",
+    SimSiamConfig,
+    train_simsiam,
+    build_encoder,
+    build_modules,
+    linear={"epochs": 90, "optimizer": "lars", "base_lr": 0.1, "batch_size": 4096},
+)
