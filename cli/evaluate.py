@@ -165,7 +165,7 @@ def _open(checkpoint: Path, which: Which, data: str) -> "tuple[nn.Module, Backbo
 
 def _resolution(meta: "BackboneMeta") -> int:
     views = (meta.config or {}).get("views", {})
-    return int(views.get("global_crops_size", views.get("size", 224)))
+    return int(views.get("global_crops_size", views.get("crop_size", 224)))
 
 
 def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:

@@ -109,6 +109,10 @@ class RunConfig(Section, ABC):
     def peak_lr(self) -> float:
         """The learning rate after warm-up, scaled by the batch size."""
 
+    def notes(self) -> list[str]:
+        """What whoever starts the run should know of its values; said when it starts, and by --dry-run."""
+        return []
+
     def first_candidates(self) -> list[int]:
         """The views that a step without selection trains on: the first of every slot."""
         views: list[int] = []
