@@ -87,18 +87,12 @@ def examine(
     if data is not None:
         skip = config is not None and config.data.on_bad_image == "skip"
         yield from check_dataset(data, sample, skip_bad=skip, workers=workers, config=config)
-    size = None if config is None or build_modules is None else _checkpoint_bytes(config, build_modules)
+    size = None
+    if config is not None and build_modules is not None:
+        from hvp.common.engine.checkpoint import checkpoint_bytes
+
+        size = checkpoint_bytes(config, build_modules)
     yield check_disk(out, size, kept=0 if config is None else _kept_epochs(config))
-
-
-def _checkpoint_bytes(config: Any, build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]]") -> int:
-    """The size of a checkpoint of a configuration, without the memory to train it."""
-    import torch
-
-    from hvp.common.engine.checkpoint import checkpoint_bytes
-
-    with torch.device("meta"):
-        return checkpoint_bytes(build_modules(config, torch.device("meta")), config.optim.optimizer)
 
 
 def check_packages() -> Check:

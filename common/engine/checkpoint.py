@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,17 @@ MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
 """Numbers that an optimiser keeps for each that it trains."""
 
 
-def checkpoint_bytes(modules: Sequence[nn.Module], optimizer: str) -> int:
-    """Bytes of the tensors in a checkpoint of these modules and their optimiser's moments. They may be on the meta
-    device, which takes no memory.
+def checkpoint_bytes(config: Any, build_modules: Callable[[Any, torch.device], Sequence[nn.Module]]) -> int:
+    """Bytes of the tensors in a checkpoint of a configuration, without the memory to train it: those of the modules,
+    and the optimiser's moments of what has a gradient in them.
 
     Args:
-        modules: all that a checkpoint holds; what has a gradient in them is trained.
-        optimizer: one of MOMENTS.
+        config: a method's, whose `optim.optimizer` is one of MOMENTS.
+        build_modules: the method's, as in `hvp.methods.Method`.
     """
+    meta = torch.device("meta")
+    with meta:
+        modules = build_modules(config, meta)
     trained = sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if p.requires_grad)
     states = sum(t.numel() * t.element_size() for m in modules for t in m.state_dict().values())
-    return states + MOMENTS[optimizer] * trained
+    return states + MOMENTS[config.optim.optimizer] * trained

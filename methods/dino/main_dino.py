@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
@@ -137,7 +136,6 @@ def train_one_epoch(
     selector = ViewSelector(config, run.total_steps, run.world.rank)
     # hvp: with batch norm the outputs of the kept crops depend on the batch they are computed in
     reuses_teacher = not has_batch_norm(teacher)
-    collapse = CollapseWatch(run.log.note)
     for it, parts in run.steps(epoch):
         # schedules are functions of the step
         lr = warmup_cosine(
@@ -195,11 +193,11 @@ def train_one_epoch(
         statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
         run.record(loss_value, lr=lr, weight_decay=wd, momentum=momentum, **statistics)
         uniform = math.log(config.model.out_dim)
-        collapse.see(
+        run.collapse.see(
             it,
             abs(loss_value - uniform) < 1e-3,
-            f"the loss has been ln(out_dim) = {uniform:.3f} for {collapse.steps} steps: the outputs are uniform. Lower "
-            "the learning rate or the teacher temperature, or start selecting later (selection.start)",
+            f"for {run.collapse.steps} steps the loss has been ln(out_dim) = {uniform:.3f}: the outputs are uniform. "
+            "Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
         )
 
 

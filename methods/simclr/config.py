@@ -137,8 +137,8 @@ class SimclrConfig(RunConfig):
             return []
         part = train.batch_size // train.accumulate
         return [
-            f"train.accumulate = {train.accumulate} changes the objective: a view has the {2 * part - 2} negatives of its "
-            f"part, not the {2 * train.batch_size - 2} of the batch"
+            f"train.accumulate = {train.accumulate} changes the objective: views have {2 * part - 2} negatives, those "
+            f"of their part, instead of {2 * train.batch_size - 2}"
         ]
 
     def view_slots(self) -> tuple[ViewSlot, ...]:

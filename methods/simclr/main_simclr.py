@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import CollapseWatch, feature_spread
+from hvp.common.engine.collapse import feature_spread
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
 from hvp.common.engine.precision import Precision
@@ -55,9 +55,8 @@ def train_simclr(config: SimclrConfig, out: Path, **options: Unpack[RunOptions])
             optimizer.param_groups[0]["weight_decay"] = config.optim.weight_decay
         with s.run("simclr", {"model": model, "optimizer": optimizer}) as run:
             ddp = data_parallel(model, s.world, s.device)
-            collapse = CollapseWatch(run.log.note)
             for epoch in run.epochs:
-                train_one_epoch(ddp, optimizer, s.precision, run, collapse, epoch, config)
+                train_one_epoch(ddp, optimizer, s.precision, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -86,7 +85,6 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     run: Run,
-    collapse: CollapseWatch,
     epoch: int,
     config: SimclrConfig,
 ) -> None:
@@ -134,9 +132,9 @@ def train_one_epoch(
         spread = feature_spread(z.detach().flatten(0, 1))
         statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
         run.record(loss_value, lr=lr, spread=spread, **statistics)
-        collapse.see(
+        run.collapse.see(
             it,
             abs(loss_value - chance) < 1e-3 or spread < 1e-2,
-            f"for {collapse.steps} steps the loss has been that of chance, ln(2 B - 1) = {chance:.3f}, or the "
+            f"for {run.collapse.steps} steps the loss has been that of chance, ln(2 B - 1) = {chance:.3f}, or the "
             "projections one point. Lower the learning rate, or warm it up for longer",
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvp.common.engine import selecting
+from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World
-from hvp.common.engine.log import NoLog
 from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
 from hvp.common.engine.precision import Precision
 from hvp.common.engine.timing import Stopwatch
@@ -58,7 +58,7 @@ class FormulaRun:
         self.total_steps = f.config["epochs"] * f.config["niter"]
         self.selecting = Stopwatch(CPU)
         self.row_due = True
-        self.log = NoLog()
+        self.collapse = CollapseWatch(print)
         self.world = World()
 
     def steps(self, epoch: int) -> Iterator[tuple[int, list[FormulaBatch]]]:
