@@ -1,0 +1,1 @@
+"""iBOT (arXiv:2111.07832), with hard views."""

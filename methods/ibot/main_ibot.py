@@ -1,0 +1,343 @@
+"""iBOT, with hard views: the trainer.
+
+Shaped like the upstream's main_ibot.py; `# hvp:` marks what is not in it. With `selection.hard_views: none` none of
+that runs.
+
+    # B images, G global and V = G + M candidate crops (G = 2, V = 2 + M without hard views), N patches of a global crop
+    # R of the patches are masked; K and K2 prototypes ([CLS] and patches), b bottleneck dim
+
+Source: bytedance/ibot main_ibot.py; HVP Algorithm 1.
+"""
+
+import math
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hvp.common.engine.collapse import CollapseWatch
+from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
+from hvp.common.engine.ema import update_ema
+from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
+from hvp.common.engine.precision import Precision
+from hvp.common.engine.run import Run
+from hvp.common.engine.schedules import warmup_cosine
+from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.training import RunOptions, session
+from hvp.common.hardviews import Selection
+from hvp.common.networks.vision_transformer import VisionTransformer, build_vit
+from hvp.common.views.normalize import normalize
+from hvp.methods.ibot.config import IbotConfig
+from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
+from hvp.methods.ibot.ibot_loss import iBOTLoss
+from hvp.methods.ibot.masking import MaskSampler
+from hvp.methods.ibot.score import Prototypes, pair_losses
+
+
+def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> Path:
+    """Pretrains an encoder, in one process or as one of those that a launcher started.
+
+    Args:
+        config: what to do.
+        out: the run's folder.
+        options: see RunOptions.
+
+    Returns:
+        The last checkpoint. `student`, `teacher` and `ibot_loss` in it have the upstream's state-dict keys.
+
+    Raises:
+        UserError: something that the caller can mend, before the first step where it can be known by then.
+        Stopped: a signal asked to stop.
+    """
+    with session(config, out, masks=build_masks(config), **options) as s:
+        with s.building():
+            student, teacher = (
+                synchronised(network, s.world, s.device) for network in build_networks(config, s.device)
+            )
+            ibot_loss = build_loss(config).to(s.device)
+            optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
+        parts = {
+            "student": student,
+            "teacher": teacher,
+            "ibot_loss": ibot_loss,
+            "optimizer": optimizer,
+            "precision": s.precision,
+        }
+        with s.run("ibot", parts) as run:
+            model = data_parallel(student, s.world, s.device)
+            for epoch in run.epochs:
+                train_one_epoch(model, teacher, ibot_loss, optimizer, s.precision, run, epoch, config)
+            return run.last_checkpoint
+
+
+def build_masks(config: IbotConfig) -> MaskSampler:
+    """What draws the masks of the global candidates."""
+    side = config.views.global_crops_size // config.model.patch_size
+    masks = config.masks
+    return MaskSampler(
+        grid=(side, side),
+        num_views=sum(slot.candidates for slot in config.view_slots() if slot.name != "local"),
+        ratios=masks.pred_ratio,
+        variations=masks.pred_ratio_var,
+        shape=masks.pred_shape,
+        start_epoch=masks.pred_start_epoch,
+        seed=config.train.seed,
+    )
+
+
+def build_encoder(config: IbotConfig, *, drop_path_rate: float = 0.0, mask_token: bool = False) -> VisionTransformer:
+    """The backbone, with fresh weights."""
+    return build_vit(
+        config.model.arch,
+        patch_size=config.model.patch_size,
+        img_size=config.views.global_crops_size,
+        drop_path_rate=drop_path_rate,
+        mask_token=mask_token,
+    )
+
+
+def build_networks(config: IbotConfig, device: torch.device) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """Student and teacher, which start with the same weights.
+
+    The teacher has no stochastic depth, no gradient, and no mask token, as it sees no masks.
+    """
+    model = config.model
+
+    def build(drop_path_rate: float, mask_token: bool) -> MultiCropWrapper:
+        backbone = build_encoder(config, drop_path_rate=drop_path_rate, mask_token=mask_token)
+        head = iBOTHead(
+            backbone.embed_dim,
+            model.out_dim,
+            patch_out_dim=model.patch_out_dim,
+            shared_head=model.shared_head,
+            use_bn=model.norm_in_head == "bn",
+            norm_last_layer=model.norm_last_layer,
+            hidden_dim=model.head_hidden_dim,
+            bottleneck_dim=model.head_bottleneck_dim,
+        )
+        return MultiCropWrapper(backbone, head).to(device)
+
+    student, teacher = build(model.drop_path_rate, mask_token=True), build(0.0, mask_token=False)
+    weights = student.state_dict()
+    teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
+    teacher.requires_grad_(False)
+    return student, teacher
+
+
+def build_loss(config: IbotConfig) -> iBOTLoss:
+    """The objective, with its centres."""
+    loss = config.loss
+    return iBOTLoss(
+        config.model.out_dim,
+        config.model.patch_out_dim,
+        2 + config.views.local_crops_number,
+        loss.warmup_teacher_temp,
+        loss.teacher_temp,
+        loss.warmup_teacher_patch_temp,
+        loss.teacher_patch_temp,
+        loss.warmup_teacher_temp_epochs,
+        config.train.epochs,
+        student_temp=loss.student_temp,
+        center_momentum=loss.center_momentum,
+        center_momentum2=loss.center_momentum2,
+        lambda1=loss.lambda1,
+        lambda2=loss.lambda2,
+        pred_start_epoch=config.masks.pred_start_epoch,
+    )
+
+
+def train_one_epoch(
+    model: MultiCropWrapper | DistributedDataParallel,
+    teacher: MultiCropWrapper,
+    ibot_loss: iBOTLoss,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    run: Run,
+    epoch: int,
+    config: IbotConfig,
+) -> None:
+    """The steps of one epoch that are not done yet. `model` is the student, as `data_parallel()` gave it back."""
+    student: MultiCropWrapper = unwrapped(model)
+    optim, num_parts = config.optim, config.train.accumulate
+    weights = dict(student.named_parameters())
+    averaged = [weights[name] for name, _ in teacher.named_parameters()]  # all but the mask token
+    last_layers = [weight for name, weight in weights.items() if "last_layer" in name]  # also last_layer2
+    hvp = HardViews(student, teacher, ibot_loss, config, run.total_steps, run.world.rank)
+    collapse = CollapseWatch(run.log.note)
+    at_chance = config.loss.lambda1 * math.log(config.model.out_dim)
+    for it, parts in run.steps(epoch):
+        # schedules are functions of the step
+        lr = warmup_cosine(
+            it,
+            base=config.peak_lr,
+            final=optim.min_lr,
+            total_steps=run.total_steps,
+            warmup_steps=optim.warmup_epochs * run.steps_per_epoch,
+        )
+        wd = warmup_cosine(it, base=optim.weight_decay, final=optim.weight_decay_end, total_steps=run.total_steps)
+        momentum = warmup_cosine(it, base=config.model.momentum_teacher, final=1.0, total_steps=run.total_steps)
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = lr
+            group["weight_decay"] = wd if i == 0 else 0.0  # only the first group is regularised
+
+        optimizer.zero_grad(set_to_none=True)
+        step_losses = torch.zeros(3, device=precision.device)  # both together, [CLS] part, patch part
+        kept = None
+        for number, part in enumerate(parts, start=1):
+            batch = part.to(precision.device, non_blocking=True)
+            crops = [normalize(pixels) for pixels in batch.pixels]
+            masks = batch.masks.flatten(2)  # [G, B, N]
+            embedding = None
+            with precision.autocast():
+                if hvp.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
+                    with run.selecting.running():
+                        kept, masks, embedding = hvp.select(crops, masks, it, epoch)
+                        crops = kept.views
+                else:
+                    crops, masks = hvp.first(crops, masks)
+                views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]
+                masks = masks.flatten(0, 1)  # [2 B, N]
+                if embedding is None:
+                    with torch.no_grad():
+                        embedding = teacher.embed(views[0])  # [2 B, 1 + N, b]
+                teacher_cls, teacher_patch, teacher_patch_mean = teacher_logits(teacher.head, embedding, masks)
+                with averaging(model, on=number == num_parts):
+                    student_cls, student_patch = model(views[0], masks, *views[1:])  # [(2 + local) B, K], [R, K2]
+                losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, masks, epoch)
+            precision.backward(losses.loss / num_parts)
+            ibot_loss.center_step(teacher_cls, teacher_patch_mean)
+            step_losses += torch.stack(losses).detach() / num_parts
+
+        precision.unscale(optimizer)
+        if optim.clip_grad:
+            clip_gradients(student.parameters(), optim.clip_grad)
+        if epoch < optim.freeze_last_layer:
+            for parameter in last_layers:
+                parameter.grad = None
+        loss = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        precision.step(optimizer)
+        update_ema(teacher.parameters(), averaged, momentum)
+        ibot_loss.update_center()
+
+        _, loss_cls, loss_patch = step_losses.tolist()
+        statistics = precision.statistics() | (hvp.statistics(kept) if run.row_due else {})
+        run.record(
+            loss,
+            loss_cls=loss_cls,
+            loss_patch=loss_patch,
+            lr=lr,
+            weight_decay=wd,
+            momentum=momentum,
+            **statistics,
+        )
+        collapse.see(
+            it,
+            abs(loss_cls - at_chance) < 1e-3 * config.loss.lambda1,
+            f"the [CLS] loss has been ln(out_dim) = {math.log(config.model.out_dim):.3f}: the outputs are uniform. "
+            "Lower the learning rate or the teacher temperature, or start masking (masks.pred_start_epoch) or "
+            "selecting (selection.start) later",
+        )
+
+
+@torch.no_grad()
+def teacher_logits(head: iBOTHead, embedding: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the loss and its centres need of the teacher.
+
+    The prototypes are linear, so the mean of the logits over all patches, which the centre follows, is the logits of
+    the mean, and logits are made of the masked patches only.
+
+    Args:
+        head: the teacher's.
+        embedding: the bottleneck of all tokens, [2 B, 1 + N, b].
+        masks: [2 B, N] bool.
+
+    Returns:
+        Logits of [CLS] [2 B, K], of the masked patches [R, K2], and the mean over all patches of each view [2 B, K2].
+    """
+    cls, patches = embedding[:, 0], embedding[:, 1:]
+    return head.last_layer(cls), head.last_layer2(patches[masks]), head.last_layer2(patches.mean(dim=1))
+
+
+class HardViews:
+    """hvp: the selection of crops to train on, for one trainer.
+
+    Args:
+        student, teacher, ibot_loss: as they are trained; scoring changes none of them, except that networks with batch
+            norm update their running statistics in `selection.mode: train`, as in HVP's released code.
+        config: says what is sampled and how to select.
+        total_steps: optimiser steps of the run, for `selection.start`.
+        rank: this process's, for choices that are an image's own.
+    """
+
+    def __init__(
+        self,
+        student: MultiCropWrapper,
+        teacher: MultiCropWrapper,
+        ibot_loss: iBOTLoss,
+        config: IbotConfig,
+        total_steps: int,
+        rank: int = 0,
+    ):
+        self.student, self.teacher, self.ibot_loss = student, teacher, ibot_loss
+        self.first_globals = config.first_candidates()[:2]
+        self.selector = ViewSelector(
+            config.selection,
+            config.combination_slots(),
+            config.first_candidates(),
+            seed=config.train.seed,
+            total_steps=total_steps,
+            rank=rank,
+        )
+        self.acts_on = self.selector.acts_on
+        self.statistics = self.selector.statistics
+        # With batch norm the outputs of the kept crops depend on the batch they are computed in.
+        self.reuses_teacher = not teacher.couples_tokens
+
+    def first(self, crops: list[Tensor], masks: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The first candidates of every slot, and the masks of the global ones: the crops of a vanilla step."""
+        return self.selector.first(crops), masks[self.first_globals]
+
+    def select(
+        self, crops: list[Tensor], masks: Tensor, step: int, epoch: int
+    ) -> tuple[Selection, Tensor, Tensor | None]:
+        """Scores every crop, under its own mask, and keeps the combination that the policy asks for.
+
+        Args:
+            crops: [G, B, 3, H, W] global and, where there are any, [M, B, 3, h, w] local candidates, normalised.
+            masks: [G, B, N] bool, of the global ones.
+            step: optimiser step; with the seed it decides which combinations are compared.
+            epoch: decides the teacher's temperatures.
+
+        Returns:
+            The selection; the masks of the kept global crops, [2, B, N]; and the teacher's embedding of their tokens,
+            [2 B, 1 + N, b], where computing it again in the training step could not change it, otherwise None.
+        """
+        num_global, batch = crops[0].shape[:2]
+        views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
+        with self.selector.scoring(self.student, self.teacher):
+            embedding = self.teacher.embed(views[0])  # [G B, 1 + N, b]
+            cls, patches = self.student.embed_masked(views[0], rows)  # [G B, b], [R, b]
+            cls = torch.cat((cls, *(self.student.embed_cls(local) for local in views[1:])))
+            losses = pair_losses(
+                self.teacher.head.last_layer(embedding[:, 0]).unflatten(0, (num_global, batch)),
+                embedding[:, 1:][rows],
+                cls.unflatten(0, (-1, batch)),
+                patches,
+                masks,
+                self.ibot_loss,
+                epoch,
+                Prototypes(
+                    self.student.head.last_layer.frozen(),
+                    self.student.head.last_layer2.frozen(),
+                    self.teacher.head.last_layer2.frozen(),
+                ),
+            )
+        kept = self.selector.keep(crops, losses, step)
+        images = torch.arange(batch, device=masks.device)
+        chosen = kept.index[:, :2].T  # [2, B]
+        masks = masks[chosen, images]
+        if not self.reuses_teacher:
+            return kept, masks, None
+        return kept, masks, embedding.unflatten(0, (num_global, batch))[chosen, images].flatten(0, 1)
