@@ -1,5 +1,6 @@
 """hvp bench"""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,16 +17,15 @@ app = typer.Typer(
     help="Measure speed: ratios of two procedures taken in one run, never bare times.", no_args_is_help=True
 )
 
+MethodName = Annotated[str, typer.Argument(help="The method.", metavar="[METHOD]")]
 ToFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.", metavar="FILE")]
 Rounds = Annotated[int | None, typer.Option(help="Measurements of each side.", min=1, show_default="enough for 5 %")]
 
 
 @app.command()
-def select(json: ToFile = None, rounds: Rounds = None) -> None:
+def select(method: MethodName = "dino", json: ToFile = None, rounds: Rounds = None) -> None:
     """Scoring and selecting combinations, against the plain loop."""
-    from hvp.methods.dino.benchmark import select_rows
-
-    _report(select_rows(rounds or 5), json)
+    _report(_benchmark(method).select_rows(rounds or 5), json)
 
 
 @app.command()
@@ -38,18 +38,27 @@ def loader(json: ToFile = None, rounds: Rounds = None) -> None:
 
 @app.command()
 def overhead(
+    method: MethodName = "dino",
     json: ToFile = None,
     rounds: Rounds = None,
-    device: Annotated[Device, typer.Option(help="On the CPU ViT-Ti in fp32, on a GPU ViT-S in bf16.")] = Device.cpu,
+    device: Annotated[
+        Device, typer.Option(help="Small networks in fp32 on the CPU, those of the papers in bf16 on a GPU.")
+    ] = Device.cpu,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images of a step.", min=1, show_default="4 on cpu, 64 on cuda")
+        int | None, typer.Option(help="Images of a step.", min=1, show_default="a few on cpu, 64 on cuda")
     ] = None,
 ) -> None:
-    """The DINO step with hard views, over the vanilla step."""
+    """A method's step with hard views, over its vanilla step."""
     from hvp.common.engine.precision import pick_device
-    from hvp.methods.dino.benchmark import overhead_rows
 
-    _report(overhead_rows(rounds or 5, pick_device(device.value), batch_size), json)
+    _report(_benchmark(method).overhead_rows(rounds or 5, pick_device(device.value), batch_size), json)
+
+
+def _benchmark(method: str) -> Any:
+    """The module of a method's benchmarks, with `select_rows()` and `overhead_rows()`."""
+    from hvp.methods import get_method
+
+    return import_module(f"hvp.methods.{get_method(method).name}.benchmark")
 
 
 def _report(rows: "list[Row]", path: Path | None) -> None:

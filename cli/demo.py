@@ -27,9 +27,10 @@ def demo(
     import torch
 
     from hvp.cli.pretrain import resolve_flags
+    from hvp.common.evaluation.checkpoints import load_encoder
     from hvp.common.evaluation.results import write_result
     from hvp.common.views import draw_selection
-    from hvp.methods import get_method, load_encoder
+    from hvp.methods import get_method
     from hvp.methods.dino.preview import preview_selection
 
     console = Console()

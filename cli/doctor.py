@@ -42,12 +42,12 @@ def doctor(
     from hvp.common.doctor import examine
 
     run: Any = None
-    checkpoint_bytes = None
+    build_modules = None
     if method is not None:
         from hvp.methods import get_method
 
         run = resolve_flags(method, preset, config, {"data.path": data}, set_ or []).config
-        checkpoint_bytes = get_method(method).checkpoint_bytes
+        build_modules = get_method(method).build_modules
         out = out or run_folder(method, preset, run.train.seed)
         data = run.data.path
     elif preset or config or set_:
@@ -56,7 +56,7 @@ def doctor(
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     checks: list[Check] = []
     with Console(stderr=True).status("Examining ..."):
-        for check in examine(data, out or Path("runs"), run, checkpoint_bytes):
+        for check in examine(data, out or Path("runs"), run, build_modules):
             checks.append(check)
             found = Text(check.found)
             if check.advice:

@@ -153,7 +153,7 @@ def linear(
 def _open(checkpoint: Path, which: Which, data: str) -> "tuple[nn.Module, BackboneMeta, ImageSource, ImageSource]":
     """The encoder, where it came from, and the labelled splits."""
     from hvp.common.data import ShapesOptions, open_dataset
-    from hvp.methods import load_encoder
+    from hvp.common.evaluation.checkpoints import load_encoder
 
     encoder, meta = load_encoder(checkpoint, which.value)
     trained_on = (meta.config or {}).get("data", {})
@@ -164,7 +164,8 @@ def _open(checkpoint: Path, which: Which, data: str) -> "tuple[nn.Module, Backbo
 
 
 def _resolution(meta: "BackboneMeta") -> int:
-    return int((meta.config or {}).get("views", {}).get("global_crops_size", 224))
+    views = (meta.config or {}).get("views", {})
+    return int(views.get("global_crops_size", views.get("size", 224)))
 
 
 def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:

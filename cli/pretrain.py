@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hvp.methods import METHODS
+
 if TYPE_CHECKING:
     from hvp.common.config import Resolved
     from hvp.common.engine.measure import Measurement
@@ -67,7 +69,7 @@ Devices = Annotated[
 
 
 def pretrain(
-    method: Annotated[str, typer.Argument(help="The method: dino.", show_default=False)],
+    method: Annotated[str, typer.Argument(help=f"The method: {', '.join(METHODS)}.", show_default=False)],
     preset: Annotated[str | None, typer.Option(help="Start from a preset; `hvp presets METHOD` lists them.")] = None,
     data: Annotated[
         str | None, typer.Option(help="A folder of images, or `shapes`, the embedded dataset.", metavar="DIR")
@@ -238,7 +240,7 @@ def consequences(config: Any) -> list[str]:
             )
         lines.append(f"images:       {source.name}")
         lines.append(f"steps:        {steps} per epoch, {steps * train.epochs} in all")
-    lines.append(f"rate:         {config.optim.base_lr * train.batch_size / 256:g} after warm-up")
+    lines.append(f"rate:         {config.peak_lr:g} after warm-up")
     views = ", ".join(f"{slot.candidates} {slot.name} of {slot.transform.size} px, {slot.kept} kept" for slot in slots)
     lines.append(f"views:        {views}")
     combinations = config.combination_slots().num_combinations

@@ -7,10 +7,10 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import torch
@@ -112,6 +112,56 @@ def peak_memory_mb(procedure: Callable[[], Any], device: torch.device | None = N
         return (_kilobytes(status, "VmHWM") - before) * 1024 / 1e6
     except OSError:
         return None
+
+
+class Step(Protocol):
+    """A training step without its loader, with and without selection."""
+
+    def select(self) -> Any:
+        """The selection alone."""
+
+    def hard(self) -> Any:
+        """Forward and backward on the hardest views, selected first."""
+
+    def vanilla(self) -> Any:
+        """Forward and backward on the first views."""
+
+
+def overhead_row(
+    step: Step, case: str, target: float | None, rounds: int, device: torch.device, *, equal: bool = True
+) -> Row:
+    """The step with hard views over the vanilla step, and the memory of the selection.
+
+    Args:
+        step: what is timed.
+        case: how the row is called.
+        target: largest ratio allowed.
+        rounds: measurements of each side.
+        device: where the step runs.
+        equal: whether what the step saves was found to change nothing.
+    """
+    memory = peak_memory_mb(step.select, device)
+    keep_freed_memory()
+    seconds, reference = interleaved([step.hard, step.vanilla], rounds, device)
+    return Row(
+        "overhead",
+        case,
+        ratio(seconds, reference),
+        target,
+        True,
+        memory,
+        statistics.median(seconds),
+        statistics.median(reference),
+        equal,
+    )
+
+
+@contextmanager
+def benchmark_settings(device: torch.device) -> Iterator[None]:
+    """One thread on a CPU, random numbers from a fixed seed, and the caller's back afterwards."""
+    with torch.random.fork_rng(), threads(1) if device.type == "cpu" else nullcontext():
+        torch.manual_seed(0)
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from hvp.common.data import ImageSource
 
@@ -59,7 +60,7 @@ def examine(
     data: str | None,
     out: Path,
     config: Any | None,
-    checkpoint_bytes: Callable[[Any], int] | None,
+    build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]] | None",
     *,
     sample: int = SAMPLE,
 ) -> Iterator[Check]:
@@ -69,7 +70,7 @@ def examine(
         data: dataset to sample, as `--data` names it; None leaves it out.
         out: the run's folder, which need not exist.
         config: what is going to be run, a `RunConfig`; None leaves out what depends on it.
-        checkpoint_bytes: the method's; goes with `config`.
+        build_modules: the method's, as in `hvp.methods.Method`; goes with `config`.
         sample: images to read.
     """
     packages = check_packages()
@@ -86,7 +87,11 @@ def examine(
     if data is not None:
         skip = config is not None and config.data.on_bad_image == "skip"
         yield from check_dataset(data, sample, skip_bad=skip, workers=workers, config=config)
-    size = None if config is None or checkpoint_bytes is None else checkpoint_bytes(config)
+    size = None
+    if config is not None and build_modules is not None:
+        from hvp.common.engine.checkpoint import checkpoint_bytes
+
+        size = checkpoint_bytes(config, build_modules)
     yield check_disk(out, size, kept=0 if config is None else _kept_epochs(config))
 
 

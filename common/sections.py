@@ -1,11 +1,14 @@
 """The configuration sections that every method has."""
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from hvp.common.config import Fraction, Section
 from hvp.common.data import ShapesOptions
+from hvp.common.hardviews import Slots
+from hvp.common.views import ViewSlot
 
 
 class DataConfig(Section):
@@ -86,11 +89,34 @@ class TrainConfig(Section):
     """Steps between two lines of metrics.jsonl."""
 
 
-class RunConfig(Section):
-    """What every method's configuration has."""
+class RunConfig(Section, ABC):
+    """What every method's configuration has. Its `optim` section names the `optimizer`."""
 
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    selection: SelectionConfig = SelectionConfig()
+
+    @abstractmethod
+    def view_slots(self) -> tuple[ViewSlot, ...]:
+        """What the loader samples for an image."""
+
+    @abstractmethod
+    def combination_slots(self) -> Slots:
+        """Which combinations of those views `select()` compares."""
+
+    @property
+    @abstractmethod
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled by the batch size."""
+
+    def first_candidates(self) -> list[int]:
+        """The views that a step without selection trains on: the first of every slot."""
+        views: list[int] = []
+        first = 0
+        for slot in self.view_slots():
+            views += range(first, first + slot.kept)
+            first += slot.candidates
+        return views
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":

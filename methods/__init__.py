@@ -11,12 +11,11 @@ from hvp.common.config import nearest
 from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import Tensor, nn
-
-    from hvp.common.evaluation.checkpoints import BackboneMeta, Which
+    import torch
+    from torch import nn
 
 METHODS = ("dino",)
 """Names of the folders."""
@@ -37,11 +36,8 @@ class Method:
     build_encoder: "Callable[[Any], nn.Module]"
     """The backbone that a configuration describes, with fresh weights."""
 
-    encoder_from_state: "Callable[[Mapping[str, Tensor]], nn.Module | None]"
-    """The backbone that a state dict belongs to, by names and shapes, weights not loaded; None if there is none."""
-
-    checkpoint_bytes: "Callable[[Any], int]"
-    """The size of a checkpoint of a configuration."""
+    build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]]"
+    """build_modules(config, device): everything with weights or buffers that a checkpoint holds, freshly made."""
 
 
 def get_method(name: str) -> Method:
@@ -79,24 +75,3 @@ def get_preset(method: str, name: str) -> Traversable:
     if name not in known:
         raise UserError(f"{method} has no preset {name}.{nearest(name, list(known))} Known: {', '.join(known)}")
     return known[name]
-
-
-def load_encoder(checkpoint: "Path", which: "Which" = "teacher") -> "tuple[nn.Module, BackboneMeta]":
-    """The encoder in a checkpoint of ours, of an upstream trainer, or in a bare state dict, in evaluation mode.
-
-    Raises:
-        UserError: the file cannot be read, is of no architecture that is known here, or does not fit it completely.
-    """
-    from hvp.common.evaluation.checkpoints import load_complete, read_backbone_state
-
-    backbone = read_backbone_state(checkpoint, which)
-    for name in METHODS:
-        encoder = get_method(name).encoder_from_state(backbone.state)
-        if encoder is not None:
-            load_complete(encoder, backbone.state, str(backbone.meta.path))
-            return encoder.eval(), backbone.meta
-    keys = ", ".join(list(backbone.state)[:4])
-    raise UserError(
-        f"{backbone.meta.path}: is no ViT-Ti, ViT-S, ViT-B or ResNet-50 as the methods here train them; "
-        f"its {len(backbone.state)} entries begin with {keys}"
-    )

@@ -2,11 +2,12 @@
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hvp.common.errors import UserError
 
@@ -79,3 +80,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if content["version"] != VERSION:
         raise UserError(f"{path}: has format version {content['version']}, but this hvp reads version {VERSION}")
     return content
+
+
+MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
+"""Numbers that an optimiser keeps for each that it trains."""
+
+
+def checkpoint_bytes(config: Any, build_modules: Callable[[Any, torch.device], Sequence[nn.Module]]) -> int:
+    """Bytes of the tensors in a checkpoint of a configuration, without the memory to train it: those of the modules,
+    and the optimiser's moments of what has a gradient in them.
+
+    Args:
+        config: a method's, whose `optim.optimizer` is one of MOMENTS.
+        build_modules: the method's, as in `hvp.methods.Method`.
+    """
+    meta = torch.device("meta")
+    with meta:
+        modules = build_modules(config, meta)
+    trained = sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if p.requires_grad)
+    states = sum(t.numel() * t.element_size() for m in modules for t in m.state_dict().values())
+    return states + MOMENTS[config.optim.optimizer] * trained

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hvp.common.config import flatten, to_yaml
 from hvp.common.engine.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint, write_atomically
+from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World, available_cores
 from hvp.common.engine.log import NoLog, RunLog
 from hvp.common.engine.signals import EXIT_CODES, StopSignals
@@ -237,6 +238,7 @@ class Run:
                 write_atomically(out / RUN, lambda file: file.write(json.dumps(about).encode()))
                 write_atomically(out / CONFIG, lambda file: file.write(to_yaml(config).encode()))
                 self.log = RunLog(out, console, total_steps=self.total_steps, first_step=self.step)
+        self.collapse = CollapseWatch(self.log.note)
 
     def __enter__(self) -> "Run":
         self._signals.__enter__()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hvp.common.engine.checkpoint import FORMAT, VERSION
 from hvp.common.errors import UserError
+from hvp.common.networks import encoder_from_state
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,26 @@ def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     if not rest:
         raise UserError(f"{path}: there is no backbone in this file, only a head: {_first(dropped)}.")
     return inside or rest, dropped
+
+
+def load_encoder(path: Path, which: Which = "teacher") -> tuple[nn.Module, BackboneMeta]:
+    """The encoder in a checkpoint of ours, of an upstream trainer, or in a bare state dict, in evaluation mode.
+
+    Args:
+        path, which: as for `read_backbone_state()`.
+
+    Raises:
+        UserError: the file cannot be read, is of no architecture that is known here, or does not fit it completely.
+    """
+    backbone = read_backbone_state(path, which)
+    encoder = encoder_from_state(backbone.state)
+    if encoder is None:
+        raise UserError(
+            f"{backbone.meta.path}: is no ViT or ResNet as the methods here train them; its {len(backbone.state)} "
+            f"entries begin with {_first(list(backbone.state), 4)}"
+        )
+    load_complete(encoder, backbone.state, str(backbone.meta.path))
+    return encoder.eval(), backbone.meta
 
 
 def load_complete(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -8,7 +8,8 @@ micro-batches, nor from where a run was resumed: `order.py` says which images a 
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +54,9 @@ class ViewBatch:
     index: Tensor
     """Data-set index of each image, [B] int64. With `on_bad_image="skip"` the one that was really used."""
 
+    masks: Tensor | None = None
+    """What `MultiViewLoader(masks=...)` made for these images; None without it."""
+
     skipped: list[str] = field(default_factory=list)
     """Images that did not decode and were replaced."""
 
@@ -62,6 +66,7 @@ class ViewBatch:
             [pixels.pin_memory() for pixels in self.pixels],
             self.parameters.pin_memory(),
             self.index.pin_memory(),
+            None if self.masks is None else self.masks.pin_memory(),
             self.skipped,
         )
 
@@ -71,6 +76,7 @@ class ViewBatch:
             [pixels.to(device, non_blocking=non_blocking) for pixels in self.pixels],
             self.parameters.to(device, non_blocking=non_blocking),
             self.index.to(device, non_blocking=non_blocking),
+            None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
             self.skipped,
         )
 
@@ -91,6 +97,9 @@ class MultiViewLoader:
         accumulate: micro-batches per optimiser step.
         rank, world_size: this process, and how many train together.
         pin_memory: hand out batches in page-locked memory; without CUDA it has no effect.
+        masks: makes a tensor for a micro-batch of its keys, (epoch, index of the image that was used), for methods that
+            hide parts of views from the network. Runs in the workers, so it must be picklable, and should depend on
+            nothing but the keys.
 
     Raises:
         UserError: the source is smaller than a global batch, or the seed is negative.
@@ -111,6 +120,7 @@ class MultiViewLoader:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        masks: Callable[[Sequence[Key]], Tensor] | None = None,
     ) -> None:
         if pipeline not in PIPELINES or on_bad_image not in ("error", "skip"):
             raise ValueError(f"MultiViewLoader: pipeline={pipeline!r}, on_bad_image={on_bad_image!r}")
@@ -134,7 +144,7 @@ class MultiViewLoader:
         self._workers = workers
         self._keys = _Keys(len(source), seed, batch_size, accumulate, rank, world_size)
         self._loader = DataLoader(
-            _Renderer(source, tuple(slots), seed, pipeline, on_bad_image),
+            _Renderer(source, tuple(slots), seed, pipeline, on_bad_image, masks),
             batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=_unchanged,
@@ -144,6 +154,9 @@ class MultiViewLoader:
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # its seeds are not used; without its own it would draw from the global one
         )
+
+        # Workers ignore SIGTERM, by which multiprocessing would end those that are left when the interpreter exits.
+        weakref.finalize(self, _end_workers, self._loader)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[ViewBatch]]:
         """The batches of one epoch, from `start_step` on. One epoch is read at a time.
@@ -171,9 +184,7 @@ class MultiViewLoader:
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch; a further epoch starts new ones."""
-        workers, self._loader._iterator = self._loader._iterator, None
-        if isinstance(workers, _MultiProcessingDataLoaderIter):
-            workers._shutdown_workers()
+        _end_workers(self._loader)
 
     def _start(self) -> Iterator["ViewBatch | _Failure"]:
         # DataLoader installs a SIGCHLD handler that raises a RuntimeError wherever the main process happens to be,
@@ -250,10 +261,16 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
     """What runs in the workers: keys in, a finished micro-batch out."""
 
     def __init__(
-        self, source: ImageSource, slots: tuple[ViewSlot, ...], seed: int, pipeline: str, on_bad_image: str
+        self,
+        source: ImageSource,
+        slots: tuple[ViewSlot, ...],
+        seed: int,
+        pipeline: str,
+        on_bad_image: str,
+        masks: Callable[[Sequence[Key]], Tensor] | None,
     ) -> None:
         self.source, self.slots, self.seed = source, slots, seed
-        self.pipeline, self.on_bad_image = pipeline, on_bad_image
+        self.pipeline, self.on_bad_image, self.masks = pipeline, on_bad_image, masks
 
     def __getitem__(self, key: Key) -> "ViewBatch | _Failure":
         return self.__getitems__([key])
@@ -286,7 +303,9 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
                 out = arrays[resolution][place : place + slot.candidates, b]
                 render(image, rows[view : view + slot.candidates], slot.transform, out)
                 view += slot.candidates
-        return ViewBatch(pixels, parameters, index, skipped)
+        used_keys = [(epoch, used) for (epoch, _), used in zip(keys, index.tolist(), strict=True)]
+        masks = None if self.masks is None else self.masks(used_keys)
+        return ViewBatch(pixels, parameters, index, masks, skipped)
 
     def _read(self, wanted: int, skipped: list[str]) -> tuple[NDArray[np.uint8], int]:
         """The image, or the next one that decodes, and its index."""
@@ -300,6 +319,12 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
                     raise
                 skipped.append(bad.where)
         raise UserError(f"{self.source.name}: none of its {count} images can be decoded.")
+
+
+def _end_workers(loader: "DataLoader[ViewBatch | _Failure]") -> None:
+    workers, loader._iterator = loader._iterator, None
+    if isinstance(workers, _MultiProcessingDataLoaderIter):
+        workers._shutdown_workers()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,21 +3,21 @@
 # B images, G = 4 global and V = 20 candidate crops, C combinations, K prototypes
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvp.common.benchmark import Row, interleaved, keep_freed_memory, peak_memory_mb, ratio, threads
+from hvp.common.benchmark import Row, benchmark_settings, interleaved, overhead_row, peak_memory_mb, ratio, threads
+from hvp.common.cross_entropy import pair_cross_entropies
 from hvp.common.engine.precision import Precision
-from hvp.common.hardviews import Slots, combination_losses, gather_views, select
+from hvp.common.engine.selecting import ViewSelector
+from hvp.common.hardviews import Selection, Slots, combination_losses, gather_views, select
 from hvp.methods.dino.config import DinoConfig
-from hvp.methods.dino.main_dino import HardViews, build_loss, build_networks
+from hvp.methods.dino.main_dino import build_loss, build_networks, teacher_output_of
 from hvp.methods.dino.score import pair_losses
 
 PROTOTYPES, NUM_GLOBAL, NUM_LOCAL, COMPARISONS = 65536, 4, 16, 128
@@ -40,7 +40,7 @@ def _scoring_row(batch: int, rounds: int) -> Row:
     combinations = SLOTS.sample((COMPARISONS,))
 
     def ours() -> Tensor:
-        losses = pair_losses(teacher, student, center, TEACHER_TEMP, STUDENT_TEMP)
+        losses = pair_cross_entropies(teacher, student, center, TEACHER_TEMP, STUDENT_TEMP)
         return select([], losses, SLOTS, combinations=combinations).index
 
     plain = partial(_plain_selection, teacher, student, center, combinations)
@@ -125,41 +125,16 @@ def overhead_rows(rounds: int = 5, device: torch.device | None = None, batch: in
     """The training step with HVP over the vanilla step, without the loader: ViT-Ti in fp32 on a CPU, ViT-S in bf16 on a
     GPU."""
     device = device or torch.device("cpu")
-    if device.type == "cuda":
-        return [_overhead_row("vit_small", "bf16", batch or 64, 1.70, 10 * rounds, device)]
-    return [_overhead_row("vit_tiny", "fp32", batch or 4, 1.80, rounds, device)]
-
-
-def _overhead_row(
-    arch: Literal["vit_tiny", "vit_small"],
-    precision_name: Literal["fp32", "bf16"],
-    batch: int,
-    target: float,
-    rounds: int,
-    device: torch.device,
-) -> Row:
-    with torch.random.fork_rng(), _settings(device):
-        torch.manual_seed(0)
+    gpu = device.type == "cuda"
+    arch: Literal["vit_tiny", "vit_small"] = "vit_small" if gpu else "vit_tiny"
+    name: Literal["fp32", "bf16"] = "bf16" if gpu else "fp32"
+    batch = batch or (64 if gpu else 4)
+    with benchmark_settings(device):
         config = DinoConfig().model_copy(update={"model": DinoConfig().model.model_copy(update={"arch": arch})})
-        step = _Step(config, batch, Precision(precision_name, device))
-        recomputed = step.gradients(reuse=False)
-        reused = step.gradients(reuse=True)
-        equal = torch.equal(recomputed[0], reused[0]) and all(
-            torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-            if precision_name == "fp32"
-            else torch.allclose(a, b, rtol=0.05, atol=1e-3)
-            for a, b in zip(recomputed[1], reused[1], strict=True)
-        )
-        memory = peak_memory_mb(step.select, device)
-        keep_freed_memory()
-        seconds, reference = interleaved([step.hard, step.vanilla], rounds, device)
-    case = (
-        f"DINO step with HVP (4 + 16 crops) over vanilla (2 + 8), {arch}, {precision_name}, {batch} images, "
-        f"{device.type}"
-    )
-    return Row(
-        "overhead", case, ratio(seconds, reference), target, True, memory, median(seconds), median(reference), equal
-    )
+        step = _Step(config, batch, Precision(name, device))
+        case = f"DINO step with HVP (4 + 16 crops) over vanilla (2 + 8), {arch}, {name}, {batch} images, {device.type}"
+        target = 1.70 if gpu else 1.80
+        return [overhead_row(step, case, target, 10 * rounds if gpu else rounds, device, equal=step.reuse_is_exact())]
 
 
 class _Step:
@@ -168,29 +143,38 @@ class _Step:
     def __init__(self, config: DinoConfig, batch: int, precision: Precision):
         device = precision.device
         self.precision = precision
-        self.student, teacher = build_networks(config, device)
-        self.teacher = teacher
+        self.student, self.teacher = build_networks(config, device)
         self.loss = build_loss(config).to(device)
-        self.hvp = HardViews(self.student, teacher, self.loss, config, total_steps=1)
+        self.selector = ViewSelector(config, total_steps=1)
         self.crops = [
             torch.randn(NUM_GLOBAL, batch, 3, 224, 224, device=device),
             torch.randn(NUM_LOCAL, batch, 3, 96, 96, device=device),
         ]
 
-    def select(self, *, reuse: bool = True) -> tuple[Any, Tensor | None]:
+    def select(self, *, reuse: bool = True) -> tuple[Selection, Tensor | None]:
         with self.precision.autocast():
-            kept, teacher_output = self.hvp.select(self.crops, step=0, epoch=0)
-        return kept, teacher_output if reuse else None
+            with self.selector.scoring(self.student, self.teacher):
+                losses, teacher_logits = pair_losses(self.student, self.teacher, self.crops, self.loss, epoch=0)
+            kept = self.selector.keep(self.crops, losses, step=0)
+            return kept, teacher_output_of(kept, teacher_logits) if reuse else None
 
-    def hard(self, *, reuse: bool = True) -> Any:
+    def hard(self, *, reuse: bool = True) -> Selection:
         kept, teacher_output = self.select(reuse=reuse)
         self._train(kept.views, teacher_output)
         return kept
 
     def vanilla(self) -> None:
-        self._train(self.hvp.first(self.crops), None)
+        self._train(self.selector.first(self.crops), None)
 
-    def gradients(self, *, reuse: bool) -> tuple[Tensor, list[Tensor]]:
+    def reuse_is_exact(self) -> bool:
+        """Whether reusing the teacher's outputs gives the selections and gradients of computing them again."""
+        (index, again), (index_reused, reused) = (self._gradients(reuse=reuse) for reuse in (False, True))
+        rtol, atol = (1e-4, 1e-6) if self.precision.dtype is None else (0.05, 1e-3)
+        return torch.equal(index, index_reused) and all(
+            torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(again, reused, strict=True)
+        )
+
+    def _gradients(self, *, reuse: bool) -> tuple[Tensor, list[Tensor]]:
         """The selection and the gradients of a step whose stochastic depth starts from the same seed."""
         torch.manual_seed(1)
         kept = self.hard(reuse=reuse)
@@ -205,12 +189,3 @@ class _Step:
                     teacher_output = self.teacher(views[:1])
             loss = self.loss(self.student(views), teacher_output, 0)
         loss.backward()
-
-
-@contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        yield
-    else:
-        with threads(1):
-            yield

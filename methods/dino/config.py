@@ -221,11 +221,7 @@ class DinoConfig(RunConfig):
             candidates[:2], kept[:2] = [candidates[0] + candidates[1]], [2]
         return Slots.from_counts(candidates, kept)
 
-    def first_candidates(self) -> list[int]:
-        """The views that a step without selection trains on: the first of every slot."""
-        views: list[int] = []
-        first = 0
-        for slot in self.view_slots():
-            views += range(first, first + slot.kept)
-            first += slot.candidates
-        return views
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, by the linear scaling rule."""
+        return self.optim.base_lr * self.train.batch_size / 256

@@ -9,70 +9,39 @@ Source: facebookresearch/dino main_dino.py; HVP Algorithm 1.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.data import ImageSource, open_dataset
-from hvp.common.engine.distributed import (
-    World,
-    averaging,
-    data_parallel,
-    joined,
-    share_of_batch,
-    synchronised,
-    unwrapped,
-)
+from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
-from hvp.common.engine.precision import Precision, pick_device
-from hvp.common.engine.run import Run, Stateful, available_workers, claimed, mix, seeded
+from hvp.common.engine.precision import Precision
+from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.schedules import warmup_cosine
-from hvp.common.errors import UserError
-from hvp.common.hardviews import Selection, gather_views, select
-from hvp.common.views import MultiViewLoader
+from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.training import RunOptions, session
+from hvp.common.hardviews import Selection
+from hvp.common.networks import Encoder
+from hvp.common.networks.heads import DINOHead
 from hvp.common.views.normalize import normalize
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.score import pair_losses
-from hvp.methods.dino.vision_transformer import (
-    DINOHead,
-    MultiCropWrapper,
-    ResNet50,
-    VisionTransformer,
-    build_backbone,
-)
-
-COLLAPSE_STEPS = 100
-"""Steps in a row with the loss at ln K before the log warns of a collapse."""
+from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
 
 
-def train_dino(
-    config: DinoConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    force: bool = False,
-    console: Console | None = None,
-    on_row: Callable[[Mapping[str, Any]], None] | None = None,
-) -> Path:
+def train_dino(config: DinoConfig, out: Path, **options: Unpack[RunOptions]) -> Path:
     """Pretrains an encoder, in one process or as one of those that a launcher started.
 
     Args:
         config: what to do.
         out: the run's folder.
-        resume: go on from the folder's last checkpoint.
-        overwrite: delete an earlier run in the folder first.
-        force: resume although the configuration differs.
-        console: where progress goes; stderr if not given.
-        on_row: told every row of the log; what it raises ends the run.
+        options: as in RunOptions.
 
     Returns:
         The last checkpoint. `student` and `teacher` in it have the upstream's state-dict keys.
@@ -81,64 +50,25 @@ def train_dino(
         UserError: something that the caller can mend, before the first step where it can be known by then.
         Stopped: a signal asked to stop.
     """
-    console = console or Console(stderr=True)
-    with joined() as world, ExitStack() as held:
-        with world.agreeing():
-            device = pick_device(config.train.device)
-            precision = Precision(config.train.precision, device)
-            held.enter_context(seeded(config.train.seed, device))
-            loader = held.enter_context(closing(build_loader(config, open_training_data(config), device, world)))
-            student, teacher = (synchronised(network, world, device) for network in build_networks(config, device))
-            dino_loss = build_loss(config).to(device)
+    with session(config, out, **options) as s:
+        with s.world.agreeing():
+            student, teacher = (synchronised(net, s.world, s.device) for net in build_networks(config, s.device))
+            dino_loss = build_loss(config).to(s.device)
             optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
-        held.enter_context(claimed(out, world, resume=resume, overwrite=overwrite))
         parts: dict[str, Stateful] = {
             "student": student,
             "teacher": teacher,
             "dino_loss": dino_loss,
             "optimizer": optimizer,
-            "precision": precision,
         }
-        with Run(
-            "dino", config, out, loader, parts, device, console, world, resume=resume, force=force, on_row=on_row
-        ) as run:
-            model = data_parallel(student, world, device)
+        with s.run("dino", parts) as run:
+            model = data_parallel(student, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(model, teacher, dino_loss, optimizer, precision, run, epoch, config)
+                train_one_epoch(model, teacher, dino_loss, optimizer, s.precision, run, epoch, config)
             return run.last_checkpoint
 
 
-def open_training_data(config: DinoConfig) -> ImageSource:
-    """The images to pretrain on.
-
-    Raises:
-        UserError: `data.path` is not given, or holds no images.
-    """
-    if config.data.path is None:
-        raise UserError("no images to train on: give --data DIR, or --data shapes for the embedded dataset")
-    return open_dataset(config.data.path, "train", shapes=config.data.shapes)
-
-
-def build_loader(
-    config: DinoConfig, source: ImageSource, device: torch.device, world: World = World()
-) -> MultiViewLoader:
-    """The multi-view loader of a configuration, for this process's share of every batch."""
-    return MultiViewLoader(
-        source,
-        config.view_slots(),
-        batch_size=share_of_batch(config.train.batch_size, config.train.accumulate, world),
-        accumulate=config.train.accumulate,
-        seed=config.train.seed,
-        workers=available_workers(config.data.workers, device, world),
-        pipeline=config.data.loader,
-        on_bad_image=config.data.on_bad_image,
-        rank=world.rank,
-        world_size=world.size,
-        pin_memory=device.type == "cuda",
-    )
-
-
-def build_encoder(config: DinoConfig, drop_path_rate: float = 0.0) -> VisionTransformer | ResNet50:
+def build_encoder(config: DinoConfig, drop_path_rate: float = 0.0) -> Encoder:
     """The backbone, with fresh weights."""
     return build_backbone(
         config.model.arch,
@@ -184,6 +114,11 @@ def build_loss(config: DinoConfig) -> DINOLoss:
     )
 
 
+def build_modules(config: DinoConfig, device: torch.device) -> Sequence[nn.Module]:
+    """Student, teacher and loss: what a checkpoint holds."""
+    return (*build_networks(config, device), build_loss(config).to(device))
+
+
 def train_one_epoch(
     model: MultiCropWrapper | DistributedDataParallel,
     teacher: MultiCropWrapper,
@@ -198,13 +133,14 @@ def train_one_epoch(
     student: MultiCropWrapper = unwrapped(model)
     optim, num_parts = config.optim, config.train.accumulate
     last_layer = list(student.head.last_layer.parameters())
-    hvp = HardViews(student, teacher, dino_loss, config, run.total_steps, run.world.rank)
-    at_chance = 0
+    selector = ViewSelector(config, run.total_steps, run.world.rank)
+    # hvp: with batch norm the outputs of the kept crops depend on the batch they are computed in
+    reuses_teacher = not has_batch_norm(teacher)
     for it, parts in run.steps(epoch):
         # schedules are functions of the step
         lr = warmup_cosine(
             it,
-            base=optim.base_lr * config.train.batch_size / 256,  # linear scaling rule
+            base=config.peak_lr,
             final=optim.min_lr,
             total_steps=run.total_steps,
             warmup_steps=optim.warmup_epochs * run.steps_per_epoch,
@@ -222,12 +158,16 @@ def train_one_epoch(
             crops = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]
             teacher_output = None
             with precision.autocast():
-                if hvp.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
+                if selector.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
                     with run.selecting.running():
-                        kept, teacher_output = hvp.select(crops, it, epoch)
+                        with selector.scoring(student, teacher):
+                            losses, teacher_logits = pair_losses(student, teacher, crops, dino_loss, epoch)
+                        kept = selector.keep(crops, losses, it)
                         crops = kept.views
+                        if reuses_teacher:
+                            teacher_output = teacher_output_of(kept, teacher_logits)
                 else:
-                    crops = hvp.first(crops)
+                    crops = selector.first(crops)
                 views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]
                 if teacher_output is None:
                     with torch.no_grad():
@@ -250,120 +190,23 @@ def train_one_epoch(
         update_ema(teacher.parameters(), student.parameters(), momentum)
         dino_loss.update_center()
 
-        statistics = precision.statistics() | (hvp.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
         run.record(loss_value, lr=lr, weight_decay=wd, momentum=momentum, **statistics)
-        at_chance = at_chance + 1 if abs(loss_value - math.log(config.model.out_dim)) < 1e-3 else 0
-        if at_chance == COLLAPSE_STEPS:
-            run.log.note(
-                f"step {it + 1}: the loss has been ln(out_dim) = {math.log(config.model.out_dim):.3f} for "
-                f"{COLLAPSE_STEPS} steps: the outputs are uniform (collapse). Lower the learning rate or the teacher "
-                "temperature, or start selecting later (selection.start)"
-            )
-
-
-class HardViews:
-    """hvp: the selection of crops to train on, for one trainer.
-
-    Args:
-        student, teacher, dino_loss: as they are trained; scoring changes none of them, except that networks with batch
-            norm update their running statistics in `selection.mode: train`, as in HVP's released code.
-        config: says what is sampled and how to select.
-        total_steps: optimiser steps of the run, for `selection.start`.
-        rank: this process's, for choices that are an image's own.
-    """
-
-    def __init__(
-        self,
-        student: MultiCropWrapper,
-        teacher: MultiCropWrapper,
-        dino_loss: DINOLoss,
-        config: DinoConfig,
-        total_steps: int,
-        rank: int = 0,
-    ):
-        self.student, self.teacher, self.dino_loss = student, teacher, dino_loss
-        self.selection, self.seed = config.selection, config.train.seed
-        # A list of combinations that a batch shares is the same in all processes. What is drawn for every image is not.
-        drawn_per_image = config.selection.per_image or config.selection.policy == "random"
-        self.stream = (rank,) if rank and drawn_per_image else ()
-        self.slots = config.combination_slots()
-        self.first_candidates = config.first_candidates()
-        self.first_step = math.ceil(config.selection.start * total_steps)
-        # With batch norm the outputs of the kept crops depend on the batch they are computed in.
-        self.reuses_teacher = not _has_batch_norm(teacher)
-
-    def acts_on(self, step: int) -> bool:
-        """Whether this step selects: more than one combination, and `selection.start` and `.every` say so."""
-        return (
-            self.slots.num_combinations > 1
-            and step >= self.first_step
-            and (step - self.first_step) % self.selection.every == 0
+        uniform = math.log(config.model.out_dim)
+        run.collapse.see(
+            it,
+            abs(loss_value - uniform) < 1e-3,
+            f"for {run.collapse.steps} steps the loss has been ln(out_dim) = {uniform:.3f}: the outputs are uniform. "
+            "Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
         )
 
-    def first(self, crops: list[Tensor]) -> list[Tensor]:
-        """The first candidates of every slot: the crops of a vanilla step."""
-        if self.slots.keeps_all(self.slots.num_views):
-            return crops
-        index = torch.tensor(self.first_candidates, device=crops[0].device)
-        return gather_views(crops, index.expand(crops[0].shape[1], -1), self.slots)
 
-    @torch.no_grad()
-    def select(self, crops: list[Tensor], step: int, epoch: int) -> tuple[Selection, Tensor | None]:
-        """Scores every crop and keeps the combination that the policy asks for.
-
-        Args:
-            crops: [G, B, 3, H, W] global and [M, B, 3, h, w] local candidates, normalised.
-            step: optimiser step; with the seed it decides which combinations are compared.
-            epoch: decides the teacher's temperature.
-
-        Returns:
-            The selection, and the teacher's logits of the kept global crops, [2 B, K], where computing them again in
-            the training step could not change them; otherwise None.
-        """
-        num_global, batch = crops[0].shape[:2]
-        if self.selection.mode == "eval":
-            self.student.eval()
-            self.teacher.eval()
-        views = [crop.flatten(0, 1) for crop in crops]
-        teacher_logits = self.teacher(views[:1]).unflatten(0, (num_global, batch))  # [G, B, K]
-        student_embeddings = self.student.embed(views).unflatten(0, (-1, batch))  # [V, B, bottleneck]
-        losses = pair_losses(
-            teacher_logits,
-            student_embeddings,
-            self.dino_loss.center,
-            self.dino_loss.teacher_temp(epoch),
-            self.dino_loss.student_temp,
-            prototypes=self.student.head.last_layer.frozen(),
-        )
-        self.student.train()
-        self.teacher.train()
-        generator = torch.Generator().manual_seed(mix(self.seed, step, *self.stream))
-        kept = select(
-            crops,
-            losses,
-            self.slots,
-            search=self.selection.search,
-            comparisons=self.selection.comparisons,
-            per_image=self.selection.per_image,
-            policy=self.selection.policy,
-            generator=generator,
-        )
-        if not self.reuses_teacher:
-            return kept, None
-        images = torch.arange(batch, device=losses.device)
-        return kept, teacher_logits[kept.index[:, :2].T, images].flatten(0, 1)  # [2 B, K]
-
-    def statistics(self, kept: Selection | None) -> dict[str, float | list[float]]:
-        """For the log: which share of the images keeps each sampled crop, and images without a finite loss."""
-        if kept is None:
-            return {}
-        counts = torch.bincount(kept.index.flatten(), minlength=self.slots.num_views)
-        return {
-            "kept_hist": (counts / len(kept.index)).tolist(),
-            "kept_loss": kept.loss.mean().item(),
-            "no_finite_loss": float(kept.fallback.sum()),
-        }
+def teacher_output_of(kept: Selection, teacher_logits: Tensor) -> Tensor:
+    """hvp: the teacher's logits of the kept global crops, [2 B, K], out of those of all candidates, [G, B, K]."""
+    images = torch.arange(len(kept.index), device=teacher_logits.device)
+    return teacher_logits[kept.index[:, :2].T, images].flatten(0, 1)
 
 
-def _has_batch_norm(module: nn.Module) -> bool:
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether an image's output depends on the batch it is computed in."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())

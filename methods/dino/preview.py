@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 
 from hvp.common.engine.checkpoint import load_checkpoint
 from hvp.common.engine.run import seeded
+from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.training import build_loader, open_training_data
 from hvp.common.hardviews import Selection
 from hvp.common.views import ViewBatch, normalize
 from hvp.methods.dino.config import DinoConfig
-from hvp.methods.dino.main_dino import HardViews, build_loader, build_loss, build_networks, open_training_data
+from hvp.methods.dino.main_dino import build_loss, build_networks
+from hvp.methods.dino.score import pair_losses
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> 
         dino_loss.load_state_dict(content["dino_loss"])
         source = open_training_data(config)
         (batch,) = next(build_loader(config, source, device).epoch(0))
-        hvp = HardViews(student, teacher, dino_loss, config, total_steps=1)
+        selector = ViewSelector(config, total_steps=1)
         crops = [normalize(pixels) for pixels in batch.pixels]
-        selection, _ = hvp.select(crops, step=0, epoch=config.train.epochs - 1)
+        with selector.scoring(student, teacher):
+            losses, _ = pair_losses(student, teacher, crops, dino_loss, config.train.epochs - 1)
+        selection = selector.keep(crops, losses, step=0)
     return Preview([source.read(index) for index in batch.index.tolist()], batch, selection)

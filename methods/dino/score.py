@@ -1,89 +1,42 @@
-"""The pair-loss matrix of DINO: what every candidate view would cost against every target view, per image.
+"""The pair-loss matrix of DINO: what every candidate crop would cost against every target, per image.
 
-# B images, T target views (teacher), V online views (student), D bottleneck dim, K prototypes
+# B images, G global and V candidate crops in all, K prototypes
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-# Logits [n, V, K] in float32 that exist at the same time: 5 MB on a CPU, so that the passes over them stay in its cache
-# (an image of 20 views and 65 536 prototypes); a GPU wants more work for a launch.
-LOGITS_AT_ONCE_CPU = 20 * 65_536
-LOGITS_AT_ONCE_CUDA = 16 * LOGITS_AT_ONCE_CPU
+from hvp.common.cross_entropy import pair_cross_entropies
+from hvp.methods.dino.dino_loss import DINOLoss
+from hvp.methods.dino.vision_transformer import MultiCropWrapper
 
 
-@torch.no_grad()
 def pair_losses(
-    teacher: Tensor,
-    student: Tensor,
-    center: Tensor,
-    teacher_temp: float,
-    student_temp: float,
-    prototypes: Callable[[Tensor], Tensor] | None = None,
-    images_at_once: int | None = None,
-) -> Tensor:
-    """DINO's cross-entropy of every online view against every target view, kept per image.
-
-    H(p, q) = - <p, log q> = logsumexp(s) - <p, s>, with p = softmax((t - center) / teacher_temp), s = student /
-    student_temp: one matrix product an image instead of a cross-entropy a pair. Student logits are shifted by their
-    largest first, which H does not see, so that large ones neither overflow nor cancel.
+    student: MultiCropWrapper, teacher: MultiCropWrapper, crops: list[Tensor], dino_loss: DINOLoss, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Forwards every candidate once. To be called without gradient; moves neither centre nor teacher.
 
     Args:
-        teacher: logits of the target views, [T, B, K], any float dtype; computed in float32.
-        student: bottleneck embeddings of the online views, [V, B, D], or their logits, [V, B, K], when `prototypes` is
-            left out; any float dtype.
-        center: [K] or [1, K], subtracted from the teacher's logits.
-        teacher_temp, student_temp: temperatures, greater than 0.
-        prototypes: makes [n, V, D] logits [n, V, K]. It is linear without bias (the temperature goes in before it,
-            where the tensors are small), runs under the caller's autocast, and its result is overwritten. Left out,
-            `student` holds logits.
-        images_at_once: images whose logits exist at the same time; as many as fit LOGITS_AT_ONCE_* when left out.
+        student, teacher: in the mode they are to score in.
+        crops: [G, B, 3, H, W] global and [V - G, B, 3, h, w] local candidates, normalised.
+        dino_loss: its centre and temperatures.
+        epoch: decides the teacher's temperature.
 
     Returns:
-        [B, T, V] float32 in nats, entry [b, t, v] of target t against online v; higher is harder. An entry is not
-        finite only if one of its own two views holds a NaN or an infinity, or a logit that becomes one in float32 when
-        it is divided by the temperature. Single teacher logits of -inf are prototypes ruled out, and fine.
+        [B, G, V] float32 in nats, entry [b, t, v] the cross-entropy of crop v against target crop t; and the teacher's
+        logits of the global crops, [G, B, K].
 
-    Raises:
-        ValueError: shapes that do not fit each other; the message shows them.
-
-    Source: DINO (arXiv:2104.14294) Eq. 2, before the sum over the pairs; automl/hvp, branch dino, utils/dino.py
-        select_forward.
+    Source: DINO (arXiv:2104.14294) Eq. 3, before the sum over the pairs; automl/hvp, branch dino, utils/dino.py.
     """
-    num_targets, num_images, _ = teacher.shape
-    num_views = len(student)
-    if student.shape[1] != num_images or center.numel() != teacher.shape[2]:
-        raise ValueError(
-            f"pair_losses: teacher {list(teacher.shape)}, student {list(student.shape)}, center {list(center.shape)}"
-        )
-    device = teacher.device
-    at_once = LOGITS_AT_ONCE_CUDA if device.type == "cuda" else LOGITS_AT_ONCE_CPU
-    step = images_at_once or max(min(at_once // (num_views * center.numel()), num_images), 1)
-    # One-element tensors, not numbers: they promote half-precision inputs to float32 in the same pass.
-    sharpen_teacher = torch.full((1,), 1 / teacher_temp, device=device)
-    sharpen_student = torch.full((1,), 1 / student_temp, device=device)
-    center = center.reshape(-1).float()
-
-    losses = torch.empty(num_images, num_targets, num_views, device=device)
-    # Scaled logits need a home of their own; one for all slices, since fresh memory costs more than the arithmetic.
-    buffer = torch.empty(step, num_views, 0 if prototypes else student.shape[2], device=device)
-    for start in range(0, num_images, step):
-        images = slice(start, start + step)
-        online, targets = student[:, images].transpose(0, 1), teacher[:, images].transpose(0, 1)  # [n, V, D], [n, T, K]
-        if prototypes is None:
-            s = torch.mul(online, sharpen_student, out=buffer[: len(online)])  # [n, V, K]
-        else:
-            s = prototypes(online * sharpen_student).float()
-        if s.shape[-1] != center.numel():
-            raise ValueError(f"pair_losses: {center.numel()} prototypes, but the student's logits are {list(s.shape)}")
-        with torch.autocast(device.type, enabled=False):
-            s -= s.amax(dim=-1, keepdim=True)
-            p = (targets - center).mul_(sharpen_teacher).softmax(dim=-1)  # [n, T, K]
-            product = p @ s.mT  # [n, T, V], before s is overwritten
-            logsumexp = s.exp_().sum(dim=-1).log_()  # [n, V]
-            losses[images] = logsumexp[:, None, :] - product
-    return losses
+    num_global, batch = crops[0].shape[:2]
+    views = [crop.flatten(0, 1) for crop in crops]
+    teacher_logits = teacher(views[:1]).unflatten(0, (num_global, batch))  # [G, B, K]
+    student_embeddings = student.embed(views).unflatten(0, (-1, batch))  # [V, B, bottleneck]
+    losses = pair_cross_entropies(
+        teacher_logits,
+        student_embeddings,
+        dino_loss.center,
+        dino_loss.teacher_temp(epoch),
+        dino_loss.student_temp,
+        prototypes=student.head.last_layer.frozen(),
+    )
+    return losses, teacher_logits

@@ -1,399 +1,35 @@
-"""The networks of DINO: Vision Transformers, ResNet-50, the projection head, and the wrapper that runs many crops.
+"""The networks of DINO: its backbones, and the wrapper that runs many crops through one and a head.
 
-Blocks and patch embedding are timm's; parameter names are the upstream's, so its checkpoints load unchanged.
-
-An *encoder*, here and in `hvp.common.evaluation`, is a module with
-
-    embed_dim: int                                                           width of a feature
-    num_blocks: int                                                          0 for networks without blocks
-    forward(x [B, 3, H, W]) -> [B, embed_dim]
-    probe_features(x, n_last_blocks, avgpool) -> [B, D]                      what a linear probe reads
-
-    # B images, V views, N patches, D embedding dim, K prototypes
+# B images, V views, K prototypes
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import groupby, pairwise
-from typing import Any
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed, trunc_normal_
-from timm.models.resnet import Bottleneck, ResNet
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hvp.common.errors import UserError
-
-RESNET50_DIM = 2048
-# Width -> attention heads of the networks below. A state dict does not show its number of heads.
-NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12}
-
-
-class VisionTransformer(nn.Module):
-    """Vision Transformer whose feature is the [CLS] token after the final norm, for images of any size.
-
-    Args:
-        img_size: side in pixels for which `pos_embed` is stored; other sizes interpolate it.
-        patch_size: side of a patch in pixels.
-        embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        conv_stem: embed patches by a stack of small convolutions instead of a single large one.
-
-    Source: facebookresearch/dino vision_transformer.py VisionTransformer.
-    """
-
-    def __init__(
-        self,
-        *,
-        img_size: int = 224,
-        patch_size: int = 16,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        drop_path_rate: float = 0.0,
-        conv_stem: bool = False,
-    ) -> None:
-        super().__init__()
-        self.embed_dim = embed_dim
-        self.num_blocks = depth
-        self.patch_size = patch_size
-        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's annotation asks for a class, its code for less
-
-        # img_size=None: the convolution takes any size, and drops the remainder of one that is no multiple of a patch.
-        self.patch_embed = (
-            ConvStem(patch_size, embed_dim)
-            if conv_stem
-            else PatchEmbed(img_size=None, patch_size=patch_size, embed_dim=embed_dim)
-        )
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=float(rate), norm_layer=norm_layer
-            )
-            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu")
-        )
-        self.norm = norm_layer(embed_dim)
-
-        trunc_normal_(self.pos_embed, std=0.02)
-        trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_linear)
-
-    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """The position embedding of an image of `height` x `width` pixels, [1, 1 + patches, D].
-
-        Bicubic without antialiasing. The scale factors are those of 0.1 patch more than there are: upstream's guard
-        against rounding one patch away, which released weights were trained with, so it is part of the definition.
-        """
-        rows, columns = height // self.patch_size, width // self.patch_size
-        num_patches = self.pos_embed.shape[1] - 1
-        if rows * columns == num_patches and height == width:
-            return self.pos_embed
-        side = math.isqrt(num_patches)
-        patches = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, side, side]
-        scale = ((rows + 0.1) / side, (columns + 0.1) / side)
-        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # [1, D, rows, columns]
-        return torch.cat((self.pos_embed[:, :1], patches.flatten(2).mT), dim=1)
-
-    def prepare_tokens(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the tokens of the first block, [B, 1 + N, D]."""
-        height, width = x.shape[-2:]
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)), dim=1)
-        return tokens + self.interpolate_pos_encoding(height, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features [B, D]."""
-        x = self.prepare_tokens(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])
-
-    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """The normalised tokens [B, 1 + N, D] after each of the last `n` blocks."""
-        x = self.prepare_tokens(x)
-        layers = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i >= self.num_blocks - n:
-                layers.append(self.norm(x))
-        return layers
-
-    def probe_features(self, x: Tensor, n_last_blocks: int, avgpool: bool) -> Tensor:
-        """What a linear probe reads: the [CLS] tokens of the last blocks, or the last [CLS] and the mean patch.
-
-        Args:
-            x: images [B, 3, H, W].
-            n_last_blocks: how many blocks give their [CLS] token.
-            avgpool: add the mean patch token; with `n_last_blocks` = 1 only.
-
-        Returns:
-            [B, n_last_blocks * D], or [B, 2 * D] with `avgpool`, the two interleaved as upstream has them.
-
-        Raises:
-            UserError: the network has not so many blocks, or `avgpool` was asked for with several.
-
-        Source: facebookresearch/dino eval_linear.py.
-        """
-        if not 1 <= n_last_blocks <= self.num_blocks:
-            raise UserError(
-                f"n_last_blocks = {n_last_blocks}, but this network has {self.num_blocks} blocks.\n"
-                f"    Set a number from 1 to {self.num_blocks}."
-            )
-        if avgpool and n_last_blocks != 1:
-            raise UserError(
-                f"avgpool adds the mean patch to the [CLS] of one block, but n_last_blocks = {n_last_blocks}.\n"
-                "    Set n_last_blocks to 1 (DINO's ViT-B setting), or avgpool to false (its ViT-S setting)."
-            )
-        layers = self.get_intermediate_layers(x, n_last_blocks)
-        if avgpool:
-            return torch.stack((layers[0][:, 0], layers[0][:, 1:].mean(dim=1)), dim=-1).flatten(1)
-        return torch.cat([tokens[:, 0] for tokens in layers], dim=-1)
+from hvp.common.networks import Encoder
+from hvp.common.networks.heads import DINOHead
+from hvp.common.networks.resnet import resnet50
+from hvp.common.networks.vision_transformer import build_vit
 
 
-class ConvStem(nn.Module):
-    """Patch embedding by 3 x 3 convolutions of stride 2, each doubling the width, then a 1 x 1 projection.
-
-    Small networks learn much faster behind it than behind a single large convolution. The norm is GroupNorm, which
-    keeps no statistics of the batch: an image's feature does not depend on its neighbours, so a teacher's outputs may
-    be computed in any batch and reused.
-    """
-
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
-        super().__init__()
-        num_stages = patch_size.bit_length() - 1
-        widths = [3, *(embed_dim >> i for i in reversed(range(num_stages)))]
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
-                    nn.GroupNorm(math.gcd(c_out, 8), c_out),
-                    nn.GELU(),
-                )
-                for c_in, c_out in pairwise(widths)
-            )
-        )
-        self.proj = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to patches [B, N, D]."""
-        return self.proj(self.stages(x)).flatten(2).mT
-
-
-class ResNet50(ResNet):
-    """ResNet-50 without its classifier; names and initialisation are those of torchvision's, which upstream takes."""
-
-    embed_dim = RESNET50_DIM
-    num_blocks = 0
-
-    def __init__(self) -> None:
-        block: Any = Bottleneck  # timm's annotation asks for an instance, its code for the class
-        super().__init__(block, (3, 4, 6, 3), num_classes=0, zero_init_last=False)
-
-    def probe_features(self, x: Tensor, n_last_blocks: int, avgpool: bool) -> Tensor:
-        """The pooled feature [B, 2048]; there are no blocks or patches to choose from."""
-        if n_last_blocks != 1 or avgpool:
-            raise UserError(
-                f"n_last_blocks = {n_last_blocks} and avgpool = {avgpool}, but a ResNet-50 has one pooled feature.\n"
-                "    Set n_last_blocks to 1 and avgpool to false."
-            )
-        return self(x)
-
-
-def vit_micro(*, patch_size: int = 8, img_size: int = 32, drop_path_rate: float = 0.0) -> VisionTransformer:
-    """The demo's network, 0.4 M parameters: it learns the embedded dataset in minutes on two cores."""
-    return VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=96,
-        depth=3,
-        num_heads=NUM_HEADS[96],
-        drop_path_rate=drop_path_rate,
-        conv_stem=True,
-    )
-
-
-def vit_tiny(*, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
-    """ViT-Ti, 5.5 M parameters."""
-    return _vit(192, patch_size, img_size, drop_path_rate)
-
-
-def vit_small(*, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
-    """ViT-S, 22 M parameters."""
-    return _vit(384, patch_size, img_size, drop_path_rate)
-
-
-def vit_base(*, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
-    """ViT-B, 86 M parameters."""
-    return _vit(768, patch_size, img_size, drop_path_rate)
-
-
-def _vit(embed_dim: int, patch_size: int, img_size: int, drop_path_rate: float) -> VisionTransformer:
-    return VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=12,
-        num_heads=NUM_HEADS[embed_dim],
-        drop_path_rate=drop_path_rate,
-    )
-
-
-VITS: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_micro": vit_micro,
-    "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
-    "vit_base": vit_base,
-}
-ARCHS = (*VITS, "resnet50")
-
-
-def build_backbone(
-    arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
-) -> VisionTransformer | ResNet50:
+def build_backbone(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> Encoder:
     """An encoder with fresh weights.
 
     Args:
-        arch: one of ARCHS.
-        patch_size: side of a patch in pixels; a ResNet has none.
-        img_size: side of the global crops in pixels, for which a ViT stores its position embedding.
-        drop_path_rate: stochastic depth of a ViT's last block, in [0, 1); the student's only. As upstream, a ResNet has
-            none.
+        arch: resnet50, or one of VITS.
+        patch_size, img_size, drop_path_rate: as for `build_vit()`; a ResNet reads none of them.
 
     Raises:
-        UserError: unknown `arch`; a patch size that does not divide the image, or that the stem cannot make.
+        UserError: sizes that do not fit each other.
     """
     if arch == "resnet50":
-        return ResNet50()
-    if arch not in VITS:
-        nearest = difflib.get_close_matches(arch, ARCHS, n=1, cutoff=0)[0]
-        raise UserError(f"unknown arch {arch!r}. Did you mean {nearest}?\n    Known: {', '.join(ARCHS)}.")
-    if not 1 <= patch_size <= img_size or img_size % patch_size:
-        raise UserError(
-            f"patch_size = {patch_size} does not divide the image size {img_size} of arch = {arch}.\n"
-            "    Set a patch size that does, for example 8 or 16 at 224 pixels."
-        )
-    if arch == "vit_micro" and patch_size not in (2, 4, 8, 16, 32):
-        raise UserError(
-            f"patch_size = {patch_size}, but the stem of vit_micro halves the image again and again.\n"
-            "    Set 2, 4, 8, 16 or 32."
-        )
-    return VITS[arch](patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
-
-
-def encoder_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | ResNet50 | None:
-    """The encoder that a backbone's state dict belongs to, told from names and shapes; its weights are not loaded.
-
-    Args:
-        state: state dict of a backbone alone, without prefixes such as `module.` or `backbone.`.
-
-    Returns:
-        An encoder of the right shape, or None when the weights are none of ours. Entries the encoder does not have are
-        not looked at: loading strictly finds them.
-    """
-    if "layer4.2.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
-        return ResNet50()
-    pos_embed, proj = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if pos_embed is None or proj is None or pos_embed.ndim != 3 or proj.ndim != 4:
-        return None
-    num_patches, embed_dim = pos_embed.shape[1] - 1, pos_embed.shape[2]
-    side = math.isqrt(max(num_patches, 0))
-    if side < 1 or side**2 != num_patches or embed_dim not in NUM_HEADS:
-        return None
-    num_stages = sum(key.startswith("patch_embed.stages.") and key.endswith(".0.weight") for key in state)
-    patch_size = 2**num_stages if num_stages else proj.shape[-1]
-    return VisionTransformer(
-        img_size=side * patch_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=sum(key.startswith("blocks.") and key.endswith(".norm1.weight") for key in state),
-        num_heads=NUM_HEADS[embed_dim],
-        conv_stem=num_stages > 0,
-    )
-
-
-class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows have direction `weight_v` and length `weight_g`.
-
-    Args:
-        in_dim, out_dim: D and K.
-        train_gain: let `weight_g`, which starts at 1, be trained.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, *, train_gain: bool) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_gain)
-        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., K]."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
-
-    def frozen(self) -> Callable[[Tensor], Tensor]:
-        """The layer as it is now, for many small calls without gradient: the norms of the K rows are taken once.
-
-        The gain multiplies the outputs and not the weights, so that no copy of the weights is made; results differ
-        from `forward` by rounding only.
-        """
-        with torch.no_grad():
-            gain = (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)).squeeze(1)  # [K]
-
-        def forward(x: Tensor) -> Tensor:
-            logits = F.linear(x, self.weight_v)
-            # In place where that rounds once; autocast's half-precision logits are promoted instead.
-            return logits.mul_(gain) if logits.dtype == gain.dtype else logits * gain
-
-        return forward
-
-
-class DINOHead(nn.Module):
-    """Projection head: a perceptron to a bottleneck on the unit sphere, then weight-normalised prototypes.
-
-    Args:
-        in_dim, out_dim: width of the backbone's feature, and the number of prototypes K.
-        use_bn: batch norm after each hidden layer.
-        norm_last_layer: keep the prototypes' lengths at 1.
-        nlayers: linear layers of the perceptron; 1 leaves out the hidden ones.
-        hidden_dim, bottleneck_dim: widths in between.
-
-    Source: facebookresearch/dino vision_transformer.py DINOHead.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        use_bn: bool = False,
-        norm_last_layer: bool = True,
-        nlayers: int = 3,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-    ) -> None:
-        super().__init__()
-        widths = [in_dim] + [hidden_dim] * (nlayers - 1)
-        layers: list[nn.Module] = []
-        for c_in, c_out in pairwise(widths):
-            layers += [nn.Linear(c_in, c_out), *([nn.BatchNorm1d(c_out)] if use_bn else []), nn.GELU()]
-        layers.append(nn.Linear(widths[-1], bottleneck_dim))
-        # A single layer is named mlp.weight, not mlp.0.weight.
-        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
-        self.apply(_init_linear)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=not norm_last_layer)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features [B, in_dim] to the bottleneck [B, bottleneck_dim], of length 1."""
-        return F.normalize(self.mlp(x), dim=-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [B, in_dim] to logits [B, K]."""
-        return self.last_layer(self.embed(x))
+        return resnet50()
+    return build_vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
 
 
 class MultiCropWrapper(nn.Module):
@@ -402,7 +38,7 @@ class MultiCropWrapper(nn.Module):
     Source: facebookresearch/dino utils.py MultiCropWrapper.
     """
 
-    def __init__(self, backbone: VisionTransformer | ResNet50, head: DINOHead) -> None:
+    def __init__(self, backbone: Encoder, head: DINOHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -425,10 +61,3 @@ class MultiCropWrapper(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """The logits of `views`, [sum of B_i, K], view after view."""
         return self.head(self.features(views))
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

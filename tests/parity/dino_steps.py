@@ -12,15 +12,19 @@ from fixtures import Fixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hvp.common.engine import selecting
+from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World
 from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
 from hvp.common.engine.precision import Precision
 from hvp.common.engine.timing import Stopwatch
 from hvp.common.hardviews import Selection, Slots, select
+from hvp.common.networks.heads import DINOHead
+from hvp.common.networks.vision_transformer import VisionTransformer
 from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import DINOHead, MultiCropWrapper, VisionTransformer
+from hvp.methods.dino.vision_transformer import MultiCropWrapper
 
 CPU = torch.device("cpu")
 
@@ -54,6 +58,7 @@ class FormulaRun:
         self.total_steps = f.config["epochs"] * f.config["niter"]
         self.selecting = Stopwatch(CPU)
         self.row_due = True
+        self.collapse = CollapseWatch(print)
         self.world = World()
 
     def steps(self, epoch: int) -> Iterator[tuple[int, list[FormulaBatch]]]:
@@ -114,7 +119,7 @@ def train(f: Fixture) -> Outcome:
     # key bias: its gradient is zero but for rounding, and Adam takes a step of up to lr along whatever it is given.
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
         patch.setattr(main_dino, "normalize", lambda pixels: pixels)
-        patch.setattr(main_dino, "select", select_listed)
+        patch.setattr(selecting, "select", select_listed)
         run: Any = FormulaRun(f, outcome)
         for epoch in range(c["epochs"]):
             main_dino.train_one_epoch(

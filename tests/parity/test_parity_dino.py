@@ -10,18 +10,15 @@ import torch
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
 from torch import Tensor, nn
 
+from hvp.common.cross_entropy import pair_cross_entropies
 from hvp.common.engine.optimizers import LARS, clip_gradients, split_weight_decay
 from hvp.common.engine.schedules import cosine, linear_then_constant, warmup_cosine
 from hvp.common.hardviews import Group, Slots, select
+from hvp.common.networks import encoder_from_state
+from hvp.common.networks.heads import DINOHead
+from hvp.common.networks.vision_transformer import VisionTransformer
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.score import pair_losses
-from hvp.methods.dino.vision_transformer import (
-    DINOHead,
-    MultiCropWrapper,
-    VisionTransformer,
-    build_backbone,
-    encoder_from_state,
-)
+from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
@@ -117,7 +114,7 @@ def matrix_of(f: Fixture, center: Tensor) -> Tensor:
     batch = f.config["B"]
     teacher = f.tensors["teacher_output"].unflatten(0, (-1, batch))
     student = f.tensors["student_output"].unflatten(0, (-1, batch))
-    return pair_losses(teacher, student, center, f.scalars["teacher_temp"], f.config["student_temp"])
+    return pair_cross_entropies(teacher, student, center, f.scalars["teacher_temp"], f.config["student_temp"])
 
 
 @pytest.mark.parametrize("case", cases("dino_schedule"))

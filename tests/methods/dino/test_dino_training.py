@@ -9,12 +9,20 @@ from rich.console import Console
 
 from hvp.common.config import read_yaml, resolve
 from hvp.common.engine.checkpoint import load_checkpoint
+from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.training import build_loader, open_training_data
 from hvp.common.errors import UserError
 from hvp.common.views import normalize
 from hvp.methods import get_preset
 from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
-from hvp.methods.dino.main_dino import HardViews, build_loader, build_loss, build_networks, train_dino
+from hvp.methods.dino.main_dino import (
+    build_loss,
+    build_networks,
+    teacher_output_of,
+    train_dino,
+)
+from hvp.methods.dino.score import pair_losses
 
 SMALL = {
     "data.workers": 0,
@@ -92,8 +100,7 @@ def test_vanilla_is_the_run_without_any_selection(tmp_path, monkeypatch):
         def statistics(self, kept):
             return {}
 
-    monkeypatch.setattr(main_dino, "HardViews", Absent)
-    monkeypatch.setattr(main_dino, "select", None)
+    monkeypatch.setattr(main_dino, "ViewSelector", Absent)
     monkeypatch.setattr(main_dino, "pair_losses", None)
     assert_same(vanilla, train(small(selection__hard_views="none"), tmp_path / "absent"))
 
@@ -192,84 +199,93 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_every_and_start_choose_the_steps():
-    config = small(selection__start=0.5, selection__every=3)
-    networks = build_networks(config, torch.device("cpu"))
-    hvp = HardViews(*networks, build_loss(config), config, total_steps=20)
-    assert [step for step in range(20) if hvp.acts_on(step)] == [10, 13, 16, 19]
+    selector = ViewSelector(small(selection__start=0.5, selection__every=3), total_steps=20)
+    assert [step for step in range(20) if selector.acts_on(step)] == [10, 13, 16, 19]
 
 
-def scored(config: DinoConfig):
-    """(hard views, normalised crops of a batch) under fresh networks."""
-    torch.manual_seed(0)
-    networks = build_networks(config, torch.device("cpu"))
-    loader = build_loader(config, main_dino.open_training_data(config), torch.device("cpu"))
-    (batch,) = next(loader.epoch(0))
-    hvp = HardViews(*networks, build_loss(config), config, total_steps=1)
-    return hvp, [normalize(pixels) for pixels in batch.pixels]
+class Scored:
+    """Fresh networks and a batch of crops, and what selecting among them gives."""
+
+    def __init__(self, config: DinoConfig):
+        torch.manual_seed(0)
+        self.student, self.teacher = build_networks(config, torch.device("cpu"))
+        self.dino_loss = build_loss(config)
+        loader = build_loader(config, open_training_data(config), torch.device("cpu"))
+        (batch,) = next(loader.epoch(0))
+        self.crops = [normalize(pixels) for pixels in batch.pixels]
+        self.selector = ViewSelector(config, total_steps=1)
+
+    def select(self, step=0, selector=None):
+        selector = selector or self.selector
+        with selector.scoring(self.student, self.teacher):
+            losses, self.teacher_logits = pair_losses(self.student, self.teacher, self.crops, self.dino_loss, 0)
+        return selector.keep(self.crops, losses, step)
+
+    def tensors(self):
+        return [t for part in (self.student, self.teacher, self.dino_loss) for t in part.state_dict().values()]
 
 
 def test_steps_between_selections_take_the_first_of_every_slot():
-    hvp, crops = scored(small())
-    first = hvp.first(crops)
-    assert torch.equal(first[0], crops[0][[0, 2]])
-    assert torch.equal(first[1], crops[1][[0, 1]])
+    scored = Scored(small())
+    first = scored.selector.first(scored.crops)
+    assert torch.equal(first[0], scored.crops[0][[0, 2]])
+    assert torch.equal(first[1], scored.crops[1][[0, 1]])
 
 
 def test_kept_loss_is_the_objective_of_the_kept_crops():
     """What `select()` maximised is the loss that the step then trains on, image by image."""
-    hvp, crops = scored(small(model__drop_path_rate=0.0, selection__search="exact"))
-    kept, _ = hvp.select(crops, step=0, epoch=0)
+    scored = Scored(small(model__drop_path_rate=0.0, selection__search="exact"))
+    kept = scored.select()
     for b in range(8):
         views = [crop[:, b] for crop in kept.views]
-        loss = hvp.dino_loss(hvp.student(views), hvp.teacher(views[:1]), 0)
+        loss = scored.dino_loss(scored.student(views), scored.teacher(views[:1]), 0)
         assert float(kept.loss[b]) == pytest.approx(loss.item(), rel=1e-4)
-    random, _ = HardViews(
-        hvp.student, hvp.teacher, hvp.dino_loss, small(selection__policy="random"), total_steps=1
-    ).select(crops, step=0, epoch=0)
+    random = scored.select(selector=ViewSelector(small(selection__policy="random"), total_steps=1))
     assert kept.loss.mean() > random.loss.mean()
 
 
 def test_reused_teacher_outputs_are_those_of_the_kept_crops():
-    hvp, crops = scored(small())
-    kept, teacher_output = hvp.select(crops, step=0, epoch=0)
-    again = hvp.teacher([kept.views[0].flatten(0, 1)])
-    torch.testing.assert_close(teacher_output, again, rtol=1e-5, atol=1e-6)
+    scored = Scored(small())
+    kept = scored.select()
+    again = scored.teacher([kept.views[0].flatten(0, 1)])
+    torch.testing.assert_close(teacher_output_of(kept, scored.teacher_logits), again, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_norm_forbids_reuse():
-    hvp, crops = scored(small(model__use_bn_in_head=True))
-    assert hvp.select(crops, step=0, epoch=0)[1] is None
+def test_batch_norm_forbids_reuse(tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("reused")
+
+    monkeypatch.setattr(main_dino, "teacher_output_of", never)
+    train(small(model__use_bn_in_head=True, train__epochs=1), tmp_path / "bn")
+    with pytest.raises(AssertionError, match="reused"):
+        train(small(train__epochs=1), tmp_path / "plain")
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_scoring_leaves_no_trace(mode):
-    hvp, crops = scored(small(selection__mode=mode))
-    before = [
-        value.clone() for part in (hvp.student, hvp.teacher, hvp.dino_loss) for value in part.state_dict().values()
-    ]
-    hvp.select(crops, step=0, epoch=0)
-    after = [value for part in (hvp.student, hvp.teacher, hvp.dino_loss) for value in part.state_dict().values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(parameter.grad is None for parameter in hvp.student.parameters())
-    assert hvp.student.training
-    assert hvp.teacher.training
+    scored = Scored(small(selection__mode=mode))
+    before = [tensor.clone() for tensor in scored.tensors()]
+    scored.select()
+    assert all(torch.equal(a, b) for a, b in zip(before, scored.tensors(), strict=True))
+    assert all(parameter.grad is None for parameter in scored.student.parameters())
+    assert scored.student.training
+    assert scored.teacher.training
 
 
 def test_scoring_in_train_mode_has_stochastic_depth_and_in_eval_mode_has_not():
     for mode, equal in (("train", False), ("eval", True)):
-        hvp, crops = scored(small(selection__mode=mode, model__drop_path_rate=0.5, selection__search="exact"))
-        losses = [hvp.select(crops, step=0, epoch=0)[0].loss for _ in range(2)]
+        scored = Scored(small(selection__mode=mode, model__drop_path_rate=0.5, selection__search="exact"))
+        losses = [scored.select().loss for _ in range(2)]
         assert torch.equal(*losses) is equal
 
 
 def test_combinations_depend_on_seed_and_step_alone():
-    hvp, crops = scored(small(model__drop_path_rate=0.0, selection__comparisons=2))
+    scored = Scored(small(model__drop_path_rate=0.0, selection__comparisons=2))
     torch.manual_seed(1)
-    a = hvp.select(crops, step=3, epoch=0)[0].index
+    a = scored.select(step=3).index
     torch.manual_seed(2)
-    assert torch.equal(a, hvp.select(crops, step=3, epoch=0)[0].index)
-    others = [hvp.select(crops, step=step, epoch=0)[0].index for step in range(4, 10)]
-    assert any(not torch.equal(a, other) for other in others)
+    assert torch.equal(a, scored.select(step=3).index)
+    assert any(not torch.equal(a, scored.select(step=step).index) for step in range(4, 10))
 
 
 def test_bf16_trains_and_keeps_float32_weights(tmp_path):

@@ -13,16 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hvp.common.errors import UserError
+from hvp.common.networks import encoder_from_state
+from hvp.common.networks.heads import DINOHead, WeightNormLinear
+from hvp.common.networks.vision_transformer import VisionTransformer
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import (
-    ARCHS,
-    DINOHead,
-    MultiCropWrapper,
-    VisionTransformer,
-    WeightNormLinear,
-    build_backbone,
-    encoder_from_state,
-)
+from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
 
 
 @pytest.fixture
@@ -53,7 +48,6 @@ def test_sizes(arch: str, embed_dim: int, num_blocks: int, millions: float) -> N
         assert (backbone.embed_dim, backbone.num_blocks) == (embed_dim, num_blocks)
         assert backbone(torch.empty(2, 3, 96, 96)).shape == (2, embed_dim)
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
-    assert set(ARCHS) >= {arch}
 
 
 @pytest.mark.parametrize("arch", ["vit_micro", "vit_tiny"])
@@ -120,8 +114,6 @@ def test_probe_features_that_a_network_has_not(micro: VisionTransformer) -> None
 
 
 def test_unknown_arch_and_patch_sizes_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match=r"unknown arch 'vit_smal'\. Did you mean vit_small"):
-        build_backbone("vit_smal")
     with pytest.raises(UserError, match="patch_size = 14 does not divide the image size 96"):
         build_backbone("vit_tiny", patch_size=14, img_size=96)
     with pytest.raises(UserError, match="patch_size = 0 does not divide"):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvp.methods.dino.score import pair_losses
-from hvp.methods.dino.vision_transformer import WeightNormLinear
+from hvp.common.cross_entropy import pair_cross_entropies
+from hvp.common.networks.heads import WeightNormLinear
 
 
 def slow(teacher: Tensor, student: Tensor, center: Tensor, teacher_temp: float, student_temp: float) -> Tensor:
@@ -55,7 +55,7 @@ def test_equals_the_formula(
     seed: int,
 ) -> None:
     teacher, student, center = inputs(images, targets, views, prototypes, seed)
-    losses = pair_losses(teacher, student, center, teacher_temp, student_temp, images_at_once=images_at_once)
+    losses = pair_cross_entropies(teacher, student, center, teacher_temp, student_temp, images_at_once=images_at_once)
     assert losses.dtype == torch.float32
     expected = slow(teacher, student, center, teacher_temp, student_temp).float()
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
@@ -66,7 +66,7 @@ def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
     student.requires_grad_()
     before = [teacher.clone(), student.detach().clone(), center.clone()]
     # A student temperature of 1 must not make the logits worked on the caller's own.
-    assert not pair_losses(teacher, student, center, 0.04, 1.0).requires_grad
+    assert not pair_cross_entropies(teacher, student, center, 0.04, 1.0).requires_grad
     assert all(torch.equal(a, b) for a, b in zip([teacher, student, center], before, strict=True))
 
 
@@ -77,7 +77,7 @@ def test_prototypes_are_applied_to_embeddings(images_at_once: int | None) -> Non
     with torch.no_grad():
         layer.weight_g.uniform_(0.5, 2.0)
     embeddings = torch.nn.functional.normalize(torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
-    losses = pair_losses(teacher, embeddings, center, 0.07, 0.1, layer.frozen(), images_at_once)
+    losses = pair_cross_entropies(teacher, embeddings, center, 0.07, 0.1, layer.frozen(), images_at_once)
     with torch.no_grad():
         expected = slow(teacher, layer(embeddings), center, 0.07, 0.1).float()
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
@@ -88,35 +88,35 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     teacher, student, center = inputs(prototypes=50)
     student = student * 9000  # divided by the temperature, more than float16 holds
     teacher, student = teacher.to(dtype), student.to(dtype)
-    losses = pair_losses(teacher, student, center, 0.04, 0.1)
+    losses = pair_cross_entropies(teacher, student, center, 0.04, 0.1)
     assert losses.dtype == torch.float32
-    assert torch.equal(losses, pair_losses(teacher.float(), student.float(), center, 0.04, 0.1))
+    assert torch.equal(losses, pair_cross_entropies(teacher.float(), student.float(), center, 0.04, 0.1))
     assert losses.isfinite().all()
 
 
 def test_autocast_does_not_coarsen_the_losses() -> None:
     teacher, student, center = inputs(prototypes=50)
-    expected = pair_losses(teacher, student, center, 0.04, 0.1)
+    expected = pair_cross_entropies(teacher, student, center, 0.04, 0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(pair_losses(teacher, student, center, 0.04, 0.1), expected)
+        assert torch.equal(pair_cross_entropies(teacher, student, center, 0.04, 0.1), expected)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_huge_logits(scale: float) -> None:
     teacher, student, center = inputs(prototypes=30)
     teacher, student = teacher * scale, student * scale
-    losses = pair_losses(teacher, student, center, 0.04, 0.1)
+    losses = pair_cross_entropies(teacher, student, center, 0.04, 0.1)
     torch.testing.assert_close(losses, slow(teacher, student, center, 0.04, 0.1).float(), rtol=1e-5, atol=scale * 1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_not_finite_only_where_it_belongs(value: float) -> None:
     teacher, student, center = inputs()
-    expected = pair_losses(teacher, student, center, 0.5, 0.5)
+    expected = pair_cross_entropies(teacher, student, center, 0.5, 0.5)
 
     bad = student.clone()
     bad[3, 1, 2] = value
-    losses = pair_losses(teacher, bad, center, 0.5, 0.5)
+    losses = pair_cross_entropies(teacher, bad, center, 0.5, 0.5)
     others = torch.ones_like(losses, dtype=torch.bool)
     others[1, :, 3] = False
     assert not losses[~others].isfinite().any()
@@ -124,7 +124,7 @@ def test_not_finite_only_where_it_belongs(value: float) -> None:
 
     bad = teacher.clone()
     bad[1, 2, 4] = value
-    losses = pair_losses(bad, student, center, 0.5, 0.5)
+    losses = pair_cross_entropies(bad, student, center, 0.5, 0.5)
     others = torch.ones_like(losses, dtype=torch.bool)
     others[2, 1, :] = False
     assert bool(losses[~others].isfinite().all()) == (value == float("-inf"))  # then a prototype is ruled out
@@ -151,17 +151,17 @@ def test_only_a_few_images_logits_exist_at_once(from_embeddings: bool) -> None:
     embeddings = torch.randn(views, 8, 3)
     with LargestTensor() as largest:
         if from_embeddings:
-            pair_losses(teacher, embeddings, center, 0.04, 0.1, layer.frozen(), images_at_once=2)
+            pair_cross_entropies(teacher, embeddings, center, 0.04, 0.1, layer.frozen(), images_at_once=2)
         else:
-            pair_losses(teacher, student, center, 0.04, 0.1, images_at_once=2)
+            pair_cross_entropies(teacher, student, center, 0.04, 0.1, images_at_once=2)
     assert largest.numel == 2 * views * prototypes
 
 
 def test_shapes_that_do_not_fit() -> None:
     teacher, student, center = inputs()
     with pytest.raises(ValueError, match=r"\[2, 3, 7\], student \[5, 2, 7\]"):
-        pair_losses(teacher, student[:, :2], center, 0.04, 0.1)
+        pair_cross_entropies(teacher, student[:, :2], center, 0.04, 0.1)
     with pytest.raises(ValueError, match=r"center \[1, 6\]"):
-        pair_losses(teacher, student, center[:, :6], 0.04, 0.1)
+        pair_cross_entropies(teacher, student, center[:, :6], 0.04, 0.1)
     with pytest.raises(ValueError, match="7 prototypes"):
-        pair_losses(teacher, student[..., :6], center, 0.04, 0.1)
+        pair_cross_entropies(teacher, student[..., :6], center, 0.04, 0.1)

@@ -1,0 +1,50 @@
+"""Noticing that a network gives the same answer to every image.
+
+# B images, D dimensions
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class CollapseWatch:
+    """Says once that training sits at a collapsed solution, after `steps` steps in a row that look like one.
+
+    Args:
+        note: is given the message.
+        steps: so many.
+    """
+
+    def __init__(self, note: Callable[[str], None], steps: int = 100) -> None:
+        self.note, self.steps = note, steps
+        self._in_a_row = 0
+
+    def see(self, step: int, collapsed: bool, message: str) -> None:
+        """Takes what a step looked like.
+
+        Args:
+            step: counted from 0.
+            collapsed: whether this step looks collapsed.
+            message: what is seen, and what to do; the step and the word go in front.
+        """
+        self._in_a_row = self._in_a_row + 1 if collapsed else 0
+        if self._in_a_row == self.steps:
+            self.note(f"step {step + 1}: the network has collapsed: {message}")
+
+
+@torch.no_grad()
+def feature_spread(z: Tensor) -> float:
+    """How far features are spread over the unit sphere: 1 in all directions alike, 0 collapsed to one point.
+
+    Args:
+        z: features [B, D], any float dtype, B at least 2.
+
+    Returns:
+        The standard deviation over the batch of the L2-normalised features, mean over channels, times sqrt(D).
+
+    Source: SimSiam (arXiv:2011.10566), section 4.1 and Figure 2.
+    """
+    return F.normalize(z.float(), dim=-1).std(dim=0).mean().item() * z.shape[-1] ** 0.5

@@ -1,0 +1,104 @@
+"""When a run selects views, among which, and what its log says of it. What views cost is the method's to say."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hvp.common.engine.run import mix
+from hvp.common.hardviews import Selection, gather_views, select
+from hvp.common.sections import RunConfig
+
+
+class ViewSelector:
+    """HVP in a trainer's step:
+
+        if selector.acts_on(step):
+            with selector.scoring(model):
+                losses = pair_losses(...)               # the method's, [B, T, V]
+            kept = selector.keep(views, losses, step)   # kept.views are trained on
+        else:
+            views = selector.first(views)
+
+    Args:
+        config: says what is sampled and how to select.
+        total_steps: optimiser steps of the run, for `selection.start`.
+        rank: this process's, for choices that are an image's own.
+    """
+
+    def __init__(self, config: RunConfig, total_steps: int, rank: int = 0) -> None:
+        self.selection, self.seed = config.selection, config.train.seed
+        # A list of combinations that a batch shares is the same in all processes. What is drawn for every image is not.
+        drawn_per_image = config.selection.per_image or config.selection.policy == "random"
+        self.stream = (rank,) if rank and drawn_per_image else ()
+        self.slots = config.combination_slots()
+        self.first_candidates = config.first_candidates()
+        self.first_step = math.ceil(config.selection.start * total_steps)
+
+    def acts_on(self, step: int) -> bool:
+        """Whether this step selects: more than one combination, and `selection.start` and `.every` say so."""
+        return (
+            self.slots.num_combinations > 1
+            and step >= self.first_step
+            and (step - self.first_step) % self.selection.every == 0
+        )
+
+    def first(self, views: list[Tensor]) -> list[Tensor]:
+        """The first candidates of every slot, those of a vanilla step.
+
+        Args:
+            views: one tensor a resolution, [n, B, ...].
+        """
+        if self.slots.keeps_all(self.slots.num_views):
+            return views
+        index = torch.tensor(self.first_candidates, device=views[0].device)
+        return gather_views(views, index.expand(views[0].shape[1], -1), self.slots)
+
+    @contextmanager
+    def scoring(self, *networks: nn.Module) -> Iterator[None]:
+        """For the forward passes of a selection: without gradient, the networks in the mode that `selection.mode` says.
+
+        In mode `train`, batch norm takes the statistics of the candidates and moves its running ones, as in HVP's
+        released code.
+        """
+        if self.selection.mode == "eval":
+            for network in networks:
+                network.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for network in networks:
+                network.train()
+
+    def keep(self, views: list[Tensor], pair_loss: Tensor, step: int) -> Selection:
+        """The views that the policy asks for.
+
+        Args:
+            views: one tensor a resolution, [n, B, ...].
+            pair_loss: [B, T, V], of all candidates.
+            step: optimiser step; with the seed it decides which combinations are compared.
+        """
+        return select(
+            views,
+            pair_loss,
+            self.slots,
+            search=self.selection.search,
+            comparisons=self.selection.comparisons,
+            per_image=self.selection.per_image,
+            policy=self.selection.policy,
+            generator=torch.Generator().manual_seed(mix(self.seed, step, *self.stream)),
+        )
+
+    def statistics(self, kept: Selection | None) -> dict[str, float | list[float]]:
+        """For the log: which share of the images keeps each candidate, and images without a finite loss."""
+        if kept is None:
+            return {}
+        counts = torch.bincount(kept.index.flatten(), minlength=self.slots.num_views)
+        return {
+            "kept_hist": (counts / len(kept.index)).tolist(),
+            "kept_loss": kept.loss.mean().item(),
+            "no_finite_loss": float(kept.fallback.sum()),
+        }

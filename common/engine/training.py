@@ -1,0 +1,144 @@
+"""What every trainer does around its loop: processes, device, seed, data, the run's folder."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from hvp.common.data import ImageSource, open_dataset
+from hvp.common.engine.distributed import World, joined, share_of_batch
+from hvp.common.engine.precision import Precision, pick_device
+from hvp.common.engine.run import Run, Stateful, available_workers, claimed, seeded
+from hvp.common.errors import UserError
+from hvp.common.sections import RunConfig
+from hvp.common.views import MultiViewLoader
+from hvp.common.views.loader import Key
+
+Masks = Callable[[Sequence[Key]], Tensor]
+
+
+class RunOptions(TypedDict, total=False):
+    """How a trainer treats the run's folder, and who is told. Every trainer takes these."""
+
+    resume: bool
+    """Go on from the folder's last checkpoint."""
+
+    overwrite: bool
+    """Delete an earlier run in the folder first."""
+
+    force: bool
+    """Resume although the configuration differs."""
+
+    console: Console | None
+    """Where progress goes; stderr if not given."""
+
+    on_row: Callable[[Mapping[str, Any]], None] | None
+    """Told every row of the log; what it raises ends the run."""
+
+
+@dataclass
+class Session:
+    """One process's part in a run, before and while it trains."""
+
+    config: RunConfig
+    out: Path
+    options: RunOptions
+    world: World
+    device: torch.device
+    precision: Precision
+    loader: MultiViewLoader
+
+    @contextmanager
+    def run(self, method: str, parts: Mapping[str, Stateful]) -> Iterator[Run]:
+        """Claims the folder, restores what is resumed, and is the run.
+
+        Args:
+            method: its name, for the checkpoint.
+            parts: what changes during training, by its name in the checkpoint. The precision is added.
+        """
+        options = self.options
+        resume, overwrite = options.get("resume", False), options.get("overwrite", False)
+        with (
+            claimed(self.out, self.world, resume=resume, overwrite=overwrite),
+            Run(
+                method,
+                self.config,
+                self.out,
+                self.loader,
+                {**parts, "precision": self.precision},
+                self.device,
+                options.get("console") or Console(stderr=True),
+                self.world,
+                resume=resume,
+                force=options.get("force", False),
+                on_row=options.get("on_row"),
+            ) as run,
+        ):
+            yield run
+
+
+@contextmanager
+def session(
+    config: RunConfig, out: Path, *, masks: Masks | None = None, **options: Unpack[RunOptions]
+) -> Iterator[Session]:
+    """Joins the run's processes and prepares this one: device, precision, seeded random numbers, the loader.
+
+    Networks are to be built inside `with session.world.agreeing():`, so that what is wrong in one process ends all.
+
+    Args:
+        config: what to do.
+        out: the run's folder.
+        masks: as for `MultiViewLoader`.
+        options: as in RunOptions.
+
+    Raises:
+        UserError: something that the caller can mend, before the first step where it can be known by then.
+    """
+    with joined() as world, ExitStack() as held:
+        with world.agreeing():
+            device = pick_device(config.train.device)
+            precision = Precision(config.train.precision, device)
+            held.enter_context(seeded(config.train.seed, device))
+            source = open_training_data(config)
+            loader = held.enter_context(closing(build_loader(config, source, device, world, masks)))
+        yield Session(config, out, options, world, device, precision, loader)
+
+
+def open_training_data(config: RunConfig) -> ImageSource:
+    """The images to pretrain on.
+
+    Raises:
+        UserError: `data.path` is not given, or holds no images.
+    """
+    if config.data.path is None:
+        raise UserError("no images to train on: give --data DIR, or --data shapes for the embedded dataset")
+    return open_dataset(config.data.path, "train", shapes=config.data.shapes)
+
+
+def build_loader(
+    config: RunConfig,
+    source: ImageSource,
+    device: torch.device,
+    world: World = World(),
+    masks: Masks | None = None,
+) -> MultiViewLoader:
+    """The multi-view loader of a configuration, for this process's share of every batch."""
+    return MultiViewLoader(
+        source,
+        config.view_slots(),
+        batch_size=share_of_batch(config.train.batch_size, config.train.accumulate, world),
+        accumulate=config.train.accumulate,
+        seed=config.train.seed,
+        workers=available_workers(config.data.workers, device, world),
+        pipeline=config.data.loader,
+        on_bad_image=config.data.on_bad_image,
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=device.type == "cuda",
+        masks=masks,
+    )

@@ -1,0 +1,30 @@
+"""Encoders and heads that several methods train.
+
+An *encoder*, here and in `hvp.common.evaluation`, is a module with
+
+    embed_dim: int                                                           width of a feature
+    num_blocks: int                                                          0 for networks without blocks
+    forward(x [B, 3, H, W]) -> [B, embed_dim]
+    probe_features(x, n_last_blocks, avgpool) -> [B, D]                      what a linear probe reads
+
+Parameter names are those of the upstream trainers, so that their checkpoints load unchanged.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from hvp.common.networks.resnet import ConvNet, convnet_from_state
+from hvp.common.networks.vision_transformer import VisionTransformer, vit_from_state
+
+Encoder = VisionTransformer | ConvNet
+
+
+def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
+    """The encoder that a backbone's state dict belongs to, by names and shapes, weights not loaded; None if there is
+    none here."""
+    vit = vit_from_state(state)
+    return convnet_from_state(state) if vit is None else vit
+
+
+__all__ = ["Encoder", "encoder_from_state"]
