@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-METHODS = ("dino",)
+METHODS = ("dino", "ibot")
 """Names of the folders."""
 
 

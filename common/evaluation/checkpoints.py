@@ -28,8 +28,8 @@ EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a
 # Left by DistributedDataParallel.
 WRAPPER = "module."
 BACKBONE = "backbone."
-# What sits on top of a backbone during pretraining and has no part in an evaluation.
-HEADS = ("head.", "projection_head.", "dino_loss.")
+# What a network has beside its encoder during pretraining: a head, a token for masked patches.
+HEADS = ("head.", "projection_head.", "dino_loss.", "masked_embed", "backbone.masked_embed")
 
 # Upstream's checkpoints hold their arguments, and learning rates that are numpy numbers. These types are data and
 # nothing else; every other type in a file is refused. numpy 1 wrote the function's name in another module.

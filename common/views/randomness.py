@@ -45,7 +45,7 @@ def view_uniforms(seed: int, epoch: int, index: int, num_views: int, num_uniform
 
 
 def uniform_stream(purpose: Purpose, seed: int, epoch: int, index: int, part: int) -> Iterator[float]:
-    """Uniform random numbers in [0, 1), as many as are asked for, that belong to a part of (purpose, seed, epoch, index).
+    """Uniform random numbers in [0, 1), as many as are asked for; those of a part of (purpose, seed, epoch, index).
 
     Args:
         purpose, seed, epoch, index: as for `random_bits`, whose numbers are those of part 0.

@@ -39,7 +39,7 @@ class ModelConfig(Section):
     """Fix the gain of the last layers' weight norm at 1. The upstream's ViT-S recipe: off."""
 
     norm_in_head: Literal["bn"] | None = None
-    """Norm in the projection head. `bn`, batch norm, has statistics over [CLS] tokens and patches together."""
+    """Norm in the projection head. `bn`: batch norm, over [CLS] tokens and over patches separately."""
 
     head_hidden_dim: int = Field(2048, ge=1)
     """Width of the head's hidden layers."""
@@ -274,3 +274,8 @@ class IbotConfig(RunConfig):
         if self.selection.global_pairs == "any":
             candidates[:2], kept[:2] = [candidates[0] + candidates[1]], [2]
         return Slots.from_counts(candidates, kept, diagonal=True)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, by the linear scaling rule."""
+        return self.optim.base_lr * self.train.batch_size / 256

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ class iBOTHead(DINOHead):
     Args:
         in_dim, out_dim: width of a token, and [CLS] prototypes K.
         patch_out_dim: patch prototypes K2.
-        shared_head: `last_layer2` is `last_layer`; then K2 is K. Its entries are in the state dict twice, as upstream's.
+        shared_head: `last_layer2` is `last_layer`; then K2 is K. In the state dict it stands twice, as upstream.
         use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim: as in DINOHead, and for both layers.
 
     Raises:
@@ -60,49 +62,44 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        # Batch norm couples the tokens, so which of them go through the head is part of what it computes.
-        self.couples_tokens = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in head.modules())
+        # Batch norm couples what goes through the head together: its statistics are those of all patches of a batch, or
+        # of all [CLS] tokens. Without it, patches that the loss does not read need not go through the head.
+        self.has_batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules())
 
-    def embed(self, views: Tensor, masks: Tensor | None = None) -> Tensor:
-        """The head's bottleneck of all tokens, [n, 1 + N, b].
+    def embed(self, views: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The head's bottleneck of the [CLS] tokens, [n, b], and of all patches, [n, N, b].
 
         Args:
             views: images [n, 3, H, W].
             masks: [n, N] bool; the backbone sees the mask token instead of these patches.
         """
-        return self._embed(self.backbone.all_tokens(views, masks))
+        tokens = self.backbone.all_tokens(views, masks)
+        patches = self.head.embed(tokens[:, 1:].flatten(0, 1)).unflatten(0, (len(views), -1))
+        return self.head.embed(tokens[:, 0]), patches
 
     def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's bottleneck of the [CLS] tokens, [n, b], and of the masked patches alone, [R, b]."""
+        """The head's bottleneck of the [CLS] tokens, [n, b], and of the masked patches, [R, b]."""
+        if self.has_batch_norm:
+            cls, patches = self.embed(views, masks)
+            return cls, patches[masks]
         tokens = self.backbone.all_tokens(views, masks)
-        if self.couples_tokens:
-            embedding = self._embed(tokens)
-            return embedding[:, 0], embedding[:, 1:][masks]
-        rows = torch.cat((tokens[:, 0], tokens[:, 1:][masks]))  # the loss reads no others
-        cls, patches = self.head.embed(rows).tensor_split((len(views),))
+        cls, patches = self.head.embed(torch.cat((tokens[:, 0], tokens[:, 1:][masks]))).tensor_split((len(views),))
         return cls, patches
 
     def embed_cls(self, views: Tensor) -> Tensor:
         """The head's bottleneck of the [CLS] tokens of unmasked views, [n, b]."""
-        if self.couples_tokens:
-            return self.embed(views)[:, 0]
         return self.head.embed(self.backbone(views))
 
-    def forward(self, global_views: Tensor, masks: Tensor, local_views: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Sequence[Tensor], masks: Tensor) -> tuple[Tensor, Tensor]:
         """The student's outputs.
 
         Args:
-            global_views: images [n, 3, H, W].
-            masks: [n, N] bool, the patches to mask in them.
-            local_views: images [m, 3, h, w], which stay unmasked.
+            views: global views [n, 3, H, W] and, where there are any, local ones [m, 3, h, w], which stay unmasked.
+            masks: [n, N] bool, the patches to mask in the global views.
 
         Returns:
             Logits of all [CLS] tokens, [n + m, K], and of the masked patches in the order of `masks`, [R, K2].
         """
-        cls, patches = self.embed_masked(global_views, masks)
-        if local_views is not None:
-            cls = torch.cat((cls, self.embed_cls(local_views)))
+        cls, patches = self.embed_masked(views[0], masks)
+        cls = torch.cat((cls, *(self.embed_cls(local) for local in views[1:])))
         return self.head.last_layer(cls), self.head.last_layer2(patches)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.head.embed(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])

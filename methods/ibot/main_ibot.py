@@ -10,19 +10,19 @@ Source: bytedance/ibot main_ibot.py; HVP Algorithm 1.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
 from hvp.common.engine.precision import Precision
-from hvp.common.engine.run import Run
+from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.schedules import warmup_cosine
 from hvp.common.engine.selecting import ViewSelector
 from hvp.common.engine.training import RunOptions, session
@@ -33,7 +33,7 @@ from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.masking import MaskSampler
-from hvp.methods.ibot.score import Prototypes, pair_losses
+from hvp.methods.ibot.score import pair_losses
 
 
 def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> Path:
@@ -42,7 +42,7 @@ def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> 
     Args:
         config: what to do.
         out: the run's folder.
-        options: see RunOptions.
+        options: as in RunOptions.
 
     Returns:
         The last checkpoint. `student`, `teacher` and `ibot_loss` in it have the upstream's state-dict keys.
@@ -52,18 +52,15 @@ def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> 
         Stopped: a signal asked to stop.
     """
     with session(config, out, masks=build_masks(config), **options) as s:
-        with s.building():
-            student, teacher = (
-                synchronised(network, s.world, s.device) for network in build_networks(config, s.device)
-            )
+        with s.world.agreeing():
+            student, teacher = (synchronised(net, s.world, s.device) for net in build_networks(config, s.device))
             ibot_loss = build_loss(config).to(s.device)
             optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
-        parts = {
+        parts: dict[str, Stateful] = {
             "student": student,
             "teacher": teacher,
             "ibot_loss": ibot_loss,
             "optimizer": optimizer,
-            "precision": s.precision,
         }
         with s.run("ibot", parts) as run:
             model = data_parallel(student, s.world, s.device)
@@ -148,6 +145,11 @@ def build_loss(config: IbotConfig) -> iBOTLoss:
     )
 
 
+def build_modules(config: IbotConfig, device: torch.device) -> Sequence[nn.Module]:
+    """Student, teacher and loss: what a checkpoint holds."""
+    return (*build_networks(config, device), build_loss(config).to(device))
+
+
 def train_one_epoch(
     model: MultiCropWrapper | DistributedDataParallel,
     teacher: MultiCropWrapper,
@@ -164,9 +166,11 @@ def train_one_epoch(
     weights = dict(student.named_parameters())
     averaged = [weights[name] for name, _ in teacher.named_parameters()]  # all but the mask token
     last_layers = [weight for name, weight in weights.items() if "last_layer" in name]  # also last_layer2
-    hvp = HardViews(student, teacher, ibot_loss, config, run.total_steps, run.world.rank)
-    collapse = CollapseWatch(run.log.note)
-    at_chance = config.loss.lambda1 * math.log(config.model.out_dim)
+    uniform = math.log(config.model.out_dim)
+    selector = ViewSelector(config, run.total_steps, run.world.rank)
+    # hvp: with batch norm the outputs of the kept crops depend on the batch they are computed in
+    reuses_teacher = not teacher.has_batch_norm
+    first_globals = config.first_candidates()[:2]
     for it, parts in run.steps(epoch):
         # schedules are functions of the step
         lr = warmup_cosine(
@@ -188,23 +192,27 @@ def train_one_epoch(
         for number, part in enumerate(parts, start=1):
             batch = part.to(precision.device, non_blocking=True)
             crops = [normalize(pixels) for pixels in batch.pixels]
+            assert batch.masks is not None  # build_masks() made them
             masks = batch.masks.flatten(2)  # [G, B, N]
             embedding = None
             with precision.autocast():
-                if hvp.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
+                if selector.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
                     with run.selecting.running():
-                        kept, masks, embedding = hvp.select(crops, masks, it, epoch)
-                        crops = kept.views
+                        with selector.scoring(student, teacher):
+                            pairs, candidates = pair_losses(student, teacher, crops, masks, ibot_loss, epoch)
+                        kept = selector.keep(crops, pairs, it)
+                        crops, masks = kept.views, of_kept(kept, masks)  # a crop keeps its mask
+                        if reuses_teacher:
+                            embedding = of_kept(kept, candidates[0]), of_kept(kept, candidates[1])
                 else:
-                    crops, masks = hvp.first(crops, masks)
-                views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]
-                masks = masks.flatten(0, 1)  # [2 B, N]
+                    crops, masks = selector.first(crops), masks[first_globals].flatten(0, 1)
+                views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]; masks are [2 B, N]
                 if embedding is None:
                     with torch.no_grad():
-                        embedding = teacher.embed(views[0])  # [2 B, 1 + N, b]
-                teacher_cls, teacher_patch, teacher_patch_mean = teacher_logits(teacher.head, embedding, masks)
+                        embedding = teacher.embed(views[0])  # [2 B, b] and [2 B, N, b]
+                teacher_cls, teacher_patch, teacher_patch_mean = teacher_outputs(teacher.head, *embedding, masks)
                 with averaging(model, on=number == num_parts):
-                    student_cls, student_patch = model(views[0], masks, *views[1:])  # [(2 + local) B, K], [R, K2]
+                    student_cls, student_patch = model(views, masks)  # [(2 + local) B, K] and [R, K2]
                 losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, masks, epoch)
             precision.backward(losses.loss / num_parts)
             ibot_loss.center_step(teacher_cls, teacher_patch_mean)
@@ -222,7 +230,7 @@ def train_one_epoch(
         ibot_loss.update_center()
 
         _, loss_cls, loss_patch = step_losses.tolist()
-        statistics = precision.statistics() | (hvp.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
         run.record(
             loss,
             loss_cls=loss_cls,
@@ -232,112 +240,33 @@ def train_one_epoch(
             momentum=momentum,
             **statistics,
         )
-        collapse.see(
+        run.collapse.see(
             it,
-            abs(loss_cls - at_chance) < 1e-3 * config.loss.lambda1,
-            f"the [CLS] loss has been ln(out_dim) = {math.log(config.model.out_dim):.3f}: the outputs are uniform. "
-            "Lower the learning rate or the teacher temperature, or start masking (masks.pred_start_epoch) or "
-            "selecting (selection.start) later",
+            abs(loss_cls - config.loss.lambda1 * uniform) < 1e-3 * config.loss.lambda1,
+            f"for {run.collapse.steps} steps the [CLS] loss has been ln(out_dim) = {uniform:.3f}: the outputs are "
+            "uniform. Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
         )
 
 
 @torch.no_grad()
-def teacher_logits(head: iBOTHead, embedding: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def teacher_outputs(head: iBOTHead, cls: Tensor, patches: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the loss and its centres need of the teacher.
 
     The prototypes are linear, so the mean of the logits over all patches, which the centre follows, is the logits of
-    the mean, and logits are made of the masked patches only.
+    the mean, and no other logits are made than those of the masked patches.
 
     Args:
         head: the teacher's.
-        embedding: the bottleneck of all tokens, [2 B, 1 + N, b].
+        cls, patches: the bottleneck of [CLS] tokens, [2 B, b], and of all patches, [2 B, N, b].
         masks: [2 B, N] bool.
 
     Returns:
-        Logits of [CLS] [2 B, K], of the masked patches [R, K2], and the mean over all patches of each view [2 B, K2].
+        Logits of [CLS] [2 B, K], of the masked patches [R, K2], and their mean over all patches of a view [2 B, K2].
     """
-    cls, patches = embedding[:, 0], embedding[:, 1:]
     return head.last_layer(cls), head.last_layer2(patches[masks]), head.last_layer2(patches.mean(dim=1))
 
 
-class HardViews:
-    """hvp: the selection of crops to train on, for one trainer.
-
-    Args:
-        student, teacher, ibot_loss: as they are trained; scoring changes none of them, except that networks with batch
-            norm update their running statistics in `selection.mode: train`, as in HVP's released code.
-        config: says what is sampled and how to select.
-        total_steps: optimiser steps of the run, for `selection.start`.
-        rank: this process's, for choices that are an image's own.
-    """
-
-    def __init__(
-        self,
-        student: MultiCropWrapper,
-        teacher: MultiCropWrapper,
-        ibot_loss: iBOTLoss,
-        config: IbotConfig,
-        total_steps: int,
-        rank: int = 0,
-    ):
-        self.student, self.teacher, self.ibot_loss = student, teacher, ibot_loss
-        self.first_globals = config.first_candidates()[:2]
-        self.selector = ViewSelector(
-            config.selection,
-            config.combination_slots(),
-            config.first_candidates(),
-            seed=config.train.seed,
-            total_steps=total_steps,
-            rank=rank,
-        )
-        self.acts_on = self.selector.acts_on
-        self.statistics = self.selector.statistics
-        # With batch norm the outputs of the kept crops depend on the batch they are computed in.
-        self.reuses_teacher = not teacher.couples_tokens
-
-    def first(self, crops: list[Tensor], masks: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The first candidates of every slot, and the masks of the global ones: the crops of a vanilla step."""
-        return self.selector.first(crops), masks[self.first_globals]
-
-    def select(
-        self, crops: list[Tensor], masks: Tensor, step: int, epoch: int
-    ) -> tuple[Selection, Tensor, Tensor | None]:
-        """Scores every crop, under its own mask, and keeps the combination that the policy asks for.
-
-        Args:
-            crops: [G, B, 3, H, W] global and, where there are any, [M, B, 3, h, w] local candidates, normalised.
-            masks: [G, B, N] bool, of the global ones.
-            step: optimiser step; with the seed it decides which combinations are compared.
-            epoch: decides the teacher's temperatures.
-
-        Returns:
-            The selection; the masks of the kept global crops, [2, B, N]; and the teacher's embedding of their tokens,
-            [2 B, 1 + N, b], where computing it again in the training step could not change it, otherwise None.
-        """
-        num_global, batch = crops[0].shape[:2]
-        views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
-        with self.selector.scoring(self.student, self.teacher):
-            embedding = self.teacher.embed(views[0])  # [G B, 1 + N, b]
-            cls, patches = self.student.embed_masked(views[0], rows)  # [G B, b], [R, b]
-            cls = torch.cat((cls, *(self.student.embed_cls(local) for local in views[1:])))
-            losses = pair_losses(
-                self.teacher.head.last_layer(embedding[:, 0]).unflatten(0, (num_global, batch)),
-                embedding[:, 1:][rows],
-                cls.unflatten(0, (-1, batch)),
-                patches,
-                masks,
-                self.ibot_loss,
-                epoch,
-                Prototypes(
-                    self.student.head.last_layer.frozen(),
-                    self.student.head.last_layer2.frozen(),
-                    self.teacher.head.last_layer2.frozen(),
-                ),
-            )
-        kept = self.selector.keep(crops, losses, step)
-        images = torch.arange(batch, device=masks.device)
-        chosen = kept.index[:, :2].T  # [2, B]
-        masks = masks[chosen, images]
-        if not self.reuses_teacher:
-            return kept, masks, None
-        return kept, masks, embedding.unflatten(0, (num_global, batch))[chosen, images].flatten(0, 1)
+def of_kept(kept: Selection, candidates: Tensor) -> Tensor:
+    """hvp: what belongs to the kept global crops, [2 B, ...], out of that of all candidates, [G, B, ...]."""
+    images = torch.arange(len(kept.index), device=candidates.device)
+    return candidates[kept.index[:, :2].T, images].flatten(0, 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvp.common.cross_entropy import logits_at_once, pair_cross_entropies
+from hvp.methods.ibot.head import MultiCropWrapper
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 
 Layer = Callable[[Tensor], Tensor]
@@ -26,8 +27,51 @@ class Prototypes(NamedTuple):
     teacher_patch: Layer
 
 
-@torch.no_grad()
 def pair_losses(
+    student: MultiCropWrapper,
+    teacher: MultiCropWrapper,
+    crops: list[Tensor],
+    masks: Tensor,
+    ibot_loss: iBOTLoss,
+    epoch: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Forwards every candidate once, each under its own mask. To be called without gradient; moves neither centre nor
+    teacher.
+
+    Args:
+        student, teacher: in the mode they are to score in.
+        crops: [G, B, 3, H, W] global and, where there are any, [V - G, B, 3, h, w] local candidates, normalised.
+        masks: [G, B, N] bool, of the global ones.
+        ibot_loss: its centres, temperatures and weights.
+        epoch: decides the teacher's temperatures.
+
+    Returns:
+        The matrix, as `loss_matrix()` has it; and the teacher's embedding of the global crops, [CLS] tokens [G, B, b]
+        and all patches [G, B, N, b]. Kept as embeddings, they are a thirtieth of the logits.
+    """
+    num_global, batch = crops[0].shape[:2]
+    views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
+    teacher_cls, teacher_patches = teacher.embed(views[0])
+    cls, patches = student.embed_masked(views[0], rows)
+    cls = torch.cat((cls, *(student.embed_cls(local) for local in views[1:])))
+    losses = loss_matrix(
+        teacher.head.last_layer(teacher_cls).unflatten(0, (num_global, batch)),
+        teacher_patches[rows],
+        cls.unflatten(0, (-1, batch)),
+        patches,
+        masks,
+        ibot_loss,
+        epoch,
+        Prototypes(
+            student.head.last_layer.frozen(), student.head.last_layer2.frozen(), teacher.head.last_layer2.frozen()
+        ),
+    )
+    embedding = tuple(part.unflatten(0, (num_global, batch)) for part in (teacher_cls, teacher_patches))
+    return losses, (embedding[0], embedding[1])
+
+
+@torch.no_grad()
+def loss_matrix(
     teacher_cls: Tensor,
     teacher_patch: Tensor,
     student_cls: Tensor,
@@ -50,12 +94,15 @@ def pair_losses(
         student_patch: as `teacher_patch`, of the student, which does not see these patches.
         masks: [G, B, N] bool.
         ibot_loss: gives centres, temperatures and weights; nothing in it changes.
-        epoch: counted from 0; sets the teacher's temperatures.
+        epoch: counted from 0; decides the teacher's temperatures.
         prototypes: see there. Left out, all inputs are logits.
 
     Returns:
         [B, G, V] float32 in nats: lambda1 times the [CLS] cross-entropy where t != v, lambda2 times the masked-patch
         loss of the view where t == v.
+
+    Source: iBOT (arXiv:2111.07832) Eqs. 2 and 3, before the means over views and images; automl/hvp, branch ibot,
+        main_ibot.py iBOTLoss.hvs.
     """
     losses = ibot_loss.lambda1 * pair_cross_entropies(
         teacher_cls,

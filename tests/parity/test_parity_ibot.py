@@ -17,7 +17,7 @@ from hvp.common.networks.vision_transformer import VisionTransformer, build_vit,
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.masking import MaskSampler
-from hvp.methods.ibot.score import pair_losses
+from hvp.methods.ibot.score import loss_matrix
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
@@ -194,7 +194,7 @@ def matrix_of(f: Fixture) -> Tensor:
     masks = t["masks"].bool().flatten(2)  # [G, B, N]
     rows = masks.flatten(0, 1)
     student_cls = torch.cat([t["student_cls"], *([t["student_local_cls"]] if c["n_local_loaded"] else [])])
-    return pair_losses(
+    return loss_matrix(
         t["teacher_cls"].unflatten(0, (-1, c["B"])),
         t["teacher_patch"][rows],
         student_cls.unflatten(0, (-1, c["B"])),

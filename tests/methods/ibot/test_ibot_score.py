@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hvp.common.hardviews import Slots, combination_losses
 from hvp.common.networks.heads import WeightNormLinear
 from hvp.methods.ibot.ibot_loss import iBOTLoss
-from hvp.methods.ibot.score import Prototypes, masked_patch_losses, pair_losses
+from hvp.methods.ibot.score import Prototypes, loss_matrix, masked_patch_losses
 
 K, K2, DIM = 11, 7, 4
 
@@ -53,7 +53,7 @@ def test_a_combination_costs_what_the_objective_says(
     teacher_cls, student_cls = noise(4, batch, K, seed=seed), noise(4 + num_local, batch, K, seed=seed + 1)
     teacher_patch, student_patch = noise(2, 4, batch, patches, K2, seed=seed + 2)
     masks = some_masks(4, batch, patches, seed=seed)
-    losses = pair_losses(teacher_cls, teacher_patch[masks], student_cls, student_patch[masks], masks, loss_fn, epoch)
+    losses = loss_matrix(teacher_cls, teacher_patch[masks], student_cls, student_patch[masks], masks, loss_fn, epoch)
     globals_ = ((4,), (2,)) if any_pair else ((2, 2), (1, 1))
     local = ((num_local,), (kept_local,)) if num_local else ((), ())
     slots = Slots.from_counts(*(a + b for a, b in zip(globals_, local, strict=True)), diagonal=True)
@@ -78,15 +78,15 @@ def test_unmasked_views_have_no_patch_loss_and_unmasked_patches_no_say() -> None
     loss_fn, masks = loss_of(), some_masks(4, 3, 5)
     masks[1, 2] = False
     cls, teacher_patch, student_patch = noise(4, 3, K), noise(4, 3, 5, K2, seed=1), noise(4, 3, 5, K2, seed=2)
-    losses = pair_losses(cls, teacher_patch[masks], cls, student_patch[masks], masks, loss_fn, 0)
+    losses = loss_matrix(cls, teacher_patch[masks], cls, student_patch[masks], masks, loss_fn, 0)
     assert losses[2, 1, 1] == 0
     masked = masks.any(dim=2).T
     assert (losses.diagonal(dim1=1, dim2=2)[masked] > 0).all()
     for patches in (teacher_patch, student_patch):
         patches[~masks] += 100 * noise(int((~masks).sum()), K2, seed=3)
-    assert torch.equal(losses, pair_losses(cls, teacher_patch[masks], cls, student_patch[masks], masks, loss_fn, 0))
+    assert torch.equal(losses, loss_matrix(cls, teacher_patch[masks], cls, student_patch[masks], masks, loss_fn, 0))
     student_patch[0, 0, masks[0, 0].nonzero()[0]] += 1
-    changed = losses != pair_losses(cls, teacher_patch[masks], cls, student_patch[masks], masks, loss_fn, 0)
+    changed = losses != loss_matrix(cls, teacher_patch[masks], cls, student_patch[masks], masks, loss_fn, 0)
     assert changed.nonzero().tolist() == [[0, 0, 0]]
 
 
@@ -112,9 +112,9 @@ def test_matrix_from_embeddings_and_prototypes() -> None:
     layers = Prototypes(*(WeightNormLinear(DIM, out, train_gain=False) for out in (K, K2, K2)))
     teacher_cls, student_cls = noise(4, 3, K), noise(6, 3, DIM, seed=1)
     teacher_patch, student_patch = noise(2, int(masks.sum()), DIM, seed=2)
-    losses = pair_losses(teacher_cls, teacher_patch, student_cls, student_patch, masks, loss_fn, 3, layers)
+    losses = loss_matrix(teacher_cls, teacher_patch, student_cls, student_patch, masks, loss_fn, 3, layers)
     logits = layers.teacher_patch(teacher_patch), layers.student_cls(student_cls), layers.student_patch(student_patch)
-    expected = pair_losses(teacher_cls, logits[0], logits[1], logits[2], masks, loss_fn, 3)
+    expected = loss_matrix(teacher_cls, logits[0], logits[1], logits[2], masks, loss_fn, 3)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
