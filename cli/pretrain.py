@@ -271,8 +271,8 @@ def _measure(method: str, config: Any) -> None:
         console.print(f"Hard views were not measured: {found.reason}", markup=False, soft_wrap=True)
     elif found.selecting_steps < found.total_steps:
         console.print(
-            f"Of the whole run's {found.total_steps} steps, {found.selecting_steps} select; the others only sample "
-            "the views.",
+            f"Of the whole run's {found.total_steps} steps, {found.selecting_steps} select; the others are "
+            "as without hard views.",
             highlight=False,
             soft_wrap=True,
         )

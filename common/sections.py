@@ -109,15 +109,6 @@ class RunConfig(Section, ABC):
     def peak_lr(self) -> float:
         """The learning rate after warm-up, scaled by the batch size."""
 
-    def first_candidates(self) -> list[int]:
-        """The views that a step without selection trains on: the first of every slot."""
-        views: list[int] = []
-        first = 0
-        for slot in self.view_slots():
-            views += range(first, first + slot.kept)
-            first += slot.candidates
-        return views
-
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
         if self.train.batch_size % self.train.accumulate:

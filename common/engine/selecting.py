@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hvp.common.engine.run import mix
 from hvp.common.hardviews import Selection, gather_views, select
 from hvp.common.sections import RunConfig
+from hvp.common.views import first_views
 
 
 class ViewSelector:
@@ -34,7 +35,7 @@ class ViewSelector:
         drawn_per_image = config.selection.per_image or config.selection.policy == "random"
         self.stream = (rank,) if rank and drawn_per_image else ()
         self.slots = config.combination_slots()
-        self.first_candidates = config.first_candidates()
+        self.first_views = list(first_views(config.view_slots()))
         self.first_step = math.ceil(config.selection.start * total_steps)
 
     def acts_on(self, step: int) -> bool:
@@ -49,11 +50,12 @@ class ViewSelector:
         """The first candidates of every slot, those of a vanilla step.
 
         Args:
-            views: one tensor a resolution, [n, B, ...].
+            views: one tensor a resolution, [n, B, ...]: all candidates, or, as the loader makes them for a step that
+                does not select, these alone.
         """
-        if self.slots.keeps_all(self.slots.num_views):
+        if sum(map(len, views)) == self.slots.num_slots:
             return views
-        index = torch.tensor(self.first_candidates, device=views[0].device)
+        index = torch.tensor(self.first_views, device=views[0].device)
         return gather_views(views, index.expand(views[0].shape[1], -1), self.slots)
 
     @contextmanager

@@ -14,9 +14,10 @@ from hvp.common.data import ImageSource, open_dataset
 from hvp.common.engine.distributed import World, joined, share_of_batch
 from hvp.common.engine.precision import Precision, pick_device
 from hvp.common.engine.run import Run, Stateful, available_workers, claimed, seeded
+from hvp.common.engine.selecting import ViewSelector
 from hvp.common.errors import UserError
 from hvp.common.sections import RunConfig
-from hvp.common.views import MultiViewLoader
+from hvp.common.views import MultiViewLoader, steps_per_epoch
 from hvp.common.views.loader import Key
 
 Masks = Callable[[Sequence[Key]], Tensor]
@@ -128,6 +129,7 @@ def build_loader(
     masks: Masks | None = None,
 ) -> MultiViewLoader:
     """The multi-view loader of a configuration, for this process's share of every batch."""
+    total_steps = config.train.epochs * steps_per_epoch(len(source), config.train.batch_size)
     return MultiViewLoader(
         source,
         config.view_slots(),
@@ -140,5 +142,6 @@ def build_loader(
         rank=world.rank,
         world_size=world.size,
         pin_memory=device.type == "cuda",
+        selects=ViewSelector(config, total_steps).acts_on,
         masks=masks,
     )

@@ -10,15 +10,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hvp.common.data import BadImage, ImageSource
@@ -29,6 +29,7 @@ from hvp.common.views.parameters import (
     COLUMNS,
     NUM_UNIFORMS,
     ViewSlot,
+    first_views,
     resolutions,
     sample_parameters,
     view_layout,
@@ -38,7 +39,10 @@ from hvp.common.views.randomness import view_uniforms
 PIPELINES = {"fast": fast.render, "pil": pil.render}
 
 Key = tuple[int, int]
-"""(epoch, image index): all that a worker must be told."""
+"""(epoch, image index): what an image's views follow from."""
+
+Part = tuple[list[Key], bool]
+"""A micro-batch: its images, and whether all candidates of each are made. All that a worker must be told."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class MultiViewLoader:
         accumulate: micro-batches per optimiser step.
         rank, world_size: this process, and how many train together.
         pin_memory: hand out batches in page-locked memory; without CUDA it has no effect.
+        selects: says of an optimiser step, counted over all epochs, whether it chooses among the candidates. One that
+            does not gets the first `kept` of every slot alone, the same views as among all candidates; None: all do.
         masks: makes a tensor for a micro-batch of its keys, (epoch, index of the image that was used), for methods that
             hide parts of views from the network. Runs in the workers, so it must be picklable, and should depend on
             nothing but the keys.
@@ -120,6 +126,7 @@ class MultiViewLoader:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        selects: Callable[[int], bool] | None = None,
         masks: Callable[[Sequence[Key]], Tensor] | None = None,
     ) -> None:
         if pipeline not in PIPELINES or on_bad_image not in ("error", "skip"):
@@ -142,10 +149,10 @@ class MultiViewLoader:
         self.accumulate = accumulate
         self.steps_per_epoch = steps_per_epoch(len(source), global_batch)
         self._workers = workers
-        self._keys = _Keys(len(source), seed, batch_size, accumulate, rank, world_size)
+        self._keys = _Keys(len(source), seed, batch_size, accumulate, rank, world_size, selects)
         self._loader = DataLoader(
             _Renderer(source, tuple(slots), seed, pipeline, on_bad_image, masks),
-            batch_sampler=self._keys,
+            batch_sampler=cast(Any, self._keys),  # its batches are no lists; the data set is what reads them
             num_workers=workers,
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
@@ -223,22 +230,30 @@ class MultiViewLoader:
         return batch
 
 
-class _Keys(Sampler[list[Key]]):
-    """The keys of each micro-batch, of whatever epoch is asked for next."""
+class _Keys:
+    """The images of each micro-batch, of whatever epoch is asked for next."""
 
     def __init__(
-        self, num_images: int, seed: int, batch_size: int, accumulate: int, rank: int, world_size: int
+        self,
+        num_images: int,
+        seed: int,
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        selects: Callable[[int], bool] | None,
     ) -> None:
-        self.num_images, self.seed = num_images, seed
+        self.num_images, self.seed, self.selects = num_images, seed, selects
         self.batch_size, self.accumulate, self.rank, self.world_size = batch_size, accumulate, rank, world_size
         self.epoch = 0
         self.start_step = 0
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[Part]:
         epoch = self.epoch
         order = epoch_order(self.num_images, self.seed, epoch)
         steps = steps_per_epoch(self.num_images, self.batch_size * self.accumulate * self.world_size)
         for step in range(self.start_step, steps):
+            all_candidates = self.selects is None or self.selects(epoch * steps + step)
             for indices in micro_batches(
                 order,
                 step,
@@ -247,7 +262,7 @@ class _Keys(Sampler[list[Key]]):
                 rank=self.rank,
                 world_size=self.world_size,
             ):
-                yield [(epoch, index) for index in indices.tolist()]
+                yield [(epoch, index) for index in indices.tolist()], all_candidates
 
 
 @dataclass(frozen=True)
@@ -273,16 +288,22 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
         self.pipeline, self.on_bad_image, self.masks = pipeline, on_bad_image, masks
 
     def __getitem__(self, key: Key) -> "ViewBatch | _Failure":
-        return self.__getitems__([key])
+        return self.__getitems__(([key], True))
 
-    def __getitems__(self, keys: list[Key]) -> "ViewBatch | _Failure":
+    def __getitems__(self, part: Part) -> "ViewBatch | _Failure":
         try:
-            return self._batch(keys)
+            return self._batch(*part)
         except UserError as error:
             return _Failure(error)
 
-    def _batch(self, keys: list[Key]) -> ViewBatch:
-        slots, render, layout = self.slots, PIPELINES[self.pipeline], view_layout(self.slots)
+    def _batch(self, keys: list[Key], all_candidates: bool) -> ViewBatch:
+        num_candidates, numbers = len(view_layout(self.slots)), list(first_views(self.slots))
+        slots = self.slots
+        if all_candidates:
+            numbers = list(range(num_candidates))
+        else:
+            slots = tuple(replace(slot, candidates=slot.kept) for slot in slots)
+        render, layout = PIPELINES[self.pipeline], view_layout(slots)
         pixels = []
         for resolution, size in enumerate(resolutions(slots)):
             num_views = sum(place[0] == resolution for place in layout)
@@ -295,7 +316,7 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
         for b, (epoch, wanted) in enumerate(keys):
             image, used = self._read(wanted, skipped)
             index[b] = used
-            uniforms = view_uniforms(self.seed, epoch, used, len(layout), NUM_UNIFORMS)
+            uniforms = view_uniforms(self.seed, epoch, used, num_candidates, NUM_UNIFORMS)[numbers]
             rows = rows_of_batch[b] = sample_parameters(uniforms, image.shape[:2], slots)
             view = 0
             for slot in slots:

@@ -9,7 +9,7 @@ Dimensions: V views of an image (the candidates of all slots, slot by slot), C =
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -191,6 +191,14 @@ def view_layout(slots: Sequence[ViewSlot]) -> list[tuple[int, int]]:
             places.append((resolution, filled[resolution]))
             filled[resolution] += 1
     return places
+
+
+def first_views(slots: Sequence[ViewSlot]) -> Iterator[int]:
+    """The views that are trained on where none are chosen: the first `kept` of every slot."""
+    start = 0
+    for slot in slots:
+        yield from range(start, start + slot.kept)
+        start += slot.candidates
 
 
 @lru_cache(maxsize=16)

@@ -45,7 +45,8 @@ def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> 
     """
     train = config.train.model_copy(update={"batch_size": num_images, "accumulate": 1})
     data = config.data.model_copy(update={"workers": 0})
-    config = config.model_copy(update={"train": train, "data": data})
+    selection = config.selection.model_copy(update={"start": 0.0, "every": 1})
+    config = config.model_copy(update={"train": train, "data": data, "selection": selection})
     content = load_checkpoint(checkpoint)
     device = torch.device("cpu")
     with seeded(config.train.seed, device):
@@ -60,5 +61,5 @@ def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> 
         crops = [normalize(pixels) for pixels in batch.pixels]
         with selector.scoring(student, teacher):
             losses, _ = pair_losses(student, teacher, crops, dino_loss, config.train.epochs - 1)
-        selection = selector.keep(crops, losses, step=0)
-    return Preview([source.read(index) for index in batch.index.tolist()], batch, selection)
+        kept = selector.keep(crops, losses, step=0)
+    return Preview([source.read(index) for index in batch.index.tolist()], batch, kept)

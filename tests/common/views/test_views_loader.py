@@ -39,7 +39,7 @@ def concatenated(batches: list[ViewBatch]) -> ViewBatch:
     """One batch of all their images."""
     pixels = [torch.cat(views, dim=1) for views in zip(*(batch.pixels for batch in batches), strict=True)]
     parameters, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("parameters", "index"))
-    return ViewBatch(pixels, parameters, index, [name for batch in batches for name in batch.skipped])
+    return ViewBatch(pixels, parameters, index, skipped=[name for batch in batches for name in batch.skipped])
 
 
 def test_a_batch_has_the_promised_layout(small_slots):
@@ -54,6 +54,41 @@ def test_a_batch_has_the_promised_layout(small_slots):
     assert batch.index.tolist() == epoch_order(14, 5, 0)[:4].tolist()
     assert batch.skipped == []
     assert batch.parameters[..., COLUMNS.index("slot")].tolist() == [[0, 0, 1, 1, 2, 2, 2, 2]] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_that_does_not_select_gets_the_first_candidates_alone(small_slots, workers):
+    whole = flat(loader_of(small_slots, accumulate=2, batch_size=2).epoch(1))
+    asked = []
+
+    def selects(step: int) -> bool:
+        asked.append(step)
+        return step % 2 == 0
+
+    parts = flat(loader_of(small_slots, accumulate=2, batch_size=2, workers=workers, selects=selects).epoch(1))
+    assert asked == [3, 4, 5]  # counted over the epochs
+    for number, (part, full) in enumerate(zip(parts, whole, strict=True)):
+        if number // 2 == 1:  # step 4
+            assert_equal([part], [full])
+            continue
+        assert torch.equal(part.pixels[0], full.pixels[0][[0, 2]])
+        assert torch.equal(part.pixels[1], full.pixels[1][[0, 1]])
+        assert torch.equal(part.parameters, full.parameters[:, [0, 2, 4, 5]])
+        assert torch.equal(part.index, full.index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_masks_are_made_of_the_images_that_were_used(small_slots, workers):
+    loader = loader_of(small_slots, Photographs(14, bad=(3, 8)), workers=workers, on_bad_image="skip", masks=_numbered)
+    batches = flat(loader.epoch(2))
+    assert any(batch.skipped for batch in batches)
+    for batch in batches:
+        assert torch.equal(batch.masks, torch.stack((torch.full((4,), 2), batch.index), dim=1))
+        assert batch.to("cpu").masks is batch.masks
+
+
+def _numbered(keys):
+    return torch.tensor(keys)
 
 
 @pytest.mark.parametrize("pipeline", ["fast", "pil"])
