@@ -37,6 +37,8 @@ class VisionTransformer(nn.Module):
     Source: facebookresearch/dino vision_transformer.py VisionTransformer.
     """
 
+    masked_embed: nn.Parameter | None
+
     def __init__(
         self,
         *,
@@ -103,6 +105,8 @@ class VisionTransformer(nn.Module):
         height, width = x.shape[-2:]
         patches = self.patch_embed(x)
         if masks is not None:
+            if self.masked_embed is None:
+                raise ValueError("VisionTransformer: there are masks, but no mask token to stand for patches")
             patches = torch.where(masks[..., None], self.masked_embed.to(patches.dtype), patches)
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1)
         return tokens + self.interpolate_pos_encoding(height, width)

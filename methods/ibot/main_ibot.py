@@ -170,7 +170,6 @@ def train_one_epoch(
     selector = ViewSelector(config, run.total_steps, run.world.rank)
     # hvp: with batch norm the outputs of the kept crops depend on the batch they are computed in
     reuses_teacher = not teacher.has_batch_norm
-    first_globals = config.first_candidates()[:2]
     for it, parts in run.steps(epoch):
         # schedules are functions of the step
         lr = warmup_cosine(
@@ -205,7 +204,7 @@ def train_one_epoch(
                         if reuses_teacher:
                             embedding = of_kept(kept, candidates[0]), of_kept(kept, candidates[1])
                 else:
-                    crops, masks = selector.first(crops), masks[first_globals].flatten(0, 1)
+                    crops, masks = selector.first(crops), masks[selector.first_views[:2]].flatten(0, 1)
                 views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]; masks are [2 B, N]
                 if embedding is None:
                     with torch.no_grad():
