@@ -1,14 +1,12 @@
 """The configuration of iBOT. Defaults are those of bytedance/ibot, main_ibot.py, unless said otherwise."""
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from hvp.common.config import Fraction, Range, Section
 from hvp.common.hardviews import Slots
-from hvp.common.sections import RunConfig, SelectionConfig
-from hvp.common.views import ViewSlot, ViewTransform
+from hvp.common.view_sections import MultiCropConfig, MultiCropSelection, MultiCropViews
 
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
 Fractions = Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)]
@@ -129,14 +127,8 @@ class OptimConfig(Section):
     """Epochs in which the prototypes, of [CLS] tokens and of patches, do not move."""
 
 
-class ViewsConfig(Section):
+class ViewsConfig(MultiCropViews):
     """The distribution of views: two global transforms and a local one (DataAugmentationiBOT)."""
-
-    global_crops_size: int = Field(224, ge=8)
-    """Height and width of a global crop, pixels."""
-
-    local_crops_size: int = Field(96, ge=8)
-    """Height and width of a local crop, pixels."""
 
     local_crops_number: int = Field(0, ge=0)
     """Local crops that are trained on. HVP: none; the upstream's recipes: 10."""
@@ -144,54 +136,15 @@ class ViewsConfig(Section):
     global_crops_scale: Range = (0.14, 1.0)
     """Area of a global crop, as a fraction of the image's, (min, max)."""
 
-    local_crops_scale: Range = (0.05, 0.4)
-    """Area of a local crop, as a fraction of the image's, (min, max)."""
 
-    jitter: Fraction = 0.8
-    """Probability of colour jitter."""
-
-    brightness: Fraction = 0.4
-    """Jitter's brightness factor is drawn from 1 +- this."""
-
-    contrast: Fraction = 0.4
-    """Jitter's contrast factor is drawn from 1 +- this."""
-
-    saturation: Fraction = 0.2
-    """Jitter's saturation factor is drawn from 1 +- this."""
-
-    hue: float = Field(0.1, ge=0, le=0.5)
-    """Jitter's hue shift is drawn from +- this, as a fraction of the circle."""
-
-    grayscale: Fraction = 0.2
-    """Probability of grey."""
-
-    blur_global1: Fraction = 1.0
-    """Probability of blur (sigma 0.1 to 2 pixels) in the first global transform."""
-
-    blur_global2: Fraction = 0.1
-    """The same in the second."""
-
-    blur_local: Fraction = 0.5
-    """The same in local crops."""
-
-    solarize: Fraction = 0.2
-    """Probability of solarisation (threshold 128) in the second global transform."""
-
-
-class IbotSelection(SelectionConfig):
+class IbotSelection(MultiCropSelection):
     """Which of the sampled crops are trained on (HVP)."""
-
-    global_candidates: int = Field(2, ge=1)
-    """Crops sampled for each of the two global transforms. HVP: 4 in all."""
 
     local_candidates: int = Field(0, ge=0)
     """Local crops sampled. HVP: none."""
 
-    global_pairs: Literal["by_transform", "any"] = "by_transform"
-    """One global crop of each transform, or any two (the paper's count of combinations)."""
 
-
-class IbotConfig(RunConfig):
+class IbotConfig(MultiCropConfig):
     """hvp pretrain ibot"""
 
     model: ModelConfig = ModelConfig()
@@ -203,17 +156,8 @@ class IbotConfig(RunConfig):
 
     @model_validator(mode="after")
     def _values_fit(self) -> "IbotConfig":
-        views, selection, model, masks = self.views, self.selection, self.model, self.masks
-        if selection.hard_views == "hvp" and selection.local_candidates < views.local_crops_number:
-            raise ValueError(
-                f"selection.local_candidates = {selection.local_candidates}, but views.local_crops_number = "
-                f"{views.local_crops_number} of them are kept. Sample at least as many; HVP samples twice as many"
-            )
-        for key in ("global_crops_size", "local_crops_size"):
-            if getattr(views, key) % model.patch_size:
-                raise ValueError(
-                    f"views.{key} = {getattr(views, key)} is not a multiple of model.patch_size = {model.patch_size}"
-                )
+        model, masks = self.model, self.masks
+        self.check_patch_size(model.patch_size)
         if model.shared_head and model.patch_out_dim != model.out_dim:
             raise ValueError(
                 f"model.patch_out_dim = {model.patch_out_dim}, but a shared head has model.out_dim = {model.out_dim} "
@@ -240,40 +184,9 @@ class IbotConfig(RunConfig):
             )
         return self
 
-    def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: both global transforms, then local crops."""
-        views, selection = self.views, self.selection
-        hard = selection.hard_views == "hvp"
-        global1 = ViewTransform(
-            size=views.global_crops_size,
-            scale=views.global_crops_scale,
-            jitter=views.jitter,
-            brightness=views.brightness,
-            contrast=views.contrast,
-            saturation=views.saturation,
-            hue=views.hue,
-            grayscale=views.grayscale,
-            blur=views.blur_global1,
-        )
-        global2 = replace(global1, blur=views.blur_global2, solarize=views.solarize)
-        num_global = selection.global_candidates if hard else 1
-        slots = [
-            ViewSlot("global1", global1, candidates=num_global, kept=1),
-            ViewSlot("global2", global2, candidates=num_global, kept=1),
-        ]
-        if views.local_crops_number:
-            local = replace(global1, size=views.local_crops_size, scale=views.local_crops_scale, blur=views.blur_local)
-            num_local = selection.local_candidates if hard else views.local_crops_number
-            slots.append(ViewSlot("local", local, candidates=num_local, kept=views.local_crops_number))
-        return tuple(slots)
-
     def combination_slots(self) -> Slots:
         """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
-        candidates = [slot.candidates for slot in self.view_slots()]
-        kept = [slot.kept for slot in self.view_slots()]
-        if self.selection.global_pairs == "any":
-            candidates[:2], kept[:2] = [candidates[0] + candidates[1]], [2]
-        return Slots.from_counts(candidates, kept, diagonal=True)
+        return self.slots_of_crops(diagonal=True)
 
     @property
     def peak_lr(self) -> float:
