@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.engine import distributed
+from hvp.common.engine.batch_norm import SharedBatchNorm
 from hvp.common.engine.distributed import (
     World,
     averaging,
@@ -81,15 +82,14 @@ def test_one_process_is_left_as_it_is():
     assert data_parallel(module, World(), CPU) is module
     assert synchronised(module, World(), CPU) is module
     assert synchronised(module[0], World(0, 2), CPU) is module[0]
-    with pytest.raises(UserError, match="batch-norm"):
-        synchronised(module, World(0, 2), CPU)
 
 
-def test_synchronised_batch_norm_keeps_parameters_and_names():
+@pytest.mark.parametrize(("device", "kind"), [("cuda", nn.SyncBatchNorm), ("cpu", SharedBatchNorm)])
+def test_synchronised_batch_norm_keeps_parameters_and_names(device, kind):
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = dict(module.named_parameters())
-    after = synchronised(module, World(0, 2), torch.device("cuda"))
-    assert isinstance(after[1], nn.SyncBatchNorm)
+    after = synchronised(module, World(0, 2), torch.device(device))
+    assert isinstance(after[1], kind)
     assert all(before[name] is parameter for name, parameter in after.named_parameters())
 
 
