@@ -34,7 +34,7 @@ WRAPPER = "module."
 # Where a backbone stands within a network.
 BACKBONES = ("backbone.", "encoder.")
 # What sits on top of a backbone during pretraining and has no part in an evaluation.
-HEADS = ("head.", "projection_head.", "dino_loss.", "encoder.fc.", "predictor.")
+HEADS = ("head.", "projection_head.", "projector.", "dino_loss.", "encoder.fc.", "predictor.")
 # Names of the same layer elsewhere: HVP's own ResNet for CIFAR calls a block's projection so, torchvision's not.
 RENAMED = {".shortcut.": ".downsample."}
 
