@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hvp.common.evaluation.linear import LinearProtocol
 
-METHODS = ("dino", "simsiam", "simclr")
+METHODS = ("dino", "ibot", "simsiam", "simclr")
 """Names of the folders."""
 
 

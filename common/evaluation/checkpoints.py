@@ -33,8 +33,11 @@ EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a
 WRAPPER = "module."
 # Where a backbone stands within a network.
 BACKBONES = ("backbone.", "encoder.")
-# What sits on top of a backbone during pretraining and has no part in an evaluation.
-HEADS = ("head.", "projection_head.", "projector.", "dino_loss.", "encoder.fc.", "predictor.")
+# What a network has beside its backbone during pretraining: heads, losses, a token for masked patches.
+HEADS = (
+    *("head.", "projection_head.", "projector.", "encoder.fc.", "predictor."),
+    *("dino_loss.", "masked_embed", "backbone.masked_embed"),
+)
 # Names of the same layer elsewhere: HVP's own ResNet for CIFAR calls a block's projection so, torchvision's not.
 RENAMED = {".shortcut.": ".downsample."}
 

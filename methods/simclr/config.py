@@ -6,9 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hvp.common.config import Fraction, Range, Section
-from hvp.common.hardviews import Slots
-from hvp.common.sections import RunConfig, SelectionConfig
-from hvp.common.views import ViewSlot, ViewTransform
+from hvp.common.view_sections import TwoViewConfig, TwoViews
 
 
 class ModelConfig(Section):
@@ -62,52 +60,32 @@ class OptimConfig(Section):
     """Weight decay; biases and 1-D parameters have none. SimCLR paper: 1e-6."""
 
 
-class ViewsConfig(Section):
+class ViewsConfig(TwoViews):
     """The distribution of views, one for all of them (SimCLRTransform)."""
-
-    crop_size: int = Field(224, ge=8)
-    """Height and width of a view, pixels."""
 
     crop_scale: Range = (0.08, 1.0)
     """Area of a view, as a fraction of the image's, (min, max)."""
 
-    jitter: Fraction = 0.8
-    """Probability of colour jitter."""
-
-    brightness: float = Field(0.8, ge=0)
+    brightness: Fraction = 0.8
     """Jitter's brightness factor is drawn from 1 +- this."""
 
-    contrast: float = Field(0.8, ge=0)
+    contrast: Fraction = 0.8
     """Jitter's contrast factor is drawn from 1 +- this."""
 
-    saturation: float = Field(0.8, ge=0)
+    saturation: Fraction = 0.8
     """Jitter's saturation factor is drawn from 1 +- this."""
 
     hue: float = Field(0.2, ge=0, le=0.5)
     """Jitter's hue shift is drawn from +- this, as a fraction of the circle."""
 
-    grayscale: Fraction = 0.2
-    """Probability of grey."""
 
-    blur: Fraction = 0.5
-    """Probability of blur (sigma 0.1 to 2 pixels)."""
-
-
-class SimclrSelection(SelectionConfig):
-    """Which pair of the sampled views is trained on (HVP)."""
-
-    candidates: int = Field(4, ge=2)
-    """Views sampled for an image, of which two are kept. HVP: 4, so 6 pairs."""
-
-
-class SimclrConfig(RunConfig):
+class SimclrConfig(TwoViewConfig):
     """hvp pretrain simclr"""
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     views: ViewsConfig = ViewsConfig()
-    selection: SimclrSelection = SimclrSelection()
 
     @model_validator(mode="after")
     def _values_fit(self) -> "SimclrConfig":
@@ -140,26 +118,3 @@ class SimclrConfig(RunConfig):
             f"train.accumulate = {train.accumulate} changes the objective: views have {2 * part - 2} negatives, those "
             f"of their part, instead of {2 * train.batch_size - 2}"
         ]
-
-    def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: views of one distribution."""
-        views, selection = self.views, self.selection
-        transform = ViewTransform(
-            size=views.crop_size,
-            scale=views.crop_scale,
-            interpolation="bilinear",
-            jitter=views.jitter,
-            brightness=views.brightness,
-            contrast=views.contrast,
-            saturation=views.saturation,
-            hue=views.hue,
-            grayscale=views.grayscale,
-            blur=views.blur,
-        )
-        num_views = selection.candidates if selection.hard_views == "hvp" else 2
-        return (ViewSlot("view", transform, candidates=num_views, kept=2),)
-
-    def combination_slots(self) -> Slots:
-        """Which pairs of those views `select()` compares."""
-        (slot,) = self.view_slots()
-        return Slots.from_counts((slot.candidates,), (slot.kept,))

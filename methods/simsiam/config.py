@@ -4,10 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from hvp.common.config import Fraction, Range, Section
-from hvp.common.hardviews import Slots
-from hvp.common.sections import RunConfig, SelectionConfig
-from hvp.common.views import ViewSlot, ViewTransform
+from hvp.common.config import Fraction, Section
+from hvp.common.view_sections import TwoViewConfig, TwoViews
 
 
 class ModelConfig(Section):
@@ -49,78 +47,19 @@ class OptimConfig(Section):
     """The predictor keeps the learning rate of the first epoch. Upstream: off by default, on in its README."""
 
 
-class ViewsConfig(Section):
+class ViewsConfig(TwoViews):
     """The distribution of views, one for all of them."""
-
-    crop_size: int = Field(224, ge=8)
-    """Height and width of a view, pixels."""
-
-    crop_scale: Range = (0.2, 1.0)
-    """Area of a view, as a fraction of the image's, (min, max)."""
-
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
-
-    jitter: Fraction = 0.8
-    """Probability of colour jitter."""
-
-    brightness: Fraction = 0.4
-    """Jitter's brightness factor is drawn from 1 +- this."""
-
-    contrast: Fraction = 0.4
-    """Jitter's contrast factor is drawn from 1 +- this."""
 
     saturation: Fraction = 0.4
     """Jitter's saturation factor is drawn from 1 +- this."""
 
-    hue: float = Field(0.1, ge=0, le=0.5)
-    """Jitter's hue shift is drawn from +- this, as a fraction of the circle."""
 
-    grayscale: Fraction = 0.2
-    """Probability of grey."""
-
-    blur: Fraction = 0.5
-    """Probability of blur (sigma 0.1 to 2 pixels)."""
-
-
-class SimSiamSelection(SelectionConfig):
-    """Which of the sampled views are trained on (HVP)."""
-
-    candidates: int = Field(4, ge=2)
-    """Views sampled of every image, of which a pair is kept. HVP: 4."""
-
-
-class SimSiamConfig(RunConfig):
+class SimSiamConfig(TwoViewConfig):
     """hvp pretrain simsiam"""
 
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     views: ViewsConfig = ViewsConfig()
-    selection: SimSiamSelection = SimSiamSelection()
-
-    def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: views of one distribution, of which a pair is kept."""
-        views = self.views
-        view = ViewTransform(
-            size=views.crop_size,
-            scale=views.crop_scale,
-            interpolation="bilinear",
-            flip=views.flip,
-            jitter=views.jitter,
-            brightness=views.brightness,
-            contrast=views.contrast,
-            saturation=views.saturation,
-            hue=views.hue,
-            grayscale=views.grayscale,
-            blur=views.blur,
-        )
-        hard = self.selection.hard_views == "hvp"
-        return (ViewSlot("view", view, candidates=self.selection.candidates if hard else 2, kept=2),)
-
-    def combination_slots(self) -> Slots:
-        """Which pairs of those views `select()` compares: all of them."""
-        (slot,) = self.view_slots()
-        return Slots.from_counts((slot.candidates,), (slot.kept,))
 
     @property
     def peak_lr(self) -> float:
