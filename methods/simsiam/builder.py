@@ -62,10 +62,8 @@ class SimSiam(nn.Module):
             p1, p2: predictions, [B, D].
             z1, z2: projections, [B, D]; no gradient flows through them.
         """
-        z1 = self.encoder(x1)
-        z2 = self.encoder(x2)
-        p1 = self.predictor(z1)
-        p2 = self.predictor(z2)
+        z1, z2 = self.encoder(x1), self.encoder(x2)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
         return p1, p2, z1.detach(), z2.detach()
 
     def single_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

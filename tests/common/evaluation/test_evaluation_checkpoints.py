@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.errors import UserError
-from hvp.common.evaluation.checkpoints import load_complete, read_backbone_state
+from hvp.common.evaluation.checkpoints import load_complete, load_encoder, read_backbone_state
+from hvp.common.evaluation.linear import probe_defaults
+from hvp.common.networks.resnet import CONVNETS
 
 WEIGHT = {"cls_token": torch.ones(1, 1, 4), "norm.weight": torch.arange(4.0)}
 HEAD = {"head.mlp.0.weight": torch.ones(2, 4), "head.last_layer.weight_g": torch.ones(2, 1)}
@@ -107,6 +109,21 @@ def test_a_method_with_one_network(tmp_path: Path) -> None:
         assert (read.meta.which, read.meta.method, read.meta.dropped) == ("model", "simsiam", tuple(head))
     with pytest.raises(UserError, match=r"has no teacher\. It has: model"):
         read_backbone_state(tmp_path / "last.pt", "teacher")
+
+
+@pytest.mark.parametrize("arch", CONVNETS)
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
+def test_convnets_are_loaded_and_probed(arch: str, prefix: str, tmp_path: Path) -> None:
+    network = CONVNETS[arch]().eval()
+    weights = {prefix + key: value for key, value in network.state_dict().items()}
+    save_checkpoint(tmp_path / "last.pt", {"method": "simclr", "config": {}, "epoch": 1, "step": 1, "model": weights})
+    encoder, _ = load_encoder(tmp_path / "last.pt")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)
+        assert expected.shape == (2, network.embed_dim)
+        assert torch.equal(encoder(images), expected)
+        assert torch.equal(encoder.probe_features(images, *probe_defaults(encoder)), expected)  # type: ignore[operator]
 
 
 def test_unasked_the_teacher_is_taken_where_there_is_one(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_rates_go_down_by_epochs_and_the_predictors_may_stay(tmp_path, monkeypat
 
 
 def test_everything_is_trained_and_decays_but_the_projectors_last_bias(tmp_path):
-    config = small(selection__hard_views="none")
+    config = small(selection__hard_views="none", model__projector_layers=3)
     model = build_model(config, CPU)
     encoder, predictor = parameter_groups(model, 0.1)
     names = {id(p): name for name, p in model.named_parameters()}
