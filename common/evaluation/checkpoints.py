@@ -29,7 +29,7 @@ EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a
 WRAPPER = "module."
 BACKBONE = "backbone."
 # What sits on top of a backbone during pretraining and has no part in an evaluation.
-HEADS = ("head.", "projection_head.", "dino_loss.")
+HEADS = ("head.", "projection_head.", "projector.", "dino_loss.")
 
 # Upstream's checkpoints hold their arguments, and learning rates that are numpy numbers. These types are data and
 # nothing else; every other type in a file is refused. numpy 1 wrote the function's name in another module.
