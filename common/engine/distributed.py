@@ -28,13 +28,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hvp.common.engine.batch_norm import shared_batch_norm
 from hvp.common.errors import LostProcess, SharedError, UserError
 
 T = TypeVar("T")
@@ -232,20 +233,12 @@ def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
 
 def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT:
     """The module with batch norm over the images of all processes; the module itself where there is nothing to do.
-
-    Raises:
-        UserError: batch norm and several processes on CPUs, where PyTorch cannot do that. Statistics of each process's
-            own images would silently train something else than one process does.
-    """
+    State-dict keys, parameters and buffers stay what they are."""
     if world.size == 1 or not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
         return module
-    if device.type != "cuda":
-        raise UserError(
-            f"{world.size} processes on CPUs cannot share batch-norm statistics. Use one process or GPUs, or a network "
-            "without batch norm"
-        )
-    converted: ModuleT = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return converted
+    if device.type == "cuda":
+        return cast(ModuleT, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    return cast(ModuleT, shared_batch_norm(module))
 
 
 def data_parallel(module: ModuleT, world: World, device: torch.device) -> ModuleT | DistributedDataParallel:

@@ -1,53 +1,30 @@
 """Several processes: what the environment says, what they agree on, and what the helpers do to modules."""
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from processes import in_two_processes
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.engine import distributed
+from hvp.common.engine.batch_norm import SharedBatchNorm
 from hvp.common.engine.distributed import (
     World,
     averaging,
     data_parallel,
     environment_world,
     first_host,
-    joined,
     rendezvous,
     share_of_batch,
     synchronised,
+    unwrapped,
 )
 from hvp.common.errors import SharedError, UserError
 
 CPU = torch.device("cpu")
-
-
-def in_two_processes(body: Callable[..., None], tmp_path: Any) -> list[Any]:
-    """Runs `body(world, say)` in two gloo processes; what each said, by rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (body, port, str(tmp_path)), nprocs=2)
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-
-
-def _process(rank: int, body: Callable[..., None], port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}.items():
-            patch.setenv(name, str(value))
-        patch.setenv("MASTER_ADDR", "localhost")
-        said: list[Any] = []
-        with joined() as world:
-            body(world, said.append)
-        torch.save(said, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize(
@@ -105,15 +82,14 @@ def test_one_process_is_left_as_it_is():
     assert data_parallel(module, World(), CPU) is module
     assert synchronised(module, World(), CPU) is module
     assert synchronised(module[0], World(0, 2), CPU) is module[0]
-    with pytest.raises(UserError, match="batch-norm"):
-        synchronised(module, World(0, 2), CPU)
 
 
-def test_synchronised_batch_norm_keeps_parameters_and_names():
+@pytest.mark.parametrize(("device", "kind"), [("cuda", nn.SyncBatchNorm), ("cpu", SharedBatchNorm)])
+def test_synchronised_batch_norm_keeps_parameters_and_names(device, kind):
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = dict(module.named_parameters())
-    after = synchronised(module, World(0, 2), torch.device("cuda"))
-    assert isinstance(after[1], nn.SyncBatchNorm)
+    after = synchronised(module, World(0, 2), torch.device(device))
+    assert isinstance(after[1], kind)
     assert all(before[name] is parameter for name, parameter in after.named_parameters())
 
 
@@ -149,34 +125,32 @@ def _accumulate(world: World, say: Callable[[Any], None]) -> None:
     layer = nn.Linear(3, 1, bias=False)
     model = data_parallel(layer, world, CPU)
     assert isinstance(model, DistributedDataParallel)
-    exchanges = []
-
-    def count(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        exchanges.append(1)
-        return allreduce_hook(dist.group.WORLD, bucket)
-
-    model.register_comm_hook(None, count)
-    inputs = torch.arange(12.0).reshape(2, 2, 3)[world.rank]
-    for number, row in enumerate(inputs, start=1):
-        with averaging(model, on=number == 2):
-            output = model(row)
-        output.sum().backward()
-        say(len(exchanges))
+    first, second = inputs_of(world.rank)
+    with averaging(model, on=False):
+        output = model(first)
+    output.sum().backward()
     say(layer.weight.grad.clone())
-    # a pass through the module itself exchanges nothing
-    layer(inputs).sum().backward()
-    say(len(exchanges))
+    with averaging(model, on=True):
+        output = model(second)
+    output.sum().backward()
+    say(layer.weight.grad.clone())
+    unwrapped(model)(first).sum().backward()
+    say(layer.weight.grad.clone())
     with torch.no_grad():
         layer.weight += world.rank
-    try:
+    with pytest.raises(SharedError, match="different weights"):
         distributed.assert_equal_weights(layer, world)
-    except SharedError as error:
-        say("different weights" in str(error))
+
+
+def inputs_of(rank: int) -> Tensor:
+    """Two inputs of a process; they are the gradients of a linear layer's summed outputs."""
+    return torch.arange(12.0).reshape(2, 2, 1, 3)[rank]
 
 
 def test_gradients_are_averaged_once_a_step_and_unequal_weights_refused(tmp_path):
-    for said in in_two_processes(_accumulate, tmp_path):
-        mean = torch.arange(12.0).reshape(2, 2, 3).sum(1).mean(0, keepdim=True)
-        assert said[:2] == [0, 1]
-        assert torch.equal(said[2], mean)
-        assert said[3:] == [1, True]
+    mean = torch.stack([inputs_of(rank).sum(0) for rank in range(2)]).mean(0)
+    for rank, said in enumerate(in_two_processes(_accumulate, tmp_path)):
+        first, _ = inputs_of(rank)
+        assert torch.equal(said[0], first)  # its own until the last part
+        assert torch.equal(said[1], mean)  # everyone's from then on
+        assert torch.equal(said[2], mean + first)  # a pass through the module itself exchanges nothing

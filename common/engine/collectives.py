@@ -1,0 +1,72 @@
+"""Exchanges between processes that gradients flow back through.
+
+With one process, or none joined, both give back what they are given.
+
+# W processes
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, in order of rank.
+
+    A process's rows are used by all, so their gradient is the sum of what all processes' losses say of them. If each
+    loss is the mean over the process's own share, then averaging the parameters' gradients over the processes, as
+    `data_parallel()` does, gives the gradient of the mean over everything.
+
+    Args:
+        x: [B, ...], B the same in all processes.
+
+    Returns:
+        [W B, ...].
+    """
+    return _Gather.apply(x) if not _alone() else x
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over the processes, in each of them.
+
+    Every process's sum depends on this one's `x`, so its gradient is the sum of all processes' gradients.
+
+    Args:
+        x: any shape, the same in all processes.
+    """
+    return _Sum.apply(x) if not _alone() else x
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient

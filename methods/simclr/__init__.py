@@ -1,0 +1,7 @@
+"""SimCLR (arXiv:2002.05709), with hard views."""
+
+from hvp.methods import Method
+from hvp.methods.simclr.config import SimclrConfig
+from hvp.methods.simclr.main_simclr import build_encoder, build_modules, train_simclr
+
+METHOD = Method("simclr", SimclrConfig, train_simclr, build_encoder, build_modules)
