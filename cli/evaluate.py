@@ -25,6 +25,12 @@ app = typer.Typer(help="Evaluate an encoder.", no_args_is_help=True)
 class Which(StrEnum):
     teacher = "teacher"
     student = "student"
+    model = "model"
+
+
+class LinearOptimizer(StrEnum):
+    sgd = "sgd"
+    lars = "lars"
 
 
 Checkpoint = Annotated[
@@ -36,7 +42,10 @@ Checkpoint = Annotated[
 Data = Annotated[
     str, typer.Option(help="A folder with train/CLASS and val/CLASS, or `shapes`.", metavar="DIR", show_default=False)
 ]
-WhichNetwork = Annotated[Which, typer.Option(help="Which network of the checkpoint.")]
+WhichNetwork = Annotated[
+    Which | None,
+    typer.Option(help="Which network of the checkpoint.", show_default="the teacher, or the only one"),
+]
 Resolution = Annotated[
     int | None, typer.Option(help="Side of the centre crop, pixels.", show_default="that of pretraining, else 224")
 ]
@@ -52,7 +61,7 @@ ToFile = Annotated[
 def knn(
     checkpoint: Checkpoint,
     data: Data,
-    which: WhichNetwork = Which.teacher,
+    which: WhichNetwork = None,
     k: Annotated[
         list[int] | None, typer.Option(help="Neighbours; may be repeated.", show_default="10 20 100 200")
     ] = None,
@@ -94,10 +103,27 @@ def knn(
 def linear(
     checkpoint: Checkpoint,
     data: Data,
-    which: WhichNetwork = Which.teacher,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 100,
-    base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images. Upstream: 0.001.")] = 0.00075,
-    batch_size: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 1024,
+    which: WhichNetwork = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Train as this method's paper does; the options below win over it.",
+            metavar="METHOD",
+            show_default="the method that trained the checkpoint, else dino",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images.", show_default="the preset's", min=1)
+    ] = None,
+    optimizer: Annotated[
+        LinearOptimizer | None, typer.Option(help="Of the classifier.", show_default="the preset's")
+    ] = None,
+    base_lr: Annotated[
+        float | None, typer.Option(help="Learning rate per 256 images.", show_default="the preset's")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images of a step.", show_default="the preset's", min=1)
+    ] = None,
     n_last_blocks: Annotated[
         int | None, typer.Option(help="Blocks whose [CLS] is read.", show_default="DINO's: 4, for ViT-B 1", min=1)
     ] = None,
@@ -119,15 +145,24 @@ def linear(
     from hvp.common.engine.precision import pick_device
     from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, probe_defaults
+    from hvp.methods import get_method
 
     encoder, meta, train, val = _open(checkpoint, which, data)
     path = _result_path(out, meta, "linear")
     on = pick_device(device.value)
     usual_blocks, usual_avgpool = probe_defaults(encoder)
+    preset = preset or meta.method or "dino"
+    protocol = get_method(preset).linear.copy()
+    if epochs is not None:
+        protocol["epochs"] = epochs
+    if optimizer is not None:
+        protocol["optimizer"] = optimizer.value
+    if base_lr is not None:
+        protocol["base_lr"] = base_lr
+    if batch_size is not None:
+        protocol["batch_size"] = batch_size
     options = LinearOptions(
-        epochs=epochs,
-        base_lr=base_lr,
-        batch_size=batch_size,
+        **protocol,
         n_last_blocks=usual_blocks if n_last_blocks is None else n_last_blocks,
         avgpool=usual_avgpool if avgpool is None else avgpool,
         augment=augment,
@@ -135,6 +170,12 @@ def linear(
         precision=precision.value,
         workers=available_workers(workers, on),
         seed=seed,
+    )
+    Console(stderr=True).print(
+        f"protocol: {preset}, {options.epochs} epochs of {options.optimizer}, base lr {options.base_lr:g}, batch size "
+        f"{options.batch_size}",
+        highlight=False,
+        soft_wrap=True,
     )
     with evaluation_progress() as progress:
         result = evaluate_linear(
@@ -150,12 +191,14 @@ def linear(
     _report(result, path, [("last epoch", result["last"]), ("best epoch (chosen on val)", result["best"])])
 
 
-def _open(checkpoint: Path, which: Which, data: str) -> "tuple[nn.Module, BackboneMeta, ImageSource, ImageSource]":
+def _open(
+    checkpoint: Path, which: Which | None, data: str
+) -> "tuple[nn.Module, BackboneMeta, ImageSource, ImageSource]":
     """The encoder, where it came from, and the labelled splits."""
     from hvp.common.data import ShapesOptions, open_dataset
     from hvp.common.evaluation.checkpoints import load_encoder
 
-    encoder, meta = load_encoder(checkpoint, which.value)
+    encoder, meta = load_encoder(checkpoint, which.value if which else None)
     trained_on = (meta.config or {}).get("data", {})
     shapes = ShapesOptions(**trained_on["shapes"]) if "shapes" in trained_on else ShapesOptions()
     train = open_dataset(data, "train", shapes=shapes, labels=True)
@@ -164,8 +207,14 @@ def _open(checkpoint: Path, which: Which, data: str) -> "tuple[nn.Module, Backbo
 
 
 def _resolution(meta: "BackboneMeta") -> int:
-    views = (meta.config or {}).get("views", {})
-    return int(views.get("global_crops_size", views.get("size", 224)))
+    """The side of the largest views that the encoder was pretrained on, where the file says it."""
+    from hvp.common.config import resolve
+    from hvp.methods import get_method
+
+    if meta.method is None or meta.config is None:
+        return 224
+    config = resolve(get_method(meta.method).config, [(str(meta.path), meta.config)]).config
+    return max(slot.transform.size for slot in config.view_slots())
 
 
 def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:

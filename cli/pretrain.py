@@ -252,6 +252,7 @@ def consequences(config: Any) -> list[str]:
         f"view memory:  {pixels / 2**20:.2f} MiB an image from the loader, {part * pixels / 2**20:.0f} MiB a batch of "
         f"{part}, {4 * part * pixels / 2**20:.0f} MiB normalised on the device"
     )
+    lines += [f"note:         {note}" for note in config.notes()]
     return lines
 
 

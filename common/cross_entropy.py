@@ -1,11 +1,12 @@
-"""The pair-loss matrix of methods with prototypes: the cross-entropy of every view against every target, per image.
+"""The cross-entropy of methods with prototypes: the objective over the views that are trained on, and the pair-loss
+matrix of all candidates, every view against every target, per image.
 
 # B images, T target views (teacher), V online views (student), D bottleneck dim, K prototypes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,35 @@ from torch import Tensor
 # (an image of 20 views and 65 536 prototypes); a GPU wants more work for a launch.
 LOGITS_AT_ONCE_CPU = 20 * 65_536
 LOGITS_AT_ONCE_CUDA = 16 * LOGITS_AT_ONCE_CPU
+
+
+def logits_at_once(device: torch.device) -> int:
+    """How many logits in float32 should exist at the same time."""
+    return LOGITS_AT_ONCE_CUDA if device.type == "cuda" else LOGITS_AT_ONCE_CPU
+
+
+def view_cross_entropy(targets: Sequence[Tensor], views: Sequence[Tensor]) -> Tensor:
+    """The objective of methods with prototypes: the mean over the pairs of different views of the batch's mean
+    cross-entropy.
+
+    The targets of a view are summed first, so it costs one product, not one a pair: with n targets P_v,
+    sum_t H(p_t, v) = n logsumexp(v) - <P_v, v>.
+
+    Args:
+        targets: the teacher's probabilities of the two global views, [B, K] each, float32.
+        views: the student's logits over its temperature, [B, K] each, float32; the two global views first.
+
+    Returns:
+        Scalar float32, in nats.
+    """
+    first, second = targets
+    others = second, first, first + second
+    total = views[0].new_zeros(())
+    for v, view in enumerate(views):
+        num_targets, target = (1, others[v]) if v < 2 else (2, others[2])
+        # Product and sum rather than a matrix product, which autocast would compute in half precision.
+        total = total + (num_targets * view.logsumexp(dim=-1) - (target * view).sum(dim=-1)).mean()
+    return total / (2 * (len(views) - 1))
 
 
 @torch.no_grad()
@@ -62,8 +92,7 @@ def pair_cross_entropies(
             f"center {list(center.shape)}"
         )
     device = teacher.device
-    at_once = LOGITS_AT_ONCE_CUDA if device.type == "cuda" else LOGITS_AT_ONCE_CPU
-    step = images_at_once or max(min(at_once // (num_views * center.numel()), num_images), 1)
+    step = images_at_once or max(min(logits_at_once(device) // (num_views * center.numel()), num_images), 1)
     # One-element tensors, not numbers: they promote half-precision inputs to float32 in the same pass.
     sharpen_teacher = torch.full((1,), 1 / teacher_temp, device=device)
     sharpen_student = torch.full((1,), 1 / student_temp, device=device)

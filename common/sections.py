@@ -109,6 +109,10 @@ class RunConfig(Section, ABC):
     def peak_lr(self) -> float:
         """The learning rate after warm-up, scaled by the batch size."""
 
+    def notes(self) -> list[str]:
+        """What whoever starts the run should know of its values; said when it starts, and by --dry-run."""
+        return []
+
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
         if self.train.batch_size % self.train.accumulate:

@@ -1,7 +1,7 @@
 """The trainers, one folder each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-METHODS = ("dino",)
+    from hvp.common.evaluation.linear import LinearProtocol
+
+METHODS = ("dino", "ibot", "simsiam", "simclr")
 """Names of the folders."""
 
 
@@ -38,6 +40,9 @@ class Method:
 
     build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]]"
     """build_modules(config, device): everything with weights or buffers that a checkpoint holds, freshly made."""
+
+    linear: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
+    """How its paper trains a linear probe; left out, as DINO."""
 
 
 def get_method(name: str) -> Method:

@@ -1,6 +1,6 @@
-"""Batch norm over the images of all processes, on CPUs, where PyTorch's SyncBatchNorm does not run.
+"""Batch norm over the images of all processes on CPUs, for which PyTorch's SyncBatchNorm has no code.
 
-# N rows over all processes (images, times positions of a feature map), C channels
+# C channels
 """
 
 import torch
@@ -11,76 +11,59 @@ from hvp.common.engine.collectives import summed
 
 
 class SharedBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of the rows of all processes.
+    """Batch norm whose statistics in training are those of all processes' rows, in float32.
 
-    Several processes then compute what one would that has all their rows: outputs, running statistics, and gradients
-    once DistributedDataParallel has averaged those of the parameters. In evaluation mode it is PyTorch's batch norm.
-
-    A forward pass in training mode talks to the other processes, without gradients too: all of them score the same
-    candidates in the same steps, so all make the same passes.
-
-    Source: Ioffe & Szegedy (arXiv:1502.03167), Algorithm 1, with its sums over all processes.
+    Mean first, then the variance of what is left, an exchange each: the difference of two large sums would lose
+    digits. Every process must make the same forward passes, those of a selection included.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise ValueError(f"expected rows of {self.num_features} channels, got {list(input.shape)}")
+        if input.dim() < 2:
+            raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, but rows and channels are needed")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Args:
-            input: [B, C] or [B, C, ...], any float dtype; B may differ between processes.
-
-        Returns:
-            Like the input; computed in float32 at least.
-        """
-        if not self.training and self.running_mean is not None:
-            return super().forward(input)
+        """[B, C, ...] to the same shape; B may differ between the processes."""
         self._check_input_dim(input)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        positions = [0, *range(2, x.dim())]
-        channels = (1, -1, *[1] * (x.dim() - 2))
-
-        own_rows = x.new_tensor([x.numel() // self.num_features])
-        totals = summed(torch.cat([x.sum(positions), own_rows]))
-        num_rows = totals[-1]
-        if num_rows < 2:
-            raise ValueError(f"expected more than 1 row over all processes, got {list(input.shape)}")
-        mean = totals[:-1] / num_rows  # [C]
-        # centred first: the difference of E[x^2] and E[x]^2 loses digits where the mean is large
-        centred = x - mean.view(channels)
-        var = summed(centred.square().sum(positions)) / num_rows  # [C]
-        if self.training and self.track_running_stats:
-            self._track(mean.detach(), var.detach() * num_rows / (num_rows - 1))
-
-        scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        output = centred * scale.view(channels)
-        if self.bias is not None:
-            output = output + self.bias.view(channels)
-        return output.to(input.dtype)
+        if not self.training:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.float()
+            over = [dim for dim in range(x.dim()) if dim != 1]
+            shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+            # The number of rows travels with the sum.
+            total = summed(torch.cat((x.sum(over), x.new_tensor([x.numel() / x.shape[1]]))))
+            count = total[-1].detach()
+            if count < 2:
+                raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, but 1 row has no variance")
+            mean = total[:-1] / count
+            centred = x - mean.view(shape)
+            variance = summed(centred.square().sum(over)) / count
+            normalised = centred * (variance + self.eps).rsqrt().view(shape)
+            self._follow(mean.detach(), variance.detach() * count / (count - 1))
+            if self.affine:
+                normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(input.dtype)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Moves the running statistics. `var` is the unbiased one, [C]."""
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Moves the running statistics, as `nn.BatchNorm1d` does."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
-        momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.item()
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
-def share_batch_norm(module: nn.Module) -> nn.Module:
-    """The module with SharedBatchNorm for every batch norm in it, which takes over parameters, buffers and names."""
+def shared_batch_norm(module: nn.Module) -> nn.Module:
+    """The module with every batch norm replaced by one that is shared; parameters and buffers are the same objects."""
     if isinstance(module, _BatchNorm):
         shared = SharedBatchNorm(
-            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
         )
-        shared.weight, shared.bias = module.weight, module.bias
-        shared.running_mean, shared.running_var = module.running_mean, module.running_var
-        shared.num_batches_tracked = module.num_batches_tracked
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(shared, name, getattr(module, name))
         return shared.train(module.training)
     for name, child in module.named_children():
-        setattr(module, name, share_batch_norm(child))
+        setattr(module, name, shared_batch_norm(child))
     return module

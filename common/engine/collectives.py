@@ -1,16 +1,8 @@
-"""Exchanges between processes that gradients flow through.
+"""Exchanges between processes that gradients flow back through.
 
-Every process r has a loss L_r, and the run's is their mean, L = (1/W) sum_r L_r. A tensor x_s of process s that is
-exchanged enters the losses of all, so that
+With one process, or none joined, both give back what they are given.
 
-    dL/dx_s = (1/W) sum_r dL_r/dx_s
-
-Backward, the functions here give process s the sum. The 1/W is that of DistributedDataParallel, which averages the
-gradients of the parameters over the processes:
-
-    dL/dw = (1/W) sum_s (sum_r dL_r/dx_s) dx_s/dw
-
-Collective: all processes call them, forward and backward, in the same order. Alone, they are the identity.
+# W processes
 """
 
 from typing import Any
@@ -18,69 +10,63 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes.
+    """The rows of all processes, in order of rank.
+
+    A process's rows are used by all, so their gradient is the sum of what all processes' losses say of them. If each
+    loss is the mean over the process's own share, then averaging the parameters' gradients over the processes, as
+    `data_parallel()` does, gives the gradient of the mean over everything.
 
     Args:
-        x: [B, ...] floats, the same shape in every process.
+        x: [B, ...], B the same in all processes.
 
     Returns:
-        [W * B, ...] in the order of ranks; for W = 1, x itself.
+        [W B, ...].
     """
-    if _processes() == 1:
-        return x
-    rows: Tensor = _Gathered.apply(x)
-    return rows
+    return _Gather.apply(x) if not _alone() else x
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of a tensor over all processes.
+    """The sum over the processes, in each of them.
+
+    Every process's sum depends on this one's `x`, so its gradient is the sum of all processes' gradients.
 
     Args:
-        x: floats of any shape, the same in every process.
-
-    Returns:
-        Like x; for W = 1, x itself.
+        x: any shape, the same in all processes.
     """
-    if _processes() == 1:
-        return x
-    total: Tensor = _Summed.apply(x)
-    return total
+    return _Sum.apply(x) if not _alone() else x
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
-def _all_reduced(x: Tensor) -> Tensor:
-    total = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
-
-
-class _Gathered(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        parts = list(rows.chunk(dist.get_world_size()))
-        dist.all_gather(parts, x.contiguous())
-        return rows
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _all_reduced(gradient).chunk(dist.get_world_size())[dist.get_rank()]
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-class _Summed(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _all_reduced(x)
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _all_reduced(gradient)
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient

@@ -30,14 +30,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.batch_norm import share_batch_norm
+from hvp.common.engine.batch_norm import shared_batch_norm
 from hvp.common.errors import LostProcess, SharedError, UserError
 
 T = TypeVar("T")
@@ -238,12 +238,12 @@ def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
 
 def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT:
     """The module with batch norm over the images of all processes; the module itself where there is nothing to do.
-    Statistics of each process's own images would silently train something else than one process does."""
+    State-dict keys, parameters and buffers stay what they are."""
     if world.size == 1 or not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
         return module
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else share_batch_norm
-    converted: Any = convert(module)
-    return converted
+    if device.type == "cuda":
+        return cast(ModuleT, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    return cast(ModuleT, shared_batch_norm(module))
 
 
 def data_parallel(module: ModuleT, world: World, device: torch.device) -> ModuleT | DistributedDataParallel:

@@ -32,14 +32,16 @@ class LARS(Optimizer):
     """SGD with momentum whose step is scaled per tensor: the rate is relative to the tensor's own length.
 
     For a tensor p with gradient g: d = g + weight_decay * p; q = eta * |p| / |d|, or 1 where a norm is 0;
-    mu = momentum * mu + q * d; p = p - lr * mu. 1-D tensors (biases, norms) have neither decay nor scale.
+    mu = momentum * mu + q * d; p = p - lr * mu. 1-D tensors (biases, norms) have neither decay nor scale, unless
+    `exempt_vectors` is off.
 
     Args:
         params: tensors or groups.
         lr, weight_decay, momentum: as in SGD; the rate multiplies after the momentum.
         eta: trust coefficient.
+        exempt_vectors: pretraining leaves 1-D tensors alone; SimSiam's linear probe does not (apex' LARC without clip).
 
-    Source: You et al. (arXiv:1708.03888); facebookresearch/dino utils.py LARS.
+    Source: You et al. (arXiv:1708.03888); facebookresearch/dino utils.py LARS; NVIDIA/apex parallel/LARC.py.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.9,
         eta: float = 0.001,
+        exempt_vectors: bool = True,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+        self.exempt_vectors = exempt_vectors
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -70,7 +74,7 @@ class LARS(Optimizer):
                 if p.grad is None:
                     continue
                 update = p.grad
-                if p.ndim != 1:
+                if p.ndim != 1 or not self.exempt_vectors:
                     update = update.add(p, alpha=group["weight_decay"])
                     p_norm, update_norm = p.norm(), update.norm()
                     trust = group["eta"] * p_norm / update_norm

@@ -80,6 +80,8 @@ class Session:
                 on_row=options.get("on_row"),
             ) as run,
         ):
+            for note in self.config.notes():
+                run.log.note(note)
             yield run
 
 

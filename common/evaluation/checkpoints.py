@@ -21,15 +21,25 @@ log = logging.getLogger(__name__)
 
 LAST = "last.pt"
 
-Which = Literal["teacher", "student"]
+Which = Literal["teacher", "student", "model"]
+"""The networks of a checkpoint: those of a method with a teacher, or the only one."""
+
+ORDER: tuple[Which, ...] = ("teacher", "student", "model")
+"""The first of these that a file holds is what an evaluation takes unasked."""
 
 EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a state dict."
 
 # Left by DistributedDataParallel.
 WRAPPER = "module."
-BACKBONE = "backbone."
-# What sits on top of a backbone during pretraining and has no part in an evaluation.
-HEADS = ("head.", "projection_head.", "dino_loss.")
+# Where a backbone stands within a network.
+BACKBONES = ("backbone.", "encoder.")
+# What a network has beside its backbone during pretraining: heads, losses, a token for masked patches.
+HEADS = (
+    *("head.", "projection_head.", "projector.", "encoder.fc.", "predictor."),
+    *("dino_loss.", "masked_embed", "backbone.masked_embed"),
+)
+# Names of the same layer elsewhere: HVP's own ResNet for CIFAR calls a block's projection so, torchvision's not.
+RENAMED = {".shortcut.": ".downsample."}
 
 # Upstream's checkpoints hold their arguments, and learning rates that are numpy numbers. These types are data and
 # nothing else; every other type in a file is refused. numpy 1 wrote the function's name in another module.
@@ -50,8 +60,8 @@ class BackboneMeta:
     path: Path
     """The file; the one inside, where a run's folder was given."""
     format: Literal["hvp", "upstream", "bare"]
-    which: Literal["teacher", "student", "bare"]
-    """The network; `bare` where the file holds only one."""
+    which: Which | Literal["bare"]
+    """The network; `bare` where the file holds one that it gives no name."""
     method: str | None = None
     """The method that trained it; None where the file does not say."""
     epoch: int | None = None
@@ -81,16 +91,17 @@ class BackboneState:
     meta: BackboneMeta
 
 
-def read_backbone_state(path: Path, which: Which = "teacher") -> BackboneState:
+def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState:
     """The backbone's weights in a file, without running anything the file holds.
 
     Understood are this project's checkpoints; the upstream's training checkpoints (`student` and `teacher`, with or
-    without `module.`); bare state dicts, also under `state_dict` or `model`, with or without `module.` and
-    `backbone.`; and `.safetensors`. Keys of a projection head are left out and listed in `meta.dropped`.
+    without `module.`); state dicts, bare or under `state_dict` or `model` (SimSiam's and HVP's released ones), with or
+    without `module.` and `backbone.` or `encoder.`; and `.safetensors`. Keys of what sits on the backbone during
+    pretraining are left out and listed in `meta.dropped`.
 
     Args:
         path: the file, or the folder of a run, whose last checkpoint is read.
-        which: the network; a file with one network has no choice, and `meta.which` says `bare`.
+        which: the network; None takes the teacher where there is one, and else the only network.
 
     Raises:
         UserError: there is no such file, it is damaged, it holds no weights, or not the network asked for.
@@ -103,19 +114,27 @@ def read_backbone_state(path: Path, which: Which = "teacher") -> BackboneState:
             f"{path}: this checkpoint has version {content.get('version')}, but this hvp reads version {VERSION}."
             " Use the hvp that wrote it."
         )
-    networks = [key for key in ("student", "teacher") if content.get(key) is not None]
+    networks = {name: content[name] for name in ORDER if content.get(name) is not None}
     form: Literal["hvp", "upstream", "bare"]
-    found: Literal["teacher", "student", "bare"]
-    if ours or networks:
-        if which not in networks:
+    found: Which | Literal["bare"]
+    if ours or "teacher" in networks or "student" in networks:
+        form = "hvp" if ours else "upstream"
+        found = which if which is not None else next(iter(networks), "model")
+        if found not in networks:
             raise UserError(
-                f"{path}: this checkpoint has no {which}. It has: {', '.join(networks) or 'neither network'}."
+                f"{path}: this checkpoint has no {found}. It has: {', '.join(networks) or 'no network'}."
                 " Choose one that is there."
             )
-        weights, found, form = content[which], which, "hvp" if ours else "upstream"
+        weights = networks[found]
     else:
+        form, found = "bare", "bare"
+        if which is not None:
+            raise UserError(
+                f"{path}: this file does not say which of its weights are the {which}'s. It has one network: ask for"
+                " none by name."
+            )
         nested = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
-        weights, found, form = nested[0] if nested else content, "bare", "bare"
+        weights = nested[0] if nested else content
     if not _is_state(weights):
         raise UserError(f"{path}: this file holds {_kind(weights)}, no weights. {EXPECTED}")
     state, dropped = _backbone(path, weights)
@@ -125,7 +144,7 @@ def read_backbone_state(path: Path, which: Which = "teacher") -> BackboneState:
         format=form,
         which=found,
         method=content["method"] if ours else None,
-        epoch=content.get("epoch") if networks else None,
+        epoch=content["epoch"] if isinstance(content.get("epoch"), int) else None,
         step=content.get("step") if ours else None,
         config=vars(config) if isinstance(config, argparse.Namespace) else config,
         dropped=tuple(dropped),
@@ -182,22 +201,28 @@ def _kind(content: object) -> str:
 
 
 def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone's weights under its own names, and the keys of the head."""
+    """The backbone's weights under its own names, and the keys of what sits on it."""
     names = {key.removeprefix(WRAPPER): value for key, value in weights.items()}
     dropped = [name for name in names if name.startswith(HEADS)]
     rest = {name: value for name, value in names.items() if not name.startswith(HEADS)}
-    inside = {name.removeprefix(BACKBONE): value for name, value in rest.items() if name.startswith(BACKBONE)}
-    if inside and len(inside) < len(rest):
-        outside = [name for name in rest if not name.startswith(BACKBONE)]
+    if not rest:
+        raise UserError(f"{path}: there is no backbone in this file, only a head: {_first(dropped)}.")
+    prefix = next((prefix for prefix in BACKBONES if any(name.startswith(prefix) for name in rest)), "")
+    outside = [name for name in rest if not name.startswith(prefix)]
+    if outside:
         raise UserError(
             f"{path}: {len(outside)} tensors belong neither to the backbone nor to a known head: {_first(outside)}."
         )
-    if not rest:
-        raise UserError(f"{path}: there is no backbone in this file, only a head: {_first(dropped)}.")
-    return inside or rest, dropped
+    return {_own_name(name.removeprefix(prefix)): value for name, value in rest.items()}, dropped
 
 
-def load_encoder(path: Path, which: Which = "teacher") -> tuple[nn.Module, BackboneMeta]:
+def _own_name(name: str) -> str:
+    for foreign, own in RENAMED.items():
+        name = name.replace(foreign, own)
+    return name
+
+
+def load_encoder(path: Path, which: Which | None = None) -> tuple[nn.Module, BackboneMeta]:
     """The encoder in a checkpoint of ours, of an upstream trainer, or in a bare state dict, in evaluation mode.
 
     Args:

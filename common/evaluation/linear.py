@@ -1,4 +1,4 @@
-"""Linear probing: a linear classifier on frozen features, as DINO trains it."""
+"""Linear probing: a linear classifier on frozen features."""
 
 import logging
 import math
@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hvp.common.data import BadImage, ImageSource
+from hvp.common.engine.optimizers import LARS
 from hvp.common.errors import UserError
 from hvp.common.evaluation.features import (
     Precision,
@@ -35,10 +36,21 @@ log = logging.getLogger(__name__)
 
 STAGE = "linear classifier"
 
+OptimizerName = Literal["sgd", "lars"]
+
+
+class LinearProtocol(TypedDict, total=False):
+    """How a method's paper trains the classifier; what is left out is as in LinearOptions. The fields are its own."""
+
+    epochs: int
+    optimizer: OptimizerName
+    base_lr: float
+    batch_size: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions:
-    """How the linear classifier is trained, and on which features.
+    """How the linear classifier is trained, and on which features. The defaults are DINO's ("upstream").
 
     Raises:
         UserError: a value out of range.
@@ -46,6 +58,9 @@ class LinearOptions:
 
     epochs: int = 100
     """Passes over the training images. Upstream: 100."""
+
+    optimizer: OptimizerName = "sgd"
+    """Both with momentum 0.9 and without weight decay; LARS scales the bias, too. Upstream: SGD."""
 
     base_lr: float = 0.00075
     """Learning rate per 256 images; the run uses base_lr * batch_size / 256. HVP paper: 0.00075; upstream: 0.001."""
@@ -121,11 +136,12 @@ def train_linear(
     lr: float,
     epochs: int,
     seed: int,
+    optimizer: OptimizerName = "sgd",
     val_every: int = 1,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> list[Epoch]:
-    """Trains a linear classifier: SGD with momentum 0.9, no weight decay, a cosine from `lr` to 0 in steps of epochs.
+    """Trains a linear classifier: momentum 0.9, no weight decay, a cosine from `lr` to 0 in steps of epochs.
 
     Weights start from N(0, 0.01), drawn from `seed` alone; the bias starts at 0.
 
@@ -137,6 +153,7 @@ def train_linear(
         lr: of the first epoch.
         epochs: how many.
         seed: of the initial weights.
+        optimizer: LARS scales weights and bias, by 0.001 of their own length.
         val_every: epochs between two validations; the first and the last epoch have one.
         device: where the classifier is trained.
         progress: called after each epoch.
@@ -147,21 +164,26 @@ def train_linear(
     Raises:
         UserError: the loss is not finite.
 
-    Source: eval_linear.py, eval_linear and train.
+    Source: facebookresearch/dino eval_linear.py, eval_linear and train; facebookresearch/simsiam main_lincls.py.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(num_classes, val_features.shape[1]).normal_(0.0, 0.01, generator=generator).to(device)
     bias = torch.zeros(num_classes, device=device)
-    optimizer = torch.optim.SGD([weight.requires_grad_(), bias.requires_grad_()], lr=lr, momentum=0.9)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    stepper: torch.optim.Optimizer
+    if optimizer == "lars":
+        stepper = LARS(parameters, momentum=0.9, eta=0.001, exempt_vectors=False)
+    else:
+        stepper = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
     history = []
     for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        stepper.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
         total, images = torch.zeros((), dtype=torch.float64, device=device), 0
         for features, labels in batches(epoch):
             loss = cross_entropy(torch.addmm(bias, features, weight.T), labels)
-            optimizer.zero_grad()
+            stepper.zero_grad()
             loss.backward()
-            optimizer.step()
+            stepper.step()
             total += loss.detach() * len(labels)
             images += len(labels)
         mean = total.item() / images
@@ -271,6 +293,7 @@ def evaluate_linear(
         lr=lr,
         epochs=options.epochs,
         seed=options.seed,
+        optimizer=options.optimizer,
         val_every=options.val_every,
         device=device,
         progress=progress,

@@ -32,9 +32,12 @@ class VisionTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         conv_stem: embed patches by a stack of small convolutions instead of a single large one.
+        mask_token: have `masked_embed`, which can stand for patches.
 
     Source: facebookresearch/dino vision_transformer.py VisionTransformer.
     """
+
+    masked_embed: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         conv_stem: bool = False,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -62,6 +66,7 @@ class VisionTransformer(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.register_parameter("masked_embed", nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None)
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=float(rate), norm_layer=norm_layer
@@ -90,10 +95,20 @@ class VisionTransformer(nn.Module):
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # [1, D, rows, columns]
         return torch.cat((self.pos_embed[:, :1], patches.flatten(2).mT), dim=1)
 
-    def prepare_tokens(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the tokens of the first block, [B, 1 + N, D]."""
+    def prepare_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] to the tokens of the first block, [B, 1 + N, D].
+
+        Args:
+            x: the images.
+            masks: [B, N] bool, patches for which the mask token stands.
+        """
         height, width = x.shape[-2:]
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)), dim=1)
+        patches = self.patch_embed(x)
+        if masks is not None:
+            if self.masked_embed is None:
+                raise ValueError("VisionTransformer: there are masks, but no mask token to stand for patches")
+            patches = torch.where(masks[..., None], self.masked_embed.to(patches.dtype), patches)
+        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1)
         return tokens + self.interpolate_pos_encoding(height, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +117,13 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, 0])
+
+    def all_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] to their normalised tokens, [CLS] and patches, [B, 1 + N, D]; masks as above."""
+        x = self.prepare_tokens(x, masks)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """The normalised tokens [B, 1 + N, D] after each of the last `n` blocks."""
@@ -174,7 +196,9 @@ class ConvStem(nn.Module):
         return self.proj(self.stages(x)).flatten(2).mT
 
 
-def vit_micro(*, patch_size: int = 8, img_size: int = 32, drop_path_rate: float = 0.0) -> VisionTransformer:
+def vit_micro(
+    *, patch_size: int = 8, img_size: int = 32, drop_path_rate: float = 0.0, mask_token: bool = False
+) -> VisionTransformer:
     """The demo's network, 0.4 M parameters: it learns the embedded dataset in minutes on two cores."""
     return VisionTransformer(
         img_size=img_size,
@@ -184,25 +208,32 @@ def vit_micro(*, patch_size: int = 8, img_size: int = 32, drop_path_rate: float 
         num_heads=NUM_HEADS[96],
         drop_path_rate=drop_path_rate,
         conv_stem=True,
+        mask_token=mask_token,
     )
 
 
-def vit_tiny(*, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
+def vit_tiny(
+    *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, mask_token: bool = False
+) -> VisionTransformer:
     """ViT-Ti, 5.5 M parameters."""
-    return _vit(192, patch_size, img_size, drop_path_rate)
+    return _vit(192, patch_size, img_size, drop_path_rate, mask_token)
 
 
-def vit_small(*, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
+def vit_small(
+    *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, mask_token: bool = False
+) -> VisionTransformer:
     """ViT-S, 22 M parameters."""
-    return _vit(384, patch_size, img_size, drop_path_rate)
+    return _vit(384, patch_size, img_size, drop_path_rate, mask_token)
 
 
-def vit_base(*, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
+def vit_base(
+    *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, mask_token: bool = False
+) -> VisionTransformer:
     """ViT-B, 86 M parameters."""
-    return _vit(768, patch_size, img_size, drop_path_rate)
+    return _vit(768, patch_size, img_size, drop_path_rate, mask_token)
 
 
-def _vit(embed_dim: int, patch_size: int, img_size: int, drop_path_rate: float) -> VisionTransformer:
+def _vit(embed_dim: int, patch_size: int, img_size: int, drop_path_rate: float, mask_token: bool) -> VisionTransformer:
     return VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
@@ -210,6 +241,7 @@ def _vit(embed_dim: int, patch_size: int, img_size: int, drop_path_rate: float) 
         depth=12,
         num_heads=NUM_HEADS[embed_dim],
         drop_path_rate=drop_path_rate,
+        mask_token=mask_token,
     )
 
 
@@ -221,7 +253,9 @@ VITS: dict[str, Callable[..., VisionTransformer]] = {
 }
 
 
-def build_vit(arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0) -> VisionTransformer:
+def build_vit(
+    arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0, mask_token: bool = False
+) -> VisionTransformer:
     """A ViT with fresh weights.
 
     Args:
@@ -229,6 +263,7 @@ def build_vit(arch: str, *, patch_size: int, img_size: int, drop_path_rate: floa
         patch_size: side of a patch in pixels.
         img_size: side of the global crops in pixels, for which the position embedding is stored.
         drop_path_rate: stochastic depth of the last block, in [0, 1); the student's only.
+        mask_token: have a token that stands for masked patches; a student's only.
 
     Raises:
         UserError: a patch size that does not divide the image, or that the stem cannot make.
@@ -243,7 +278,7 @@ def build_vit(arch: str, *, patch_size: int, img_size: int, drop_path_rate: floa
             f"patch_size = {patch_size}, but the stem of vit_micro halves the image again and again.\n"
             "    Set 2, 4, 8, 16 or 32."
         )
-    return VITS[arch](patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+    return VITS[arch](patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, mask_token=mask_token)
 
 
 def vit_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | None:

@@ -7,17 +7,20 @@ because numpy promises that it never changes, which it does not for the methods 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-_STREAMS = {"order": 0, "views": 1}
+Purpose = Literal["order", "views", "masks"]
+_STREAMS = {"order": 0, "views": 1, "masks": 2}
+
+_AT_ONCE = 64
+"""Numbers that `uniform_stream` draws at a time."""
 
 
-def random_bits(
-    purpose: Literal["order", "views"], seed: int, epoch: int, index: int, count: int
-) -> NDArray[np.uint64]:
+def random_bits(purpose: Purpose, seed: int, epoch: int, index: int, count: int) -> NDArray[np.uint64]:
     """The first `count` numbers of the stream that belongs to (purpose, seed, epoch, index).
 
     Args:
@@ -28,11 +31,7 @@ def random_bits(
     Returns:
         [count] uint64.
     """
-    # The generator counts up in the first of its four counter words, so streams that differ in the others never meet.
-    key = np.array([seed, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, index, _STREAMS[purpose]], dtype=np.uint64)
-    philox = np.random.Philox(key=key, counter=counter)
-    return philox.random_raw(count)
+    return _philox(purpose, seed, epoch, index, 0).random_raw(count)
 
 
 def view_uniforms(seed: int, epoch: int, index: int, num_views: int, num_uniforms: int) -> NDArray[np.float64]:
@@ -42,4 +41,28 @@ def view_uniforms(seed: int, epoch: int, index: int, num_views: int, num_uniform
         [num_views, num_uniforms] float64 in [0, 1), multiples of 2^-53.
     """
     bits = random_bits("views", seed, epoch, index, num_views * num_uniforms)
-    return (bits >> np.uint64(11)).astype(np.float64).reshape(num_views, num_uniforms) * 2.0**-53
+    return _uniform(bits).reshape(num_views, num_uniforms)
+
+
+def uniform_stream(purpose: Purpose, seed: int, epoch: int, index: int, part: int) -> Iterator[float]:
+    """Uniform random numbers in [0, 1), as many as are asked for; those of a part of (purpose, seed, epoch, index).
+
+    Args:
+        purpose, seed, epoch, index: as for `random_bits`, whose numbers are those of part 0.
+        part: such as the number of a view; 0 to 2^64 - 1.
+    """
+    philox = _philox(purpose, seed, epoch, index, part)
+    while True:
+        yield from _uniform(philox.random_raw(_AT_ONCE)).tolist()
+
+
+def _philox(purpose: Purpose, seed: int, epoch: int, index: int, part: int) -> np.random.Philox:
+    # The generator counts up in the first of its four counter words, so streams that differ in the others never meet.
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, part, index, _STREAMS[purpose]], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter)
+
+
+def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Multiples of 2^-53 in [0, 1) from 64 random bits each."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

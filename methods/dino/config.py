@@ -1,14 +1,11 @@
 """The configuration of DINO. Defaults are those of facebookresearch/dino, main_dino.py, unless said otherwise."""
 
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import Fraction, Range, Section
-from hvp.common.hardviews import Slots
-from hvp.common.sections import RunConfig, SelectionConfig
-from hvp.common.views import ViewSlot, ViewTransform
+from hvp.common.config import Fraction, Section
+from hvp.common.view_sections import MultiCropConfig
 
 
 class ModelConfig(Section):
@@ -92,92 +89,17 @@ class OptimConfig(Section):
     """Epochs in which the prototypes do not move."""
 
 
-class ViewsConfig(Section):
-    """The distribution of views: two global transforms and a local one (DataAugmentationDINO)."""
-
-    global_crops_size: int = Field(224, ge=8)
-    """Height and width of a global crop, pixels."""
-
-    local_crops_size: int = Field(96, ge=8)
-    """Height and width of a local crop, pixels."""
-
-    local_crops_number: int = Field(8, ge=0)
-    """Local crops that are trained on."""
-
-    global_crops_scale: Range = (0.4, 1.0)
-    """Area of a global crop, as a fraction of the image's, (min, max)."""
-
-    local_crops_scale: Range = (0.05, 0.4)
-    """Area of a local crop, as a fraction of the image's, (min, max)."""
-
-    jitter: Fraction = 0.8
-    """Probability of colour jitter."""
-
-    brightness: Fraction = 0.4
-    """Jitter's brightness factor is drawn from 1 +- this."""
-
-    contrast: Fraction = 0.4
-    """Jitter's contrast factor is drawn from 1 +- this."""
-
-    saturation: Fraction = 0.2
-    """Jitter's saturation factor is drawn from 1 +- this."""
-
-    hue: float = Field(0.1, ge=0, le=0.5)
-    """Jitter's hue shift is drawn from +- this, as a fraction of the circle."""
-
-    grayscale: Fraction = 0.2
-    """Probability of grey."""
-
-    blur_global1: Fraction = 1.0
-    """Probability of blur (sigma 0.1 to 2 pixels) in the first global transform."""
-
-    blur_global2: Fraction = 0.1
-    """The same in the second."""
-
-    blur_local: Fraction = 0.5
-    """The same in local crops."""
-
-    solarize: Fraction = 0.2
-    """Probability of solarisation (threshold 128) in the second global transform."""
-
-
-class DinoSelection(SelectionConfig):
-    """Which of the sampled crops are trained on (HVP)."""
-
-    global_candidates: int = Field(2, ge=1)
-    """Crops sampled for each of the two global transforms. HVP: 2."""
-
-    local_candidates: int = Field(16, ge=0)
-    """Local crops sampled. HVP: 2 for each that is kept."""
-
-    global_pairs: Literal["by_transform", "any"] = "by_transform"
-    """One global crop of each transform (HVP's released code), or any two (the paper's count of combinations)."""
-
-
-class DinoConfig(RunConfig):
+class DinoConfig(MultiCropConfig):
     """hvp pretrain dino"""
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    views: ViewsConfig = ViewsConfig()
-    selection: DinoSelection = DinoSelection()
 
     @model_validator(mode="after")
     def _values_fit(self) -> "DinoConfig":
-        views, selection = self.views, self.selection
-        if selection.hard_views == "hvp" and selection.local_candidates < views.local_crops_number:
-            raise ValueError(
-                f"selection.local_candidates = {selection.local_candidates}, but views.local_crops_number = "
-                f"{views.local_crops_number} of them are kept. Sample at least as many; HVP samples twice as many"
-            )
         if self.model.arch.startswith("vit"):
-            for key in ("global_crops_size", "local_crops_size"):
-                if getattr(views, key) % self.model.patch_size:
-                    raise ValueError(
-                        f"views.{key} = {getattr(views, key)} is not a multiple of model.patch_size = "
-                        f"{self.model.patch_size}"
-                    )
+            self.check_patch_size(self.model.patch_size)
         for key, epochs in (
             ("optim.warmup_epochs", self.optim.warmup_epochs),
             ("loss.warmup_teacher_temp_epochs", self.loss.warmup_teacher_temp_epochs),
@@ -185,41 +107,6 @@ class DinoConfig(RunConfig):
             if epochs > self.train.epochs:
                 raise ValueError(f"{key} = {epochs} is longer than train.epochs = {self.train.epochs}")
         return self
-
-    def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: both global transforms, then local crops."""
-        views, selection = self.views, self.selection
-        hard = selection.hard_views == "hvp"
-        global1 = ViewTransform(
-            size=views.global_crops_size,
-            scale=views.global_crops_scale,
-            jitter=views.jitter,
-            brightness=views.brightness,
-            contrast=views.contrast,
-            saturation=views.saturation,
-            hue=views.hue,
-            grayscale=views.grayscale,
-            blur=views.blur_global1,
-        )
-        global2 = replace(global1, blur=views.blur_global2, solarize=views.solarize)
-        num_global = selection.global_candidates if hard else 1
-        slots = [
-            ViewSlot("global1", global1, candidates=num_global, kept=1),
-            ViewSlot("global2", global2, candidates=num_global, kept=1),
-        ]
-        if views.local_crops_number:
-            local = replace(global1, size=views.local_crops_size, scale=views.local_crops_scale, blur=views.blur_local)
-            num_local = selection.local_candidates if hard else views.local_crops_number
-            slots.append(ViewSlot("local", local, candidates=num_local, kept=views.local_crops_number))
-        return tuple(slots)
-
-    def combination_slots(self) -> Slots:
-        """Which combinations of those views `select()` compares."""
-        candidates = [slot.candidates for slot in self.view_slots()]
-        kept = [slot.kept for slot in self.view_slots()]
-        if self.selection.global_pairs == "any":
-            candidates[:2], kept[:2] = [candidates[0] + candidates[1]], [2]
-        return Slots.from_counts(candidates, kept)
 
     @property
     def peak_lr(self) -> float:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hvp.common.center import GlobalMean
+from hvp.common.cross_entropy import view_cross_entropy
 from hvp.common.engine.schedules import linear_then_constant
 
 NUM_TEACHER_VIEWS = 2
@@ -36,7 +37,6 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
-    _center_sum: Tensor
 
     def __init__(
         self,
@@ -63,9 +63,7 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
-        # Between two optimiser steps only, so no part of a checkpoint.
-        self.register_buffer("_center_sum", torch.zeros(1, out_dim), persistent=False)
-        self._center_count = 0
+        self._teacher_mean = GlobalMean()
 
     def teacher_temp(self, epoch: int) -> float:
         """The teacher's temperature in an epoch, counted from 0."""
@@ -75,9 +73,6 @@ class DINOLoss(nn.Module):
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
         """The mean over the pairs of different views of the batch's mean cross-entropy.
-
-        The targets of a student view are summed first, so it costs one product, not one a pair: with n targets P_v,
-        sum_t H(p_t, v) = n logsumexp(v) - <P_v, v>.
 
         Args:
             student_output: logits [ncrops * B, K], view after view; any float dtype, computed in float32.
@@ -92,29 +87,14 @@ class DINOLoss(nn.Module):
                 f"DINOLoss: student {list(student_output.shape)} and teacher {list(teacher_output.shape)}"
                 f" are not {self.ncrops} and {NUM_TEACHER_VIEWS} views of the same images"
             )
-        targets = self._targets(teacher_output.detach(), epoch)
+        logits = (teacher_output.detach().float() - self.center) / self.teacher_temp(epoch)
         views = (student_output.float() / self.student_temp).chunk(self.ncrops)
-        total = views[0].new_zeros(())
-        for v, view in enumerate(views):
-            if v < NUM_TEACHER_VIEWS:
-                num_targets, target = 1, targets[1 - v]
-            else:
-                num_targets, target = 2, targets[2]
-            # Product and sum rather than a matrix product, which autocast would compute in half precision.
-            total = total + (num_targets * view.logsumexp(dim=-1) - (target * view).sum(dim=-1)).mean()
-        return total / (NUM_TEACHER_VIEWS * (self.ncrops - 1))
-
-    def _targets(self, teacher_output: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's probabilities of either view, and their sum; each [B, K]."""
-        logits = (teacher_output.float() - self.center) / self.teacher_temp(epoch)
-        first, second = logits.softmax(dim=-1).chunk(NUM_TEACHER_VIEWS)
-        return first, second, first + second
+        return view_cross_entropy(logits.softmax(dim=-1).chunk(NUM_TEACHER_VIEWS), views)
 
     @torch.no_grad()
     def center_step(self, teacher_output: Tensor) -> None:
         """Count a micro-batch's teacher logits [n, K] into the next update of the centre."""
-        self._center_sum += teacher_output.sum(dim=0, keepdim=True, dtype=torch.float32)
-        self._center_count += len(teacher_output)
+        self._teacher_mean.add(teacher_output)
 
     @torch.no_grad()
     def update_center(self) -> None:
@@ -123,12 +103,4 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: none were counted.
         """
-        if self._center_count == 0:
-            raise ValueError("DINOLoss: update_center before any center_step")
-        # Sum and count travel together: processes may hold different numbers of rows.
-        total = torch.cat((self._center_sum, self._center_sum.new_full((1, 1), self._center_count)), dim=1)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        self.center.lerp_(total[:, :-1] / total[:, -1:], 1 - self.center_momentum)
-        self._center_sum.zero_()
-        self._center_count = 0
+        self.center.lerp_(self._teacher_mean.take(), 1 - self.center_momentum)

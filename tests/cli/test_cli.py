@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hvp.methods import presets
+from hvp.methods import METHODS, presets
 
-QUICK = [
+SMALL = [
     *("--set", "data.shapes.train=40", "--set", "data.shapes.val=20", "--set", "data.shapes.size=32"),
-    *("--set", "optim.warmup_epochs=1", "--epochs", "1", "--batch-size", "8", "--workers", "0"),
+    *("--epochs", "1", "--batch-size", "8", "--workers", "0"),
 ]
+QUICK = [*SMALL, "--set", "optim.warmup_epochs=1"]
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
@@ -54,7 +55,7 @@ def test_an_error_is_one_message_and_exit_code_2():
     command = Path(sys.executable).with_name("hvp")
     done = subprocess.run([command, "pretrain", "dinno"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "hvp: unknown method dinno. Did you mean dino? Known: dino\n"
+    assert done.stderr == f"hvp: unknown method dinno. Did you mean dino? Known: {', '.join(METHODS)}\n"
 
 
 def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
@@ -77,6 +78,26 @@ def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
     ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run", "--resume")
     assert ran.code == 0
     assert "going on after step 5 of 5" in ran.err
+
+
+def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
+    assert hvp("pretrain", "simsiam", "--preset", "tiny", *SMALL, "--out", "run").code == 0
+    asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
+    for arguments, said, expected in (
+        ((), "protocol: simsiam, 1 epochs of lars, base lr 0.1, batch size 4096", ("lars", 0.1, 4096)),
+        (("--preset", "dino"), "protocol: dino, 1 epochs of sgd, base lr 0.00075", ("sgd", 0.00075, 1024)),
+        (("--optimizer", "sgd", "--base-lr", "3", "--batch-size", "8"), "simsiam, 1 epochs of sgd", ("sgd", 3.0, 8)),
+    ):
+        ran = hvp(*asked, *arguments)
+        assert ran.code == 0, ran.err
+        assert said in ran.err
+        settings = json.loads((tmp_path / "run" / "last-linear-model.json").read_text())["settings"]
+        assert (settings["optimizer"], settings["base_lr"], settings["batch_size"]) == expected
+        assert settings["resolution"] == 32
+    ran = hvp(*asked, "--preset", "simsam")
+    assert (ran.code, "Did you mean simsiam?" in ran.err) == (2, True)
+    ran = hvp("eval", "knn", "run", "--data", "shapes", "--which", "teacher")
+    assert (ran.code, "has no teacher. It has: model" in ran.err) == (2, True)
 
 
 def test_images_without_labels_are_enough(hvp, tmp_path):

@@ -1,10 +1,7 @@
-"""Exchanges and batch norm of two processes, against one process that has all their rows.
-
-The run's loss is the mean over the processes of each one's share, L = (L_0 + L_1) / 2, so that a process's gradients of
-its inputs are twice, and those of shared parameters the mean of both processes' are, the single process's.
-"""
+"""Exchanges with gradients, and batch norm over two processes, against one process with all the rows."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,135 +9,161 @@ import torch
 from processes import in_two_processes
 from torch import Tensor, nn
 
-from hvp.common.engine.batch_norm import SharedBatchNorm, share_batch_norm
 from hvp.common.engine.collectives import gathered, summed
-from hvp.common.engine.distributed import World
+from hvp.common.engine.distributed import World, data_parallel, synchronised
+
+CPU = torch.device("cpu")
+ROWS = 12
+"""Of both processes; the first has SHARE of them where the shares differ."""
+SHARE = 5
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def rows_of(*shape: int) -> Tensor:
+    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(3)) * 2 + 5
 
 
-def test_alone_they_are_the_identity():
-    x = numbers(3, 2)
+def test_alone_nothing_is_exchanged():
+    x = torch.randn(3, requires_grad=True)
     assert gathered(x) is x
     assert summed(x) is x
 
 
-def loss_of(rows: Tensor, rank: int) -> Tensor:
-    """A loss of one process that all rows enter, differently."""
-    return (numbers(*rows.shape, seed=rank) * rows).sum().square()
-
-
 def _exchange(world: World, say: Callable[[Any], None]) -> None:
-    for exchange in (gathered, summed):
-        x = numbers(3, 2, 2, seed=10 + world.rank).transpose(1, 2).requires_grad_()
-        rows = exchange(x)
-        say(rows.detach())
-        loss_of(rows, world.rank).backward()
-        say(x.grad)
-    half = gathered(torch.full((1, 2), world.rank + 0.5, dtype=torch.bfloat16))
-    say(half)
+    x = rows_of(2)[world.rank * 6 :][:6].requires_grad_()
+    everything = gathered(x)
+    say(everything.detach())
+    # each process's loss: its own rows against everybody's
+    (x @ everything.T).sin().mean().backward()
+    say(x.grad.clone())
+    x.grad = None
+    total = summed(x)
+    say(total.detach())
+    (total.square().sum() * (world.rank + 1)).backward()
+    say(x.grad)
 
 
-def test_values_and_gradients_of_exchanges(tmp_path):
-    xs = [numbers(3, 2, 2, seed=10 + rank).transpose(1, 2).requires_grad_() for rank in range(2)]
+def test_gathered_and_summed_rows_and_their_gradients(tmp_path: Path):
     said = in_two_processes(_exchange, tmp_path)
-    for place, together in ((0, torch.cat(xs)), (2, xs[0] + xs[1])):
-        gradients = torch.autograd.grad(loss_of(together, 0) + loss_of(together, 1), xs)
-        for rank in range(2):
-            torch.testing.assert_close(said[rank][place], together.detach(), rtol=0, atol=0)
-            torch.testing.assert_close(said[rank][place + 1], gradients[rank], rtol=1e-5, atol=1e-5)
-    assert torch.equal(said[0][4], torch.tensor([[0.5, 0.5], [1.5, 1.5]], dtype=torch.bfloat16))
+    x = rows_of(2).requires_grad_()
+    halves = x.chunk(2)
+    sum(((half @ x.T).sin().mean() for half in halves), torch.zeros(())).backward()
+    gradients, x.grad = x.grad.chunk(2), None
+    total = halves[0] + halves[1]
+    (total.square().sum() * 3).backward()
+    for rank, (everything, gradient, both, gradient_of_both) in enumerate(said):
+        assert torch.equal(everything, x)
+        torch.testing.assert_close(gradient, gradients[rank])
+        assert torch.equal(both, total)
+        torch.testing.assert_close(gradient_of_both, x.grad.chunk(2)[rank])
 
 
-class ConvNet(nn.Module):
-    """Both kinds of batch norm, each behind what makes its inputs uneven."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2))
-        self.head = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.LazyLinear(6))
-        self.last = nn.Sequential(nn.BatchNorm1d(6, affine=False), nn.Linear(6, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.head(self.stem(x)))
-        return y
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1-D": (lambda: nn.BatchNorm1d(3), (3,)),
+    "1-D, sequences": (lambda: nn.BatchNorm1d(3), (3, 4)),
+    "not affine": (lambda: nn.BatchNorm1d(3, affine=False), (3,)),
+    "2-D": (lambda: nn.BatchNorm2d(3), (3, 4, 2)),
+    "cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), (3, 4, 2)),
+    "no statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), (3,)),
+}
 
 
-def module_of(case: str) -> tuple[nn.Module, Tensor]:
-    """A module with batch norm, and the inputs of both processes."""
-    torch.manual_seed(0)
-    if case == "conv net":
-        net, images = ConvNet(), numbers(7, 3, 9, 9)
-        net(images)  # makes the lazy layer
-        return net, images
-    kind, affine = case.split()
-    norm = nn.BatchNorm2d if kind == "maps" else nn.BatchNorm1d
-    module = norm(5, affine=affine == "affine", momentum=None if kind == "sequences" else 0.2)
-    if affine == "affine":
-        nn.init.normal_(module.weight)
-        nn.init.normal_(module.bias)
-    # a mean that is large beside the deviation
-    return module, 30 + numbers(*{"rows": (7, 5), "sequences": (7, 5, 3), "maps": (7, 5, 3, 2)}[kind])
-
-
-CASES = ["rows affine", "rows plain", "sequences affine", "maps affine", "maps plain", "conv net"]
-OWN = [slice(0, 2), slice(2, 7)]
-"""The rows of each process."""
-
-
-def two_steps(module: nn.Module, x: Tensor, own: slice) -> dict[str, Tensor]:
-    """Outputs, gradients and buffers; running statistics move, and then move from where they are."""
-    for seed in (1, 2):
-        inputs = x[own].clone().requires_grad_()
-        module.zero_grad()
-        outputs = module(inputs)
-        weights = numbers(len(x), *outputs.shape[1:], seed=seed)[own]
-        (weights * outputs).square().sum().backward()
-    assert inputs.grad is not None
-    seen = {"outputs": outputs.detach(), "inputs": inputs.grad}
-    seen |= {f"gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
-    seen |= {f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()}
-    seen["evaluated"] = module.eval()(x).detach()
-    return seen
+def passed(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and state of a layer after two passes in training, and its output in evaluation."""
+    with torch.no_grad():
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.add_(torch.arange(3.0) * 0.1 + number)
+        layer(x * 2)
+    x = x.clone().requires_grad_()
+    output = layer(x)
+    (output.sin() * torch.arange(output[0].numel()).view_as(output[0])).sum().backward()
+    found = {"output": output.detach(), "gradient": x.grad}
+    found |= {f"grad {name}": parameter.grad for name, parameter in layer.named_parameters()}
+    found |= {f"state {name}": value.clone() for name, value in layer.state_dict().items()}
+    return found | {"evaluated": layer.eval()(x).detach()}
 
 
 def _normalise(world: World, say: Callable[[Any], None]) -> None:
-    for case in CASES:
-        module, x = module_of(case)
-        shared = share_batch_norm(module)
-        assert any(isinstance(part, SharedBatchNorm) for part in shared.modules())
-        say(two_steps(shared, x, OWN[world.rank]))
-    shared.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        say(shared(x[OWN[world.rank]]).dtype)
+    for make, shape in LAYERS.values():
+        layer = make()
+        before, keys = dict(layer.named_parameters()), list(layer.state_dict())
+        layer = synchronised(layer, world, CPU)
+        assert list(layer.state_dict()) == keys
+        assert all(before[name] is parameter for name, parameter in layer.named_parameters())
+        x = rows_of(*shape)
+        say(passed(layer, x[:SHARE] if world.leader else x[SHARE:]))
 
 
-def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
+def test_batch_norm_of_two_processes_is_that_of_all_rows(tmp_path: Path):
+    """Shares of 5 and 7 rows. Tolerance: float32 sums in another order."""
     first, second = in_two_processes(_normalise, tmp_path)
-    for number, case in enumerate(CASES):
-        one = two_steps(*module_of(case), slice(None))
-        assert one.keys() == first[number].keys()
-        for name, expected in one.items():
-            a, b = first[number][name], second[number][name]
-            if name in ("outputs", "inputs"):
-                ours = torch.cat([a, b])
-            elif name.startswith("gradient"):
-                ours = a + b
+    for number, (name, (make, shape)) in enumerate(LAYERS.items()):
+        whole = passed(make(), rows_of(*shape))
+        assert whole.keys() == first[number].keys()
+        for key, expected in whole.items():
+            parts = first[number][key], second[number][key]
+            if key.startswith("state"):
+                found = parts[0]
+                assert torch.equal(*parts), (name, key)
+            elif key.startswith("grad "):  # of parameters: data_parallel() adds them up
+                found = parts[0] + parts[1]
             else:
-                ours = a
-                assert name == "evaluated" or torch.equal(a, b)
-            # float32 rounding, of sums that are as large as the largest of them
-            scale = max(1.0, float(expected.abs().max()))
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * scale, msg=f"{case}: {name}")
-    assert first[-1] == second[-1] == torch.bfloat16
+                found = torch.cat(parts)
+            if (name, key) == ("no statistics", "evaluated"):
+                continue  # without statistics to go by, each process takes those of its rows
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}, {key}: {m}")  # noqa: B023
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
-def test_one_row_has_no_variance(shape):
-    with pytest.raises(ValueError, match="more than 1 row"):
-        SharedBatchNorm(3)(torch.zeros(shape))
-    assert SharedBatchNorm(3).eval()(torch.zeros(shape)).shape == shape
-    with pytest.raises(ValueError, match=r"3 channels, got \[2, 4\]"):
-        SharedBatchNorm(3)(torch.zeros(2, 4))
+def convnet() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+        nn.BatchNorm1d(5, affine=False),
+    )
+
+
+def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = model(x).sin().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def _train(world: World, say: Callable[[Any], None]) -> None:
+    model = data_parallel(synchronised(convnet(), world, CPU), world, CPU)
+    say(torch.stack(steps(model, rows_of(1, 4, 4).chunk(2)[world.rank])))
+
+
+def test_a_network_trains_as_in_one_process(tmp_path: Path):
+    said = in_two_processes(_train, tmp_path)
+    losses = torch.stack([losses for (losses,) in said]).mean(dim=0)
+    torch.testing.assert_close(losses, torch.stack(steps(convnet(), rows_of(1, 4, 4))), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_channels_are_refused():
+    layer = synchronised(nn.BatchNorm1d(3), World(0, 2), CPU)
+    with pytest.raises(ValueError, match="channels"):
+        layer(torch.zeros(3))
+
+
+def test_one_row_is_refused_in_training():
+    layer = synchronised(nn.BatchNorm2d(3), World(0, 2), CPU)
+    with pytest.raises(ValueError, match="1 row has no variance"):
+        layer(torch.zeros(1, 3, 1, 1))
+    assert layer.eval()(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1)
+
+
+def test_half_precision_is_kept_and_computed_in_float32():
+    layer = synchronised(nn.BatchNorm1d(3), World(0, 2), CPU)
+    x = rows_of(3).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.running_mean.dtype == torch.float32

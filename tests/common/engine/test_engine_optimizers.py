@@ -52,16 +52,24 @@ def test_optimizers_and_their_settings() -> None:
     eta=st.floats(1e-4, 1.0),
     lr=st.floats(0, 1.0),
     start_at_zero=st.booleans(),
+    exempt=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_lars_equals_its_formula(
-    steps: int, weight_decay: float, momentum: float, eta: float, lr: float, start_at_zero: bool, seed: int
+    steps: int,
+    weight_decay: float,
+    momentum: float,
+    eta: float,
+    lr: float,
+    start_at_zero: bool,
+    exempt: bool,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.zeros(2, 3) if start_at_zero else torch.randn(2, 3, generator=generator)
     vector = torch.randn(3, generator=generator)
     parameters = [nn.Parameter(matrix.clone()), nn.Parameter(vector.clone())]
-    optimizer = LARS(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta)
+    optimizer = LARS(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, exempt_vectors=exempt)
 
     slow = [matrix.flatten().tolist(), vector.tolist()]
     speed = [[0.0] * 6, [0.0] * 3]
@@ -70,10 +78,13 @@ def test_lars_equals_its_formula(
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         gradients = [p.grad.flatten().tolist() for p in parameters]
         optimizer.step()
-        decayed = [g + weight_decay * p for g, p in zip(gradients[0], slow[0], strict=True)]
-        length, step_length = math.hypot(*slow[0]), math.hypot(*decayed)
-        trust = eta * length / step_length if length > 0 and step_length > 0 else 1.0
-        for i, update in enumerate(([trust * d for d in decayed], gradients[1])):
+        for i, gradient in enumerate(gradients):
+            update = gradient
+            if i == 0 or not exempt:
+                decayed = [g + weight_decay * p for g, p in zip(gradient, slow[i], strict=True)]
+                length, step_length = math.hypot(*slow[i]), math.hypot(*decayed)
+                trust = eta * length / step_length if length > 0 and step_length > 0 else 1.0
+                update = [trust * d for d in decayed]
             speed[i] = [momentum * m + u for m, u in zip(speed[i], update, strict=True)]
             slow[i] = [p - lr * m for p, m in zip(slow[i], speed[i], strict=True)]
         for parameter, expected in zip(parameters, slow, strict=True):

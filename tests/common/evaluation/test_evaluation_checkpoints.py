@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.errors import UserError
-from hvp.common.evaluation.checkpoints import load_complete, read_backbone_state
+from hvp.common.evaluation.checkpoints import load_complete, load_encoder, read_backbone_state
+from hvp.common.evaluation.linear import probe_defaults
+from hvp.common.networks.resnet import CONVNETS
 
 WEIGHT = {"cls_token": torch.ones(1, 1, 4), "norm.weight": torch.arange(4.0)}
 HEAD = {"head.mlp.0.weight": torch.ones(2, 4), "head.last_layer.weight_g": torch.ones(2, 1)}
@@ -70,13 +72,16 @@ def test_what_the_file_says_of_itself_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "encoder.", "module.encoder."])
 def test_bare_state_dicts(prefix: str, wrapped: str | None, tmp_path: Path) -> None:
     weights = collections.OrderedDict((prefix + key, value) for key, value in WEIGHT.items())
     torch.save({wrapped: weights, "epoch": 7} if wrapped else weights, tmp_path / "weights.pth")
-    read = read_backbone_state(tmp_path / "weights.pth", "teacher")
+    read = read_backbone_state(tmp_path / "weights.pth")
     assert_weights(read.state, 1.0)
     assert (read.meta.format, read.meta.which, read.meta.dropped) == ("bare", "bare", ())
+    assert read.meta.epoch == (7 if wrapped else None)
+    with pytest.raises(UserError, match=r"does not say which .* the teacher's\. It has one network"):
+        read_backbone_state(tmp_path / "weights.pth", "teacher")
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -93,13 +98,51 @@ def test_a_run_folder_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
     assert read_backbone_state(hvp_file(tmp_path / "last.pt").parent).meta.path == tmp_path / "last.pt"
 
 
+def test_a_method_with_one_network(tmp_path: Path) -> None:
+    """SimSiam's: the projector stands in the encoder's place for a classifier, the predictor beside it."""
+    head = {"encoder.fc.0.weight": torch.ones(2, 4), "predictor.3.bias": torch.ones(2)}
+    weights = {f"encoder.{key}": value for key, value in WEIGHT.items()} | head
+    save_checkpoint(tmp_path / "last.pt", {"method": "simsiam", "config": {}, "epoch": 3, "step": 40, "model": weights})
+    for which in (None, "model"):
+        read = read_backbone_state(tmp_path / "last.pt", which)
+        assert_weights(read.state, 1.0)
+        assert (read.meta.which, read.meta.method, read.meta.dropped) == ("model", "simsiam", tuple(head))
+    with pytest.raises(UserError, match=r"has no teacher\. It has: model"):
+        read_backbone_state(tmp_path / "last.pt", "teacher")
+
+
+@pytest.mark.parametrize("arch", CONVNETS)
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
+def test_convnets_are_loaded_and_probed(arch: str, prefix: str, tmp_path: Path) -> None:
+    network = CONVNETS[arch]().eval()
+    weights = {prefix + key: value for key, value in network.state_dict().items()}
+    save_checkpoint(tmp_path / "last.pt", {"method": "simclr", "config": {}, "epoch": 1, "step": 1, "model": weights})
+    encoder, _ = load_encoder(tmp_path / "last.pt")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)
+        assert expected.shape == (2, network.embed_dim)
+        assert torch.equal(encoder(images), expected)
+        assert torch.equal(encoder.probe_features(images, *probe_defaults(encoder)), expected)  # type: ignore[operator]
+
+
+def test_unasked_the_teacher_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    for number, (networks, scale) in enumerate(
+        [({}, 2.0), ({"teacher": None}, 1.0), ({"student": None, "teacher": None, "model": network(3.0)}, 3.0)]
+    ):
+        assert_weights(read_backbone_state(hvp_file(tmp_path / f"{number}.pt", **networks)).state, scale)
+
+
 def test_a_network_that_is_not_there(tmp_path: Path) -> None:
-    torch.save({"student": network(1.0), "epoch": 1}, tmp_path / "simsiam.pth")
+    torch.save({"student": network(1.0), "epoch": 1}, tmp_path / "half.pth")
     with pytest.raises(UserError, match=r"has no teacher\. It has: student"):
-        read_backbone_state(tmp_path / "simsiam.pth", "teacher")
-    assert read_backbone_state(tmp_path / "simsiam.pth", "student").meta.which == "student"
-    with pytest.raises(UserError, match=r"has no student\. It has: neither"):
-        read_backbone_state(hvp_file(tmp_path / "a.pt", student=None, teacher=None), "student")
+        read_backbone_state(tmp_path / "half.pth", "teacher")
+    assert read_backbone_state(tmp_path / "half.pth", "student").meta.which == "student"
+    nothing = hvp_file(tmp_path / "a.pt", student=None, teacher=None)
+    with pytest.raises(UserError, match=r"has no student\. It has: no network"):
+        read_backbone_state(nothing, "student")
+    with pytest.raises(UserError, match=r"has no model\. It has: no network"):
+        read_backbone_state(nothing)
 
 
 def test_a_newer_version_is_refused(tmp_path: Path) -> None:
@@ -156,13 +199,14 @@ def test_a_truncated_checkpoint(part: float, tmp_path: Path) -> None:
         ({}, r"holds a dict \(none\), no weights"),
         ({"student": 3}, "holds a int, no weights"),
         (HEAD, "there is no backbone in this file, only a head: head.mlp.0.weight"),
-        ({"backbone.a": torch.ones(1), "predictor.b": torch.ones(1)}, "1 tensors belong neither .*: predictor.b"),
+        ({"backbone.a": torch.ones(1), "reducer.b": torch.ones(1)}, "1 tensors belong neither .*: reducer.b"),
+        ({"backbone.a": torch.ones(1), "encoder.b": torch.ones(1)}, "1 tensors belong neither .*: encoder.b"),
     ],
 )
 def test_files_without_a_backbone(content: Any, said: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match=said):
-        read_backbone_state(tmp_path / "x.pth", "student")
+        read_backbone_state(tmp_path / "x.pth")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Linear probing: it learns what is linear, twice the same, and caches only what it may."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,41 @@ def test_training_is_sgd_with_a_cosine_over_epochs() -> None:
     )
     assert [entry.loss for entry in history] == pytest.approx(expected, rel=1e-5)
     assert history[-1].top1 == pytest.approx(100 * (layer(features).argmax(1) == labels).double().mean().item())
+
+
+def test_lars_scales_weights_and_bias_by_their_own_length() -> None:
+    """Against SimSiam's recipe step by step: LARC without clip divides each gradient by its length and multiplies it by
+    0.001 of its tensor's, the bias' too, then SGD with momentum; a tensor of length 0 takes the gradient as it is."""
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 3, (40,), generator=generator)
+    weight = torch.empty(3, 5).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(3))
+    tensors = [weight.double(), torch.zeros(3, dtype=torch.float64)]
+    speeds = [torch.zeros_like(tensor) for tensor in tensors]
+    expected = []
+    for epoch in range(4):
+        lr = 0.3 * 0.5 * (1 + math.cos(math.pi * epoch / 4))
+        total = 0.0
+        for x, y in zip(features.double().split(16), labels.split(16), strict=True):
+            probabilities = (x @ tensors[0].T + tensors[1]).softmax(dim=1)
+            total -= probabilities[torch.arange(len(y)), y].log().sum().item() / 40
+            error = (probabilities - nn.functional.one_hot(y, 3)) / len(y)
+            for tensor, speed, gradient in zip(tensors, speeds, (error.T @ x, error.sum(dim=0)), strict=True):
+                length = math.sqrt((tensor**2).sum().item())
+                trust = 0.001 * length / (math.sqrt((gradient**2).sum().item()) + 1e-8) if length else 1.0
+                speed.mul_(0.9).add_(gradient * trust)
+                tensor.sub_(lr * speed)
+        expected.append(total)
+    history = train_linear(
+        lambda epoch: zip(features.split(16), labels.split(16), strict=True),
+        features,
+        labels,
+        3,
+        lr=0.3,
+        epochs=4,
+        seed=3,
+        optimizer="lars",
+    )
+    assert [entry.loss for entry in history] == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_happens_at_the_first_the_last_and_every_nth_epoch() -> None:

@@ -1,0 +1,194 @@
+"""The configuration of iBOT. Defaults are those of bytedance/ibot, main_ibot.py, unless said otherwise."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hvp.common.config import Fraction, Range, Section
+from hvp.common.hardviews import Slots
+from hvp.common.view_sections import MultiCropConfig, MultiCropSelection, MultiCropViews
+
+# YAML has lists only, so a tuple must accept one; its items stay strictly typed.
+Fractions = Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)]
+
+
+class ModelConfig(Section):
+    """Student and teacher."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_micro"] = "vit_small"
+    """Backbone. `vit_micro` is ours: width 96, depth 3, a convolutional stem, for pictures of 32 pixels."""
+
+    patch_size: int = Field(16, ge=1)
+    """Height and width of a patch, pixels. Smaller patches cost memory and time."""
+
+    drop_path_rate: Fraction = 0.1
+    """Stochastic depth of the student's last block; the teacher has none."""
+
+    out_dim: int = Field(8192, ge=2)
+    """[CLS] prototypes K."""
+
+    patch_out_dim: int = Field(8192, ge=2)
+    """Patch prototypes K2; with a shared head they are the same as K."""
+
+    shared_head: bool = True
+    """Patches and [CLS] tokens have the same prototypes, in the student and in the teacher. The upstream's recipes."""
+
+    norm_last_layer: bool = True
+    """Fix the gain of the last layers' weight norm at 1. The upstream's ViT-S recipe: off."""
+
+    norm_in_head: Literal["bn"] | None = None
+    """Norm in the projection head. `bn`: batch norm, over [CLS] tokens and over patches separately."""
+
+    head_hidden_dim: int = Field(2048, ge=1)
+    """Width of the head's hidden layers."""
+
+    head_bottleneck_dim: int = Field(256, ge=1)
+    """Width of the head's normalised output, before the prototypes."""
+
+    momentum_teacher: Fraction = 0.996
+    """The teacher's EMA momentum at the first step; a cosine takes it to 1."""
+
+
+class MasksConfig(Section):
+    """Which patches of the global views the student does not see."""
+
+    pred_ratio: Fractions = (0.3,)
+    """Shares of patches to mask; each view draws one of them. The upstream's recipes: 0 and 0.3."""
+
+    pred_ratio_var: Fractions = (0.0,)
+    """For each ratio, how far the share may be from it, evenly. The upstream's recipes: 0 and 0.2."""
+
+    pred_shape: Literal["block", "rand"] = "block"
+    """Rectangles of patches, or single ones."""
+
+    pred_start_epoch: int = Field(0, ge=0)
+    """First epoch with masks."""
+
+
+class LossConfig(Section):
+    """Cross-entropies between teacher and student, of [CLS] tokens and of masked patches."""
+
+    lambda1: float = Field(1.0, ge=0)
+    """Weight of the [CLS] part."""
+
+    lambda2: float = Field(1.0, ge=0)
+    """Weight of the patch part."""
+
+    warmup_teacher_temp: float = Field(0.04, gt=0)
+    """Teacher temperature of [CLS] tokens at the start."""
+
+    teacher_temp: float = Field(0.04, gt=0)
+    """Teacher temperature of [CLS] tokens after its linear warm-up."""
+
+    warmup_teacher_patch_temp: float = Field(0.04, gt=0)
+    """Teacher temperature of patches at the start."""
+
+    teacher_patch_temp: float = Field(0.07, gt=0)
+    """Teacher temperature of patches after its linear warm-up, which begins when masks do."""
+
+    warmup_teacher_temp_epochs: int = Field(30, ge=0)
+    """Length of both warm-ups, epochs."""
+
+    student_temp: float = Field(0.1, gt=0)
+    """Student temperature."""
+
+    center_momentum: Fraction = 0.9
+    """EMA momentum of the centre of the teacher's [CLS] outputs."""
+
+    center_momentum2: Fraction = 0.9
+    """EMA momentum of the centre of its patch outputs."""
+
+
+class OptimConfig(Section):
+    """Optimiser and its schedules, which are functions of the step."""
+
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """AdamW for ViTs."""
+
+    base_lr: float = Field(0.0005, gt=0)
+    """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
+
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the cosine. Not scaled by the batch size."""
+
+    warmup_epochs: int = Field(10, ge=0)
+    """Linear warm-up of the learning rate from 0, epochs."""
+
+    weight_decay: float = Field(0.04, ge=0)
+    """Weight decay at the start; biases and 1-D parameters have none."""
+
+    weight_decay_end: float = Field(0.4, ge=0)
+    """Weight decay at the end of its cosine."""
+
+    clip_grad: float = Field(3.0, ge=0)
+    """Largest gradient norm of each parameter tensor; 0: no clipping."""
+
+    freeze_last_layer: int = Field(1, ge=0)
+    """Epochs in which the prototypes, of [CLS] tokens and of patches, do not move."""
+
+
+class ViewsConfig(MultiCropViews):
+    """The distribution of views: two global transforms and a local one (DataAugmentationiBOT)."""
+
+    local_crops_number: int = Field(0, ge=0)
+    """Local crops that are trained on. HVP: none; the upstream's recipes: 10."""
+
+    global_crops_scale: Range = (0.14, 1.0)
+    """Area of a global crop, as a fraction of the image's, (min, max)."""
+
+
+class IbotSelection(MultiCropSelection):
+    """Which of the sampled crops are trained on (HVP)."""
+
+    local_candidates: int = Field(0, ge=0)
+    """Local crops sampled. HVP: none."""
+
+
+class IbotConfig(MultiCropConfig):
+    """hvp pretrain ibot"""
+
+    model: ModelConfig = ModelConfig()
+    masks: MasksConfig = MasksConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    views: ViewsConfig = ViewsConfig()
+    selection: IbotSelection = IbotSelection()
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> "IbotConfig":
+        model, masks = self.model, self.masks
+        self.check_patch_size(model.patch_size)
+        if model.shared_head and model.patch_out_dim != model.out_dim:
+            raise ValueError(
+                f"model.patch_out_dim = {model.patch_out_dim}, but a shared head has model.out_dim = {model.out_dim} "
+                "prototypes for both. Set them equal, or model.shared_head to false"
+            )
+        if len(masks.pred_ratio) != len(masks.pred_ratio_var):
+            raise ValueError(
+                f"masks.pred_ratio has {len(masks.pred_ratio)} values and masks.pred_ratio_var "
+                f"{len(masks.pred_ratio_var)}. Give a variation for each ratio"
+            )
+        for ratio, variation in zip(masks.pred_ratio, masks.pred_ratio_var, strict=True):
+            if variation > min(ratio, 1 - ratio):
+                raise ValueError(
+                    f"masks.pred_ratio {ratio} with masks.pred_ratio_var {variation} leaves the range from 0 to 1"
+                )
+        epochs = self.train.epochs
+        warmup, start = self.loss.warmup_teacher_temp_epochs, masks.pred_start_epoch
+        if self.optim.warmup_epochs > epochs:
+            raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs} is longer than train.epochs = {epochs}")
+        if warmup + start > epochs:
+            raise ValueError(
+                f"loss.warmup_teacher_temp_epochs = {warmup} from masks.pred_start_epoch = {start} on is longer than "
+                f"train.epochs = {epochs}"
+            )
+        return self
+
+    def combination_slots(self) -> Slots:
+        """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
+        return self.slots_of_crops(diagonal=True)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, by the linear scaling rule."""
+        return self.optim.base_lr * self.train.batch_size / 256

@@ -1,0 +1,105 @@
+"""iBOT's networks on top of the backbone: the head with prototypes for [CLS] and for patches, and the wrapper of both.
+
+# n views, N patches of each, R of them masked, D embedding dim, b bottleneck dim, K and K2 prototypes ([CLS], patches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvp.common.networks.heads import DINOHead, WeightNormLinear
+from hvp.common.networks.vision_transformer import VisionTransformer
+
+
+class iBOTHead(DINOHead):
+    """DINO's head with a second layer of prototypes, `last_layer2`, for patches.
+
+    Args:
+        in_dim, out_dim: width of a token, and [CLS] prototypes K.
+        patch_out_dim: patch prototypes K2.
+        shared_head: `last_layer2` is `last_layer`; then K2 is K. In the state dict it stands twice, as upstream.
+        use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim: as in DINOHead, and for both layers.
+
+    Raises:
+        ValueError: a shared head with K2 other than K.
+
+    Source: bytedance/ibot models/head.py iBOTHead.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        patch_out_dim: int,
+        shared_head: bool,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__(in_dim, out_dim, use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim)
+        if shared_head and patch_out_dim != out_dim:
+            raise ValueError(f"iBOTHead: a shared head of {out_dim} prototypes, but patch_out_dim is {patch_out_dim}")
+        self.last_layer2 = (
+            self.last_layer
+            if shared_head
+            else WeightNormLinear(bottleneck_dim, patch_out_dim, train_gain=not norm_last_layer)
+        )
+
+
+class MultiCropWrapper(nn.Module):
+    """Backbone and head: masked or unmasked global views with their patches, local views by their [CLS] alone.
+
+    Source: bytedance/ibot utils.py MultiCropWrapper.
+    """
+
+    def __init__(self, backbone: VisionTransformer, head: iBOTHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        # Batch norm couples what goes through the head together: its statistics are those of all patches of a batch, or
+        # of all [CLS] tokens. Without it, patches that the loss does not read need not go through the head.
+        self.has_batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules())
+
+    def embed(self, views: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The head's bottleneck of the [CLS] tokens, [n, b], and of all patches, [n, N, b].
+
+        Args:
+            views: images [n, 3, H, W].
+            masks: [n, N] bool; the backbone sees the mask token instead of these patches.
+        """
+        tokens = self.backbone.all_tokens(views, masks)
+        patches = self.head.embed(tokens[:, 1:].flatten(0, 1)).unflatten(0, (len(views), -1))
+        return self.head.embed(tokens[:, 0]), patches
+
+    def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's bottleneck of the [CLS] tokens, [n, b], and of the masked patches, [R, b]."""
+        if self.has_batch_norm:
+            cls, patches = self.embed(views, masks)
+            return cls, patches[masks]
+        tokens = self.backbone.all_tokens(views, masks)
+        cls, patches = self.head.embed(torch.cat((tokens[:, 0], tokens[:, 1:][masks]))).tensor_split((len(views),))
+        return cls, patches
+
+    def embed_cls(self, views: Tensor) -> Tensor:
+        """The head's bottleneck of the [CLS] tokens of unmasked views, [n, b]."""
+        return self.head.embed(self.backbone(views))
+
+    def forward(self, views: Sequence[Tensor], masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's outputs.
+
+        Args:
+            views: global views [n, 3, H, W] and, where there are any, local ones [m, 3, h, w], which stay unmasked.
+            masks: [n, N] bool, the patches to mask in the global views.
+
+        Returns:
+            Logits of all [CLS] tokens, [n + m, K], and of the masked patches in the order of `masks`, [R, K2].
+        """
+        cls, patches = self.embed_masked(views[0], masks)
+        cls = torch.cat((cls, *(self.embed_cls(local) for local in views[1:])))
+        return self.head.last_layer(cls), self.head.last_layer2(patches)

@@ -1,0 +1,184 @@
+"""The pair-loss matrix of iBOT: DINO's cross-entropies off the diagonal, masked-patch losses on it.
+
+# B images, G global views (targets), V online views, N patches of a global view, R masked patches in all of them
+# b bottleneck dim, K and K2 prototypes ([CLS] and patches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvp.common.cross_entropy import logits_at_once, pair_cross_entropies
+from hvp.methods.ibot.head import MultiCropWrapper
+from hvp.methods.ibot.ibot_loss import iBOTLoss
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class Prototypes(NamedTuple):
+    """Layers that make logits of bottleneck embeddings, linear without bias; their results are overwritten."""
+
+    student_cls: Layer
+    student_patch: Layer
+    teacher_patch: Layer
+
+
+def pair_losses(
+    student: MultiCropWrapper,
+    teacher: MultiCropWrapper,
+    crops: list[Tensor],
+    masks: Tensor,
+    ibot_loss: iBOTLoss,
+    epoch: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Forwards every candidate once, each under its own mask. To be called without gradient; moves neither centre nor
+    teacher.
+
+    Args:
+        student, teacher: in the mode they are to score in.
+        crops: [G, B, 3, H, W] global and, where there are any, [V - G, B, 3, h, w] local candidates, normalised.
+        masks: [G, B, N] bool, of the global ones.
+        ibot_loss: its centres, temperatures and weights.
+        epoch: decides the teacher's temperatures.
+
+    Returns:
+        The matrix, as `loss_matrix()` has it; and the teacher's embedding of the global crops, [CLS] tokens [G, B, b]
+        and all patches [G, B, N, b]. Kept as embeddings, they are a thirtieth of the logits.
+    """
+    num_global, batch = crops[0].shape[:2]
+    views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
+    teacher_cls, teacher_patches = teacher.embed(views[0])
+    cls, patches = student.embed_masked(views[0], rows)
+    cls = torch.cat((cls, *(student.embed_cls(local) for local in views[1:])))
+    losses = loss_matrix(
+        teacher.head.last_layer(teacher_cls).unflatten(0, (num_global, batch)),
+        teacher_patches[rows],
+        cls.unflatten(0, (-1, batch)),
+        patches,
+        masks,
+        ibot_loss,
+        epoch,
+        Prototypes(
+            student.head.last_layer.frozen(), student.head.last_layer2.frozen(), teacher.head.last_layer2.frozen()
+        ),
+    )
+    embedding = tuple(part.unflatten(0, (num_global, batch)) for part in (teacher_cls, teacher_patches))
+    return losses, (embedding[0], embedding[1])
+
+
+@torch.no_grad()
+def loss_matrix(
+    teacher_cls: Tensor,
+    teacher_patch: Tensor,
+    student_cls: Tensor,
+    student_patch: Tensor,
+    masks: Tensor,
+    ibot_loss: iBOTLoss,
+    epoch: int,
+    prototypes: Prototypes | None = None,
+) -> Tensor:
+    """iBOT's loss of every online view against every target view, kept per image.
+
+    With `Slots(..., diagonal=True)` a combination's loss is the objective itself: the mean of its entries off the
+    diagonal, which is its [CLS] part, plus the mean of those on it, which is its patch part.
+
+    Args:
+        teacher_cls: logits of the global views, [G, B, K], any float dtype, as all; computed in float32.
+        teacher_patch: bottleneck embeddings of the patches that `masks` marks, [R, b], or their logits [R, K2] when
+            `prototypes` is left out.
+        student_cls: bottleneck embeddings of the online views, [V, B, b], the global ones first, or logits [V, B, K].
+        student_patch: as `teacher_patch`, of the student, which does not see these patches.
+        masks: [G, B, N] bool.
+        ibot_loss: gives centres, temperatures and weights; nothing in it changes.
+        epoch: counted from 0; decides the teacher's temperatures.
+        prototypes: see there. Left out, all inputs are logits.
+
+    Returns:
+        [B, G, V] float32 in nats: lambda1 times the [CLS] cross-entropy where t != v, lambda2 times the masked-patch
+        loss of the view where t == v.
+
+    Source: iBOT (arXiv:2111.07832) Eqs. 2 and 3, before the means over views and images; automl/hvp, branch ibot,
+        main_ibot.py iBOTLoss.hvs.
+    """
+    losses = ibot_loss.lambda1 * pair_cross_entropies(
+        teacher_cls,
+        student_cls,
+        ibot_loss.center,
+        ibot_loss.teacher_temp(epoch),
+        ibot_loss.student_temp,
+        prototypes=prototypes and prototypes.student_cls,
+    )
+    patch = masked_patch_losses(
+        teacher_patch,
+        student_patch,
+        masks.flatten(0, 1),
+        ibot_loss.center2,
+        ibot_loss.teacher_patch_temp(epoch),
+        ibot_loss.student_temp,
+        prototypes and (prototypes.teacher_patch, prototypes.student_patch),
+    )
+    losses.diagonal(dim1=1, dim2=2).copy_(ibot_loss.lambda2 * patch.unflatten(0, masks.shape[:2]).T)  # [B, G]
+    return losses
+
+
+@torch.no_grad()
+def masked_patch_losses(
+    teacher: Tensor,
+    student: Tensor,
+    masks: Tensor,
+    center2: Tensor,
+    teacher_temp: float,
+    student_temp: float,
+    prototypes: tuple[Layer, Layer] | None = None,
+    patches_at_once: int | None = None,
+) -> Tensor:
+    """The mean cross-entropy over the masked patches of each view, a few patches at a time.
+
+    H(p, q) = logsumexp(s) - <p, s>, as for [CLS] tokens. Logits exist only for masked patches, and not for all of them
+    at once: [n, N, K2] of both networks would be 2 GB for 64 images of 4 views.
+
+    Args:
+        teacher: bottleneck embeddings of the masked patches, in the order of `masks`, [R, b], or their logits [R, K2]
+            when `prototypes` is left out; any float dtype, computed in float32.
+        student: the same of the student, which does not see these patches.
+        masks: [n, N] bool.
+        center2: K2 numbers in any shape, subtracted from the teacher's logits.
+        teacher_temp, student_temp: temperatures, greater than 0.
+        prototypes: the teacher's and the student's layer [., b] to [., K2], linear without bias; they run under the
+            caller's autocast, and their results are overwritten.
+        patches_at_once: patches whose logits exist at the same time; as many as fit the cache when left out.
+
+    Returns:
+        [n] float32 in nats; 0 for a view without a masked patch.
+    """
+    num_patches = len(teacher)
+    if len(student) != num_patches or int(masks.sum()) != num_patches:
+        raise ValueError(
+            f"masked_patch_losses: teacher {list(teacher.shape)}, student {list(student.shape)}, "
+            f"but {int(masks.sum())} patches are masked"
+        )
+    device = teacher.device
+    step = patches_at_once or max(logits_at_once(device) // (2 * center2.numel()), 1)
+    center2 = center2.reshape(-1).float()
+    # One-element tensors, not numbers: they promote half-precision inputs to float32 in the same pass.
+    sharpen_teacher = torch.full((1,), 1 / teacher_temp, device=device)
+    sharpen_student = torch.full((1,), 1 / student_temp, device=device)
+
+    per_patch = torch.zeros(masks.shape, device=device)
+    losses = torch.empty(num_patches, device=device)
+    for start in range(0, num_patches, step):
+        patches = slice(start, start + step)
+        t, s = teacher[patches], student[patches] * sharpen_student
+        if prototypes is not None:
+            t, s = prototypes[0](t), prototypes[1](s).float()  # [m, K2]
+        with torch.autocast(device.type, enabled=False):
+            s -= s.amax(dim=-1, keepdim=True)
+            p = (t - center2).mul_(sharpen_teacher).softmax(dim=-1)
+            product = p.mul_(s).sum(dim=-1)  # before s is overwritten
+            losses[patches] = s.exp_().sum(dim=-1).log_() - product
+    per_patch[masks] = losses
+    return per_patch.sum(dim=1) / masks.sum(dim=1).clamp(min=1)

@@ -1,0 +1,140 @@
+"""SimCLR, with hard views: the trainer.
+
+`# hvp:` marks what is not in the upstream. With `selection.hard_views: none` none of that runs.
+
+    # B images of this process, N candidate views (2 without hard views), D embedding dim
+
+Source: google-research/simclr tf2/run.py, objective and recipe; automl/hvp, branch simclr, pretrain.py, whose names
+these are; HVP Algorithm 1.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hvp.common.engine.collapse import feature_spread
+from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
+from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
+from hvp.common.engine.precision import Precision
+from hvp.common.engine.run import Run
+from hvp.common.engine.schedules import warmup_cosine
+from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.training import RunOptions, session
+from hvp.common.networks.resnet import CONVNETS, ConvNet
+from hvp.common.views.normalize import normalize
+from hvp.methods.simclr.config import SimclrConfig
+from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
+from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
+from hvp.methods.simclr.score import pair_losses
+
+
+def train_simclr(config: SimclrConfig, out: Path, **options: Unpack[RunOptions]) -> Path:
+    """Pretrains an encoder, in one process or as one of those that a launcher started.
+
+    Args:
+        config: what to do.
+        out: the run's folder.
+        options: as in RunOptions.
+
+    Returns:
+        The last checkpoint. `model` in it has the state-dict keys of HVP's released code.
+
+    Raises:
+        UserError: something that the caller can mend, before the first step where it can be known by then.
+        Stopped: a signal asked to stop.
+    """
+    with session(config, out, **options) as s:
+        with s.world.agreeing():
+            model = synchronised(build_model(config, s.device), s.world, s.device)
+            optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(model.named_parameters()))
+            optimizer.param_groups[0]["weight_decay"] = config.optim.weight_decay
+        with s.run("simclr", {"model": model, "optimizer": optimizer}) as run:
+            ddp = data_parallel(model, s.world, s.device)
+            for epoch in run.epochs:
+                train_one_epoch(ddp, optimizer, s.precision, run, epoch, config)
+            return run.last_checkpoint
+
+
+def build_encoder(config: SimclrConfig) -> ConvNet:
+    """The backbone, with fresh weights."""
+    return CONVNETS[config.model.arch](zero_init_residual=config.model.zero_init_residual)
+
+
+def build_model(config: SimclrConfig, device: torch.device) -> SimCLR:
+    """Backbone and projector, with fresh weights."""
+    model = config.model
+    backbone = build_encoder(config)
+    projector = SimCLRProjectionHead(
+        backbone.embed_dim, model.proj_hidden_dim, model.out_dim, model.num_proj_layers, model.use_bn_in_head
+    )
+    return SimCLR(backbone, projector).to(device)
+
+
+def build_modules(config: SimclrConfig, device: torch.device) -> Sequence[nn.Module]:
+    """The network: what a checkpoint holds."""
+    return (build_model(config, device),)
+
+
+def train_one_epoch(
+    ddp: SimCLR | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    run: Run,
+    epoch: int,
+    config: SimclrConfig,
+) -> None:
+    """The steps of one epoch that are not done yet. `ddp` is the network, as `data_parallel()` gave it back."""
+    model: SimCLR = unwrapped(ddp)
+    optim, temperature, num_parts = config.optim, config.loss.temperature, config.train.accumulate
+    selector = ViewSelector(config, run.total_steps, run.world.rank)
+    chance = math.log(2 * config.train.batch_size // num_parts - 1)  # all 2 M - 1 other views alike
+    for it, parts in run.steps(epoch):
+        lr = warmup_cosine(
+            it,
+            base=config.peak_lr,
+            final=optim.min_lr,
+            total_steps=run.total_steps,
+            warmup_steps=optim.warmup_epochs * run.steps_per_epoch,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        optimizer.zero_grad(set_to_none=True)
+        step_loss = torch.zeros((), device=precision.device)
+        kept = None
+        for number, part in enumerate(parts, start=1):
+            views = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]  # [N, B, ...]
+            with precision.autocast():
+                if selector.acts_on(it):  # hvp: train on the hardest pair of the sampled views
+                    with run.selecting.running():
+                        with selector.scoring(model):
+                            candidates = model(views[0].flatten(0, 1)).unflatten(0, views[0].shape[:2])  # [N, B, D]
+                            losses = pair_losses(candidates, temperature, run.world)
+                        kept = selector.keep(views, losses, it)
+                        views = kept.views
+                else:
+                    views = selector.first(views)
+                with averaging(ddp, on=number == num_parts):
+                    z = ddp(views[0].flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
+                loss = nt_xent_loss(z, temperature, run.world) / num_parts
+            precision.backward(loss)
+            step_loss += loss.detach()
+
+        precision.unscale(optimizer)
+        loss_value = run.check(step_loss, lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        precision.step(optimizer)
+
+        spread = feature_spread(z.detach().flatten(0, 1))
+        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        run.record(loss_value, lr=lr, spread=spread, **statistics)
+        run.collapse.see(
+            it,
+            abs(loss_value - chance) < 1e-3 or spread < 1e-2,
+            f"for {run.collapse.steps} steps the loss has been that of chance, ln(2 B - 1) = {chance:.3f}, or the "
+            "projections one point. Lower the learning rate, or warm it up for longer",
+        )

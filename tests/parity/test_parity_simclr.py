@@ -1,0 +1,128 @@
+"""SimCLR against the numbers of HVP's released code and google-research's, at the tolerances the fixtures name."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from torch import Tensor, nn
+
+from hvp.common.engine.optimizers import LARS
+from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.hardviews import Slots, combination_losses, select
+from hvp.common.networks.resnet import ResNet
+from hvp.methods.simclr.config import SimclrConfig
+from hvp.methods.simclr.main_simclr import build_model
+from hvp.methods.simclr.model import SimCLRProjectionHead
+from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
+from hvp.methods.simclr.score import pair_losses
+
+
+def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
+    rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
+    torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("case", cases("simclr_loss"))
+def test_loss_and_gradients(case: str) -> None:
+    f = load(case)
+    z = torch.stack([f.tensors["z1"], f.tensors["z2"]]).requires_grad_()
+    loss = nt_xent_loss(z, f.config["temperature"])
+    loss.backward()
+    assert_close(loss, f.tensors["loss"], f, "loss")
+    assert_close(2 * loss.detach().double(), f.tensors["google_per_sample"].mean(), f, "google-research's loss")
+    assert_close(z.grad, torch.stack([f.tensors["grad_z1"], f.tensors["grad_z2"]]), f, "gradients")
+
+
+@pytest.mark.parametrize("case", cases("simclr_loss"))
+def test_pair_losses_are_the_loss_of_each_image(case: str) -> None:
+    f = load(case)
+    losses = pair_losses(torch.stack([f.tensors["z1"], f.tensors["z2"]]), f.config["temperature"])
+    both_anchors = losses[:, 0, 1] + losses[:, 1, 0]
+    assert_close(both_anchors, f.tensors["per_sample"], f, "sum of both anchors")
+    assert_close(both_anchors.double(), f.tensors["google_per_sample"], f, "google-research's sum of both anchors")
+
+
+@pytest.mark.parametrize("case", cases("simclr_select"))
+def test_selection(case: str) -> None:
+    f = load(case)
+    num_views = f.config["n_views"]
+    losses = pair_losses(f.tensors["features"].unflatten(0, (num_views, -1)), f.config["temperature"])
+    slots = Slots.from_counts((num_views,), (2,))
+    assert f.tensors["pairs"].tolist() == [list(pair) for pair in combinations(range(num_views), 2)]
+    assert torch.equal(slots.all_combinations(), f.tensors["pairs"])
+    # the released code adds the two anchors where the objective takes their mean
+    assert_close(2 * combination_losses(losses, f.tensors["pairs"], slots).T, f.tensors["pair_loss"], f, "all pairs")
+    for search in ("sampled", "exact"):
+        kept = select([], losses, slots, search=search)
+        assert torch.equal(kept.index.T, f.tensors["selected"])
+        assert_close(2 * kept.loss, f.tensors["score"], f, "score")
+
+
+@pytest.mark.parametrize("case", cases("simclr_head"))
+def test_head(case: str) -> None:
+    f = load(case)
+    head = SimCLRProjectionHead(**{name: value for name, value in f.config.items() if name != "B"})
+    head.load_state_dict(f.group("state"))
+    assert_close(head(f.tensors["x"]), f.tensors["y"], f, "y")
+    for name, buffer in f.group("state_after").items():
+        assert_close(head.state_dict()[name], buffer, f, name)
+
+
+@pytest.mark.parametrize("case", cases("lars"))
+def test_google_has_the_learning_rate_inside_the_momentum(case: str) -> None:
+    """The two are equal while the rate is constant. When it changes by a factor, google's momentum lags: ours, divided
+    by that factor. What is exempt, biases and norms, is told from names there and from having one dimension here."""
+    f = load(case)
+    c = f.config
+    parameters = {name: nn.Parameter(p.clone()) for name, p in f.group("param").items()}
+    optimizer = LARS(parameters.values(), weight_decay=c["weight_decay"], momentum=c["momentum"], eta=c["trust"])
+    before = math.inf
+    for step, lr in enumerate(c["lrs"]):
+        optimizer.param_groups[0]["lr"] = lr
+        for state in optimizer.state.values():
+            state["mu"] *= before / lr
+        before = lr
+        gradients = f.group(f"grad{step}")
+        for name, parameter in parameters.items():
+            parameter.grad = gradients.get(name)
+        optimizer.step()
+        for name, expected in f.group(f"google_classic.step{step + 1}").items():
+            assert_close(parameters[name], expected.float(), f, f"{name} after step {step + 1}")
+
+
+MODELS = checkpoint_models("hvp_simclr_")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_checkpoint_keys_and_shapes(model: str) -> None:
+    entries = load_checkpoint_keys(model)["entries"]["model"]
+    ours = build_model(SimclrConfig(), torch.device("meta"))
+    assert [
+        [f"module.{name}", list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in ours.state_dict().items()
+    ] == entries
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_released_checkpoints_load(model: str, tmp_path: Path) -> None:
+    """The file as the released code saves it, with one number for all of a tensor, which takes no room."""
+    facts = load_checkpoint_keys(model)
+    kinds = {"float32": torch.tensor(0.5), "int64": torch.tensor(7)}
+    weights = {name: kinds[dtype].expand(shape) for name, shape, dtype in facts["entries"]["model"]}
+    others = {"optimizer": {"state": {}, "param_groups": []}, "epoch": 100, "scaler": None, "total_time": 12345}
+    assert ["model", *others] == facts["top_level_keys"]
+    torch.save({"model": weights, **others}, tmp_path / "checkpoint.pth")
+
+    encoder, meta = load_encoder(tmp_path / "checkpoint.pth")
+    assert isinstance(encoder, ResNet)
+    assert {f"module.backbone.{name}" for name in encoder.state_dict()} == {
+        name for name in weights if not name.startswith("module.projector.")
+    }
+    assert all(
+        (value == (7 if name.endswith("tracked") else 0.5)).all() for name, value in encoder.state_dict().items()
+    )
+    assert len(meta.dropped) == len(weights) - len(encoder.state_dict())
