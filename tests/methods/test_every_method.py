@@ -1,0 +1,274 @@
+"""What holds for every trainer, on 32 tiny images: 8 steps of 8, all of which select unless said otherwise.
+
+What a method does of its own is tested in its folder.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+
+from hvp.common.config import read_yaml, resolve
+from hvp.common.data import open_dataset
+from hvp.common.engine import training
+from hvp.common.engine.checkpoint import load_checkpoint
+from hvp.common.engine.run import Run
+from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.evaluation.knn import evaluate_knn
+from hvp.common.sections import RunConfig
+from hvp.methods import METHODS, get_method, get_preset
+
+STEPS, STEPS_PER_EPOCH = 8, 4
+SMALL = {
+    "data.workers": 0,
+    "data.shapes.train": 32,
+    "data.shapes.val": 16,
+    "data.shapes.size": 32,
+    "train.batch_size": 8,
+    "train.epochs": 2,
+    "train.log_every": 1,
+    "selection.start": 0.0,
+}
+# Stochastic depth, so that random numbers are drawn in a step.
+OWN = {
+    "dino": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1},
+    "ibot": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1, "masks.pred_ratio_var": [0.0, 0.1]},
+    "simclr": {"optim.warmup_epochs": 1},
+}
+"""What a method's `tiny` preset needs for so short a run."""
+
+MULTI_CROP = {"selection.global_candidates": 1, "selection.local_candidates": 2}
+TWO_VIEWS = {"selection.candidates": 2}
+AS_MANY_AS_KEPT = {"dino": MULTI_CROP, "ibot": MULTI_CROP, "simsiam": TWO_VIEWS, "simclr": TWO_VIEWS}
+
+ABOUT = {"format", "version", "versions", "method", "config"}
+"""What a checkpoint says of the run, rather than what training has made of it."""
+CLOCK = {"images_per_s", "wait_share", "select_share"}
+
+
+def values_of(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return {**SMALL, **OWN.get(name, {}), **changes}
+
+
+def config_of(name: str, changes: dict[str, Any]) -> RunConfig:
+    layers = [("preset", read_yaml(get_preset(name, "tiny"))), ("test", values_of(name, changes))]
+    config: RunConfig = resolve(get_method(name).config, layers).config
+    return config
+
+
+@dataclass
+class Trained:
+    out: Path
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes."""
+        return {key: part for key, part in load_checkpoint(self.out / "last.pt").items() if key not in ABOUT}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The log, but for how long things took."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
+
+
+def train(name: str, out: Path, changes: dict[str, Any], *, resume: bool = False) -> Trained:
+    console = Console(quiet=True)
+    path = get_method(name).train(config_of(name, changes), out, console=console, resume=resume)
+    assert path == out / "last.pt"
+    return Trained(out)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors and numbers in nested containers."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def assert_same(a: Trained, b: Trained) -> None:
+    """Bit for bit: networks, optimiser, random numbers, and the log."""
+    ours, theirs = dict(leaves(a.state)), dict(leaves(b.state))
+    assert ours.keys() == theirs.keys()
+    for path, value in ours.items():
+        equal = torch.equal(value, theirs[path]) if isinstance(value, torch.Tensor) else value == theirs[path]
+        assert equal, path
+    assert a.rows == b.rows
+
+
+def weights_differ(a: Trained, b: Trained) -> bool:
+    theirs = dict(leaves(b.state))
+    return any(
+        not torch.equal(value, theirs[path])
+        for path, value in leaves(a.state)
+        if path.endswith(".weight") and isinstance(value, torch.Tensor)
+    )
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def name(request) -> str:
+    method: str = request.param
+    return method
+
+
+@pytest.fixture(scope="module")
+def hard(name, tmp_path_factory) -> Trained:
+    """A run that selects."""
+    return train(name, tmp_path_factory.mktemp(name) / "hard", {})
+
+
+@pytest.fixture(scope="module")
+def vanilla(name, tmp_path_factory) -> Trained:
+    """A run without hard views."""
+    return train(name, tmp_path_factory.mktemp(name) / "vanilla", {"selection.hard_views": "none"})
+
+
+def test_vanilla_is_the_run_without_any_selection(name, vanilla, tmp_path, monkeypatch):
+    class Absent:
+        """A selector as if HVP had never been written: nothing else of it can be called."""
+
+        first_views: ClassVar = [0, 1]  # of two
+
+        def __init__(self, *_: object): ...
+
+        def acts_on(self, step: int) -> bool:
+            return False
+
+        def first(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
+            return views
+
+        def statistics(self, kept: None) -> dict[str, float]:
+            return {}
+
+    trainer = import_module(f"hvp.methods.{name}.main_{name}")
+    monkeypatch.setattr(trainer, "ViewSelector", Absent)
+    monkeypatch.setattr(trainer, "pair_losses", None)
+    monkeypatch.setattr(training, "ViewSelector", Absent)
+    assert_same(vanilla, train(name, tmp_path / "absent", {"selection.hard_views": "none"}))
+
+
+def test_as_many_candidates_as_kept_views_is_vanilla(name, vanilla, tmp_path):
+    assert_same(vanilla, train(name, tmp_path / "run", AS_MANY_AS_KEPT[name]))
+
+
+def test_hard_views_change_the_run(name, hard, vanilla):
+    assert weights_differ(hard, vanilla)
+    slots = config_of(name, {}).combination_slots()
+    assert [row["step"] for row in hard.rows] == list(range(1, STEPS + 1))
+    for row in hard.rows:
+        assert len(row["kept_hist"]) == slots.num_views
+        assert sum(row["kept_hist"]) == pytest.approx(slots.num_slots)
+        assert row["no_finite_loss"] == 0
+    assert not any("kept_hist" in row for row in vanilla.rows)
+
+
+def test_the_same_seed_gives_the_same_run_for_any_workers(name, hard, tmp_path):
+    assert_same(hard, train(name, tmp_path / "workers", {"data.workers": 2}))
+    assert weights_differ(hard, train(name, tmp_path / "seed", {"train.seed": 1}))
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(name, hard, tmp_path, monkeypatch):
+    """Stopped in both epochs, and gone on from with another number of workers."""
+
+    class Killed(Exception):
+        pass
+
+    record = Run.record
+    for stop, workers in ((2, 0), (STEPS_PER_EPOCH + 1, 1)):
+
+        def killed(run: Run, loss: float, *, stop: int = stop, **values: Any) -> None:
+            if run.step == stop:
+                raise Killed
+            record(run, loss, **values)
+
+        monkeypatch.setattr(Run, "record", killed)
+        changes = {"train.save_every": 1, "data.workers": workers}
+        with pytest.raises(Killed):
+            train(name, tmp_path / "run", changes, resume=stop > 2)
+        assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == stop
+    monkeypatch.setattr(Run, "record", record)
+    assert_same(hard, train(name, tmp_path / "run", {"train.save_every": 1}, resume=True))
+
+
+@pytest.mark.parametrize("changes", [{"train.accumulate": 2}, {"train.precision": "bf16"}], ids=["parts", "bf16"])
+def test_parts_of_a_batch_and_half_precision_train(name, hard, tmp_path, changes):
+    run = train(name, tmp_path / "run", changes)
+    assert [(row["step"], row["lr"]) for row in run.rows] == [(row["step"], row["lr"]) for row in hard.rows]
+    assert all(math.isfinite(row["loss"]) for row in run.rows)
+    # batch norm sees other batches, and bfloat16 has three digits
+    assert weights_differ(run, hard)
+    kinds = {value.dtype for _, value in leaves(run.state) if isinstance(value, torch.Tensor)}
+    assert kinds == {value.dtype for _, value in leaves(hard.state) if isinstance(value, torch.Tensor)}
+
+
+def test_every_and_start_choose_the_steps(name, hard, tmp_path):
+    run = train(name, tmp_path / "run", {"selection.start": 0.25, "selection.every": 3})
+    assert [row["step"] - 1 for row in run.rows if "kept_hist" in row] == [2, 5]
+    assert weights_differ(run, hard)
+
+
+def test_the_mode_of_scoring_acts(name, hard, tmp_path):
+    """Before the first step the weights are equal, so only batch statistics and stochastic depth can differ."""
+    run = train(name, tmp_path / "run", {"selection.mode": "eval", "train.epochs": 1})
+    assert run.rows[0]["kept_loss"] != hard.rows[0]["kept_loss"]
+
+
+def test_the_callers_randomness_is_given_back(name, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(name, tmp_path / "run", {"train.epochs": 1})
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_encoder_is_evaluated(name, hard):
+    encoder, meta = load_encoder(hard.out / "last.pt")
+    fresh = get_method(name).build_encoder(config_of(name, {}))
+    assert encoder.state_dict().keys() == fresh.state_dict().keys()
+    shapes = config_of(name, {}).data.shapes
+    sources = (open_dataset("shapes", split, shapes=shapes, labels=True) for split in ("train", "val"))
+    result = evaluate_knn(encoder, *sources, ks=(5,), resolution=32, checkpoint=meta.summary())
+    assert 0 <= result["results"][0]["top1"] <= 100
+
+
+# Each process draws its own stochastic depth. SimSiam's preset has a learning rate that multiplies rounding tenfold in
+# a step; this is the usual one.
+NO_DROP_PATH = {"model.drop_path_rate": 0.0}
+ALIKE = {"dino": NO_DROP_PATH, "ibot": NO_DROP_PATH, "simsiam": {"optim.base_lr": 0.05}}
+# Sums of float32 numbers in another order, a few units of rounding, 1.2e-7 each, which the optimiser carries on. Where
+# a convolution meets ReLU, rounding may also move a value across its kink, and with it the gradient of one position.
+# SimSiam's losses are cosines near 0, so absolute. Another batch, view or combination moves the second digit.
+TOLERANCE = {"dino": {"rel": 1e-5}, "ibot": {"rel": 1e-5}, "simclr": {"rel": 1e-4}, "simsiam": {"abs": 1e-5}}
+
+
+def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
+    changes = ALIKE.get(name, {})
+    one = train(name, tmp_path / "one", changes)
+    out = tmp_path / "two"
+    # --standalone takes a free port; without, every run of the machine meets at 29500
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(sys.executable).with_name("hvp")), "pretrain", name, "--preset", "tiny", "--out", str(out)]
+    for key, value in values_of(name, changes).items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    two = Trained(out)
+    assert len(two.state["processes"]) == 2
+    for ours, theirs in zip(two.rows, one.rows, strict=True):
+        assert ours["lr"] == theirs["lr"]
+        for key in ("loss", "kept_loss"):
+            assert ours[key] == pytest.approx(theirs[key], **TOLERANCE[name]), (key, ours["step"])
+        assert ours["kept_hist"] == theirs["kept_hist"], ours["step"]
