@@ -128,16 +128,12 @@ def assert_finished_like(out: Path, whole: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows(out)] == [(row["step"], row["loss"]) for row in rows(whole)]
 
 
-def kill(process: subprocess.Popen, out: Path, *, after: int, writing: bool, moment: float = 0.0) -> None:
-    """SIGKILL once so many steps are done: some seconds later, or as soon as a checkpoint is being written."""
-    wait_for_rows(process, out, after)
-    part = out / ".last.pt.part"
-    while writing and process.poll() is None and not part.exists():
-        pass
-    time.sleep(moment)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+def die(*arguments: object, after: int, moment: float | str) -> None:
+    """Runs the command until SIGKILL ends it: see mortal.py."""
+    mortal = Path(__file__).with_name("mortal.py")
+    command = [sys.executable, str(mortal), str(after), str(moment), *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
@@ -149,13 +145,13 @@ def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
     """Killed before the first checkpoint, while one is written, and between two; each time with other workers."""
     out = tmp_path / "run"
-    kill(start(*QUICK, "--out", out), out, after=0, writing=True)
-    kill(start("resume", out, "--workers", "1"), out, after=3, writing=True)
+    die(*QUICK, "--out", out, after=0, moment="writing")
+    die("resume", out, "--workers", "1", after=3, moment="writing")
     # what was cut off in the middle is readable up to there
     assert len([json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]) >= 3
     logged = [event.step for file in (out / "tensorboard").iterdir() for event in EventFileLoader(str(file)).Load()]
     assert max(logged) >= 3
-    kill(start(*QUICK, "--out", out, "--resume", "--workers", "2"), out, after=6, writing=False, moment=0.01)
+    die(*QUICK, "--out", out, "--resume", "--workers", "2", after=6, moment=0.01)
     process = start("resume", out)
     said = process.communicate()[1]
     assert process.returncode == 0, said
@@ -167,8 +163,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
 @pytest.mark.parametrize("point", range(20))
 def test_twenty_kill_points_give_twenty_equal_runs(whole, tmp_path, point):
     choose, out = random.Random(point), tmp_path / "run"
-    after, writing, moment = choose.randrange(STEPS - 2), choose.random() < 0.5, choose.random() * 0.02
-    kill(start(*QUICK, "--out", out), out, after=after, writing=writing, moment=0 if writing else moment)
+    after, moment = choose.randrange(1, STEPS), choose.choice(["writing", choose.random() * 0.02])
+    die(*QUICK, "--out", out, after=after, moment=moment)
     process = start("resume", out, "--workers", point % 3)
     said = process.communicate()[1]
     assert process.returncode == 0, said

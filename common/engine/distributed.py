@@ -17,6 +17,8 @@ raised inside then ends every process, with one message. A process that dies wit
 when they next talk to it.
 """
 
+import atexit
+import gc
 import hashlib
 import logging
 import os
@@ -179,6 +181,9 @@ def joined() -> Iterator[World]:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"rank {world.rank} cannot reach the others at {address}:{port}: {error}") from error
+    # A thread of gloo's may be the last to hold a tensor that was exchanged, and then needs the interpreter to free it;
+    # where that has ended meanwhile, PyTorch aborts. The threads end with the group, which cycles of references keep.
+    atexit.register(gc.collect)
     try:
         with world.agreeing():
             _take_gpu(world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_ke
 from torch import Tensor, nn
 
 from hvp.common.engine.optimizers import LARS
+from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots, combination_losses, select
-from hvp.common.networks import encoder_from_state
 from hvp.common.networks.resnet import ResNet
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.main_simclr import build_model
@@ -107,14 +108,21 @@ def test_checkpoint_keys_and_shapes(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_encoder_is_told_from_the_keys_of_a_checkpoint(model: str) -> None:
-    prefix = "module.backbone."
-    state = {
-        name.removeprefix(prefix): torch.empty(shape, device="meta")
-        for name, shape, _ in load_checkpoint_keys(model)["entries"]["model"]
-        if name.startswith(prefix)
-    }
-    with torch.device("meta"):
-        encoder = encoder_from_state(state)
+def test_released_checkpoints_load(model: str, tmp_path: Path) -> None:
+    """The file as the released code saves it, with one number for all of a tensor, which takes no room."""
+    facts = load_checkpoint_keys(model)
+    kinds = {"float32": torch.tensor(0.5), "int64": torch.tensor(7)}
+    weights = {name: kinds[dtype].expand(shape) for name, shape, dtype in facts["entries"]["model"]}
+    others = {"optimizer": {"state": {}, "param_groups": []}, "epoch": 100, "scaler": None, "total_time": 12345}
+    assert ["model", *others] == facts["top_level_keys"]
+    torch.save({"model": weights, **others}, tmp_path / "checkpoint.pth")
+
+    encoder, meta = load_encoder(tmp_path / "checkpoint.pth")
     assert isinstance(encoder, ResNet)
-    assert {k: p.shape for k, p in encoder.state_dict().items()} == {k: p.shape for k, p in state.items()}
+    assert {f"module.backbone.{name}" for name in encoder.state_dict()} == {
+        name for name in weights if not name.startswith("module.projector.")
+    }
+    assert all(
+        (value == (7 if name.endswith("tracked") else 0.5)).all() for name, value in encoder.state_dict().items()
+    )
+    assert len(meta.dropped) == len(weights) - len(encoder.state_dict())

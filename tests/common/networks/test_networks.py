@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import in_two_processes
 from torch import Tensor, nn
 
+from hvp.common.engine.distributed import World
 from hvp.common.errors import UserError
 from hvp.common.networks import encoder_from_state
 from hvp.common.networks.heads import DINOHead, WeightNormLinear
@@ -241,21 +244,16 @@ def test_checkpoint_holds_the_centre_alone() -> None:
     assert list(DINOLoss(5, 2, 0.04, 0.04, 0, 1).state_dict()) == ["center"]
 
 
-def _center_in_a_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _center(world: World, say: Callable[[Any], None]) -> None:
     loss_fn = DINOLoss(3, 2, 0.04, 0.04, 0, 1)
-    loss_fn.center_step(torch.full((2 + 4 * rank, 3), float(rank + 1)))  # 2 rows of 1, 6 rows of 2
+    loss_fn.center_step(torch.full((2 + 4 * world.rank, 3), float(world.rank + 1)))  # 2 rows of 1, 6 rows of 2
     loss_fn.update_center()
-    torch.save(loss_fn.center, f"{folder}/center{rank}.pt")
-    dist.destroy_process_group()
+    say(loss_fn.center)
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_center_is_the_mean_over_all_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_center_in_a_process, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"center{rank}.pt"), torch.full((1, 3), 0.1 * 14 / 8))
+    for (center,) in in_two_processes(_center, tmp_path):
+        torch.testing.assert_close(center, torch.full((1, 3), 0.1 * 14 / 8))
 
 
 def test_normalize_of_the_bottleneck_has_a_finite_gradient_at_zero() -> None:

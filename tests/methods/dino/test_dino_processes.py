@@ -18,7 +18,8 @@ QUICK = [
     *("--set", "data.shapes.train=40", "--set", "data.shapes.size=32", "--set", "optim.warmup_epochs=1"),
     *("--set", "model.use_bn_in_head=false", "--set", "train.log_every=1", "--set", "selection.start=0"),
 ]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", HVP]
+# --standalone takes a free port; without, every run of the machine meets at 29500
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HVP]
 
 
 def command(*arguments: object, code: int = 0, by: tuple[str, ...] | list[str] = (HVP,)) -> str:
