@@ -33,6 +33,8 @@ class SharedBatchNorm(_BatchNorm):
             # The number of rows travels with the sum.
             total = summed(torch.cat((x.sum(over), x.new_tensor([x.numel() / x.shape[1]]))))
             count = total[-1].detach()
+            if count < 2:
+                raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, but 1 row has no variance")
             mean = total[:-1] / count
             centred = x - mean.view(shape)
             variance = summed(centred.square().sum(over)) / count

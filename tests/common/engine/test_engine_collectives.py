@@ -154,6 +154,13 @@ def test_rows_without_channels_are_refused():
         layer(torch.zeros(3))
 
 
+def test_one_row_is_refused_in_training():
+    layer = synchronised(nn.BatchNorm2d(3), World(0, 2), CPU)
+    with pytest.raises(ValueError, match="1 row has no variance"):
+        layer(torch.zeros(1, 3, 1, 1))
+    assert layer.eval()(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1)
+
+
 def test_half_precision_is_kept_and_computed_in_float32():
     layer = synchronised(nn.BatchNorm1d(3), World(0, 2), CPU)
     x = rows_of(3).bfloat16()
