@@ -207,14 +207,10 @@ def _open(
 
 
 def _resolution(meta: "BackboneMeta") -> int:
-    """The side of the largest views that the encoder was pretrained on, where the file says it."""
-    from hvp.common.config import resolve
-    from hvp.methods import get_method
-
-    if meta.method is None or meta.config is None:
-        return 224
-    config = resolve(get_method(meta.method).config, [(str(meta.path), meta.config)]).config
-    return max(slot.transform.size for slot in config.view_slots())
+    """The side of the views that the encoder was pretrained on, where the file says it. Read from what is there rather
+    than by the method's configuration, whose other keys may have changed since."""
+    views = (meta.config or {}).get("views", {})
+    return int(views.get("global_crops_size", views.get("crop_size", 224)))
 
 
 def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:

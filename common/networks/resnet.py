@@ -8,7 +8,6 @@ Blocks are timm's, whose parameter names and initialisation are torchvision's, w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -65,21 +64,26 @@ class ResNet(_Pooled, TimmResNet):
 
 
 class ConvNetMicro(_Pooled, nn.Module):
-    """Three convolutions of stride 2 with batch norm, 0.09 M parameters: for images of 32 pixels, on two cores."""
+    """Four convolutions with batch norm, 0.08 M parameters: for images of 32 pixels, on two cores.
 
-    embed_dim = 128
+    Three convolutions of stride 2 without pooling are as fast, and learn the embedded dataset much more slowly.
+    """
+
+    embed_dim = 96
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(c_out),
-                    nn.ReLU(inplace=True),
-                )
-                for c_in, c_out in pairwise((3, 32, 64, self.embed_dim))
+
+        def stage(c_in: int, c_out: int, stride: int = 1, pool: bool = False) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, kernel_size=3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(inplace=True),
+                *([nn.MaxPool2d(2)] if pool else []),
             )
+
+        self.stages = nn.Sequential(
+            stage(3, 16, stride=2), stage(16, 32, pool=True), stage(32, 64, pool=True), stage(64, self.embed_dim)
         )
         self.fc = nn.Identity()
         for module in self.modules():
@@ -87,7 +91,7 @@ class ConvNetMicro(_Pooled, nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features [B, 128]."""
+        """Images [B, 3, H, W] to features [B, 96]."""
         feature: Tensor = self.fc(self.stages(x).mean(dim=(2, 3)))
         return feature
 
@@ -134,6 +138,6 @@ def convnet_from_state(state: Mapping[str, Tensor]) -> ConvNet | None:
         if "layer4.2.conv2.weight" in state or "layer4.1.conv3.weight" in state:
             return None  # deeper, or of other blocks
         return resnet18_cifar()
-    if "stages.2.0.weight" in state and "pos_embed" not in state:
+    if "stages.3.0.weight" in state and "pos_embed" not in state:
         return convnet_micro()
     return None

@@ -75,7 +75,7 @@ def build_masks(config: IbotConfig) -> MaskSampler:
     masks = config.masks
     return MaskSampler(
         grid=(side, side),
-        num_views=sum(slot.candidates for slot in config.view_slots() if slot.name != "local"),
+        num_views=sum(slot.candidates for slot in config.view_slots()[:2]),
         ratios=masks.pred_ratio,
         variations=masks.pred_ratio_var,
         shape=masks.pred_shape,

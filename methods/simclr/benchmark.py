@@ -18,7 +18,7 @@ from hvp.common.hardviews import Selection, Slots, select
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.main_simclr import build_model
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
-from hvp.methods.simclr.score import pair_losses
+from hvp.methods.simclr.score import pair_losses, pair_nt_xent
 
 NUM_VIEWS, DIM, TEMPERATURE = 4, 128, 0.1
 SLOTS = Slots.from_counts((NUM_VIEWS,), (2,))
@@ -37,7 +37,7 @@ def _scoring_row(batch: int, rounds: int) -> Row:
     z = torch.randn(NUM_VIEWS, batch, DIM)
 
     def ours() -> Tensor:
-        return select([], pair_losses(z, TEMPERATURE), SLOTS).index
+        return select([], pair_nt_xent(z, TEMPERATURE), SLOTS).index
 
     def plain() -> Tensor:
         return _plain_selection(z)
@@ -75,10 +75,10 @@ def _plain_selection(z: Tensor) -> Tensor:
 def _memory_rows(batch: int) -> list[Row]:
     """One row; none where memory cannot be told."""
     z = torch.randn(NUM_VIEWS, batch, DIM)
-    memory = peak_memory_mb(lambda: pair_losses(z, TEMPERATURE))
+    memory = peak_memory_mb(lambda: pair_nt_xent(z, TEMPERATURE))
     if memory is None:
         return []
-    (seconds,) = interleaved([lambda: pair_losses(z, TEMPERATURE)], 1)
+    (seconds,) = interleaved([lambda: pair_nt_xent(z, TEMPERATURE)], 1)
     side = NUM_VIEWS * batch
     case = f"SimCLR scoring, {batch} images, {side} x {side} similarities: gigabytes at the peak"
     return [Row("select", case, memory / 1e3, GIGABYTES_ALLOWED, True, memory, seconds[0], seconds[0])]
@@ -112,8 +112,7 @@ class _Step:
     def select(self) -> Selection:
         with self.precision.autocast():
             with self.selector.scoring(self.model):
-                z = self.model(self.views[0].flatten(0, 1)).unflatten(0, (NUM_VIEWS, -1))
-                losses = pair_losses(z, TEMPERATURE)
+                losses = pair_losses(self.model, self.views, TEMPERATURE)
             return self.selector.keep(self.views, losses, step=0)
 
     def hard(self) -> Selection:

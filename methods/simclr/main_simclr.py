@@ -2,7 +2,7 @@
 
 `# hvp:` marks what is not in the upstream. With `selection.hard_views: none` none of that runs.
 
-    # B images of this process, N candidate views (2 without hard views), D embedding dim
+    # B images of this process, M of all processes, N candidate views (2 without hard views), D embedding dim
 
 Source: google-research/simclr tf2/run.py, objective and recipe; automl/hvp, branch simclr, pretrain.py, whose names
 these are; HVP Algorithm 1.
@@ -50,13 +50,13 @@ def train_simclr(config: SimclrConfig, out: Path, **options: Unpack[RunOptions])
     """
     with session(config, out, **options) as s:
         with s.world.agreeing():
-            model = synchronised(build_model(config, s.device), s.world, s.device)
-            optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(model.named_parameters()))
+            simclr = synchronised(build_model(config, s.device), s.world, s.device)
+            optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(simclr.named_parameters()))
             optimizer.param_groups[0]["weight_decay"] = config.optim.weight_decay
-        with s.run("simclr", {"model": model, "optimizer": optimizer}) as run:
-            ddp = data_parallel(model, s.world, s.device)
+        with s.run("simclr", {"model": simclr, "optimizer": optimizer}) as run:
+            model = data_parallel(simclr, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(ddp, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(model, optimizer, s.precision, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -81,15 +81,15 @@ def build_modules(config: SimclrConfig, device: torch.device) -> Sequence[nn.Mod
 
 
 def train_one_epoch(
-    ddp: SimCLR | DistributedDataParallel,
+    model: SimCLR | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     run: Run,
     epoch: int,
     config: SimclrConfig,
 ) -> None:
-    """The steps of one epoch that are not done yet. `ddp` is the network, as `data_parallel()` gave it back."""
-    model: SimCLR = unwrapped(ddp)
+    """The steps of one epoch that are not done yet. `model` is as `data_parallel()` gave it back."""
+    simclr: SimCLR = unwrapped(model)
     optim, temperature, num_parts = config.optim, config.loss.temperature, config.train.accumulate
     selector = ViewSelector(config, run.total_steps, run.world.rank)
     chance = math.log(2 * config.train.batch_size // num_parts - 1)  # all 2 M - 1 other views alike
@@ -112,15 +112,14 @@ def train_one_epoch(
             with precision.autocast():
                 if selector.acts_on(it):  # hvp: train on the hardest pair of the sampled views
                     with run.selecting.running():
-                        with selector.scoring(model):
-                            candidates = model(views[0].flatten(0, 1)).unflatten(0, views[0].shape[:2])  # [N, B, D]
-                            losses = pair_losses(candidates, temperature, run.world)
+                        with selector.scoring(simclr):
+                            losses = pair_losses(simclr, views, temperature, run.world)
                         kept = selector.keep(views, losses, it)
                         views = kept.views
                 else:
                     views = selector.first(views)
-                with averaging(ddp, on=number == num_parts):
-                    z = ddp(views[0].flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
+                with averaging(model, on=number == num_parts):
+                    z = model(views[0].flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
                 loss = nt_xent_loss(z, temperature, run.world) / num_parts
             precision.backward(loss)
             step_loss += loss.detach()

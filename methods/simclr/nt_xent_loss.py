@@ -28,9 +28,14 @@ def nt_xent_loss(z: Tensor, temperature: float, world: World = World()) -> Tenso
     Returns:
         Scalar in nats, 0 or more.
 
+    Raises:
+        ValueError: z is no [2, B, D]; the message shows its shape.
+
     Source: SimCLR (arXiv:2002.05709) Eq. 1; automl/hvp, branch simclr, losses/nt_xent_loss.py. The loss of
         google-research/simclr tf2/objective.py adds the two views of an image, and is exactly twice this one.
     """
+    if z.dim() != 3 or len(z) != 2:
+        raise ValueError(f"nt_xent_loss: z is {list(z.shape)}, expected [2, B, D]")
     num_images = z.shape[1]
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=-1)

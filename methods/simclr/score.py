@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvp.common.engine.collectives import gathered
 from hvp.common.engine.distributed import World
+from hvp.methods.simclr.model import SimCLR
 from hvp.methods.simclr.nt_xent_loss import own_columns
 
 # Similarities in float32 that exist at the same time, at least one row of them: 4 MB on a CPU, near its cache; a GPU
@@ -17,8 +18,24 @@ SIMILARITIES_AT_ONCE_CPU = 2**20
 SIMILARITIES_AT_ONCE_CUDA = 2**24
 
 
+def pair_losses(model: SimCLR, views: list[Tensor], temperature: float, world: World = World()) -> Tensor:
+    """Forwards all candidates as one batch, as HVP's released code does. To be called without gradient.
+
+    Args:
+        model: in the mode that it is to score in.
+        views: one tensor [N, B, 3, H, W], the candidates, normalised.
+        temperature, world: as for `pair_nt_xent()`.
+
+    Returns:
+        [B, N, N], the result of `pair_nt_xent()`.
+    """
+    (candidates,) = views
+    z = model(candidates.flatten(0, 1)).unflatten(0, candidates.shape[:2])  # [N, B, D]
+    return pair_nt_xent(z, temperature, world)
+
+
 @torch.no_grad()
-def pair_losses(
+def pair_nt_xent(
     z: Tensor, temperature: float, world: World = World(), similarities_at_once: int | None = None
 ) -> Tensor:
     """NT-Xent of every candidate view against every other one of its image, the negatives being everybody's views of
@@ -44,9 +61,14 @@ def pair_losses(
         pair, is 0. A view that is not finite is a negative of all images: it spoils the entries of its number, and no
         others.
 
+    Raises:
+        ValueError: z is no [N, B, D]; the message shows its shape.
+
     Source: SimCLR (arXiv:2002.05709) Eq. 1, before the mean; automl/hvp, branch simclr, losses/nt_xent_loss.py acs_fwd
         (which adds the two orders).
     """
+    if z.dim() != 3:
+        raise ValueError(f"pair_nt_xent: z is {list(z.shape)}, expected [N, B, D]")
     num_views, num_images, _ = z.shape
     device = z.device
     with torch.autocast(device.type, enabled=False):

@@ -19,7 +19,7 @@ from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.main_simclr import build_model
 from hvp.methods.simclr.model import SimCLRProjectionHead
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
-from hvp.methods.simclr.score import pair_losses
+from hvp.methods.simclr.score import pair_nt_xent
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
@@ -41,7 +41,7 @@ def test_loss_and_gradients(case: str) -> None:
 @pytest.mark.parametrize("case", cases("simclr_loss"))
 def test_pair_losses_are_the_loss_of_each_image(case: str) -> None:
     f = load(case)
-    losses = pair_losses(torch.stack([f.tensors["z1"], f.tensors["z2"]]), f.config["temperature"])
+    losses = pair_nt_xent(torch.stack([f.tensors["z1"], f.tensors["z2"]]), f.config["temperature"])
     both_anchors = losses[:, 0, 1] + losses[:, 1, 0]
     assert_close(both_anchors, f.tensors["per_sample"], f, "sum of both anchors")
     assert_close(both_anchors.double(), f.tensors["google_per_sample"], f, "google-research's sum of both anchors")
@@ -51,7 +51,7 @@ def test_pair_losses_are_the_loss_of_each_image(case: str) -> None:
 def test_selection(case: str) -> None:
     f = load(case)
     num_views = f.config["n_views"]
-    losses = pair_losses(f.tensors["features"].unflatten(0, (num_views, -1)), f.config["temperature"])
+    losses = pair_nt_xent(f.tensors["features"].unflatten(0, (num_views, -1)), f.config["temperature"])
     slots = Slots.from_counts((num_views,), (2,))
     assert f.tensors["pairs"].tolist() == [list(pair) for pair in combinations(range(num_views), 2)]
     assert torch.equal(slots.all_combinations(), f.tensors["pairs"])

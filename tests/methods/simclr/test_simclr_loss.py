@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hvp.common.engine.distributed import World, data_parallel
 from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
-from hvp.methods.simclr.score import pair_losses
+from hvp.methods.simclr.score import pair_nt_xent
 
 
 def projections(views: int = 4, images: int = 6, dim: int = 5, seed: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ def test_pair_losses_equal_the_formula(
     views: int, images: int, dim: int, temperature: float, seed: int, at_once: int | None
 ) -> None:
     z = projections(views, images, dim, seed)
-    losses = pair_losses(z, temperature, similarities_at_once=at_once)
+    losses = pair_nt_xent(z, temperature, similarities_at_once=at_once)
     assert losses.dtype == torch.float32
     # logits reach 20, whose float32 are 2e-6 apart
     torch.testing.assert_close(losses, slow(z, temperature).float(), rtol=1e-5, atol=2e-5)
@@ -68,7 +68,7 @@ def test_a_pair_costs_what_the_objective_takes_for_it(
     z = projections(views, images, dim, seed)
     slots = Slots.from_counts((views,), (2,))
     pairs = slots.all_combinations()
-    costs = combination_losses(pair_losses(z, temperature), pairs, slots).mean(dim=0)
+    costs = combination_losses(pair_nt_xent(z, temperature), pairs, slots).mean(dim=0)
     for cost, pair in zip(costs, pairs, strict=True):
         torch.testing.assert_close(cost, nt_xent_loss(z[pair], temperature), rtol=1e-5, atol=2e-5)
 
@@ -77,7 +77,7 @@ def test_a_pair_costs_what_the_objective_takes_for_it(
 @given(**SHAPES)
 def test_nothing_is_harder_than_what_is_kept(views: int, images: int, dim: int, temperature: float, seed: int) -> None:
     z = projections(views, images, dim, seed)
-    kept = select([], pair_losses(z, temperature), Slots.from_counts((views,), (2,)))
+    kept = select([], pair_nt_xent(z, temperature), Slots.from_counts((views,), (2,)))
     both = slow(z, temperature)
     both = (both + both.mT) / 2
     first, second = kept.index.T
@@ -88,9 +88,9 @@ def test_nothing_is_harder_than_what_is_kept(views: int, images: int, dim: int, 
 
 def test_slices_change_nothing_but_rounding() -> None:
     z = projections(views=4, images=50, dim=16)
-    whole = pair_losses(z, 0.1, similarities_at_once=200 * 200)
+    whole = pair_nt_xent(z, 0.1, similarities_at_once=200 * 200)
     for at_once in (1, 200, 7 * 200, 199 * 200):
-        torch.testing.assert_close(pair_losses(z, 0.1, similarities_at_once=at_once), whole, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(pair_nt_xent(z, 0.1, similarities_at_once=at_once), whole, rtol=1e-6, atol=2e-6)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -108,14 +108,14 @@ class LargestTensor(TorchDispatchMode):
 def test_only_a_slice_of_the_similarities_exists_at_once() -> None:
     z = projections(views=4, images=64, dim=8)
     with LargestTensor() as largest:
-        pair_losses(z, 0.1, similarities_at_once=16 * 256)
+        pair_nt_xent(z, 0.1, similarities_at_once=16 * 256)
     assert largest.numel == 16 * 256
 
 
 def test_no_graph_is_built_and_the_projections_stay() -> None:
     z = projections().requires_grad_()
     before = z.detach().clone()
-    assert not pair_losses(z, 0.1).requires_grad
+    assert not pair_nt_xent(z, 0.1).requires_grad
     assert torch.equal(z, before)
 
 
@@ -123,18 +123,18 @@ def test_no_graph_is_built_and_the_projections_stay() -> None:
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     z = projections(views=2, dim=40).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, loss = pair_losses(z, 0.1), nt_xent_loss(z, 0.1)
+        losses, loss = pair_nt_xent(z, 0.1), nt_xent_loss(z, 0.1)
     assert loss.dtype == losses.dtype == torch.float32
-    assert torch.equal(losses, pair_losses(z.float(), 0.1))
+    assert torch.equal(losses, pair_nt_xent(z.float(), 0.1))
     assert torch.equal(loss, nt_xent_loss(z.float(), 0.1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_view_spoils_the_pairs_of_its_number_only(value: float) -> None:
     z = projections()
-    expected = pair_losses(z, 0.1)
+    expected = pair_nt_xent(z, 0.1)
     z[2, 1, 0] = value
-    losses = pair_losses(z, 0.1)
+    losses = pair_nt_xent(z, 0.1)
     others = torch.ones(4, 4, dtype=torch.bool)
     others[2, :] = others[:, 2] = False
     others[2, 2] = True  # no pair
@@ -145,13 +145,20 @@ def test_a_bad_view_spoils_the_pairs_of_its_number_only(value: float) -> None:
 
 def test_an_image_alone_costs_nothing() -> None:
     z = projections(images=1)
-    torch.testing.assert_close(pair_losses(z, 0.1), torch.zeros(1, 4, 4), rtol=0.0, atol=2e-6)
+    torch.testing.assert_close(pair_nt_xent(z, 0.1), torch.zeros(1, 4, 4), rtol=0.0, atol=2e-6)
     assert nt_xent_loss(z[:2], 0.1).item() == pytest.approx(0.0, abs=2e-6)
 
 
 def test_equal_projections_cost_chance() -> None:
     z = torch.ones(2, 8, 3)
     assert nt_xent_loss(z, 0.1).item() == pytest.approx(math.log(15), rel=1e-6)
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"z is \[3, 6, 5\], expected \[2, B, D\]"):
+        nt_xent_loss(projections(views=3), 0.1)
+    with pytest.raises(ValueError, match=r"z is \[6, 5\], expected \[N, B, D\]"):
+        pair_nt_xent(projections()[0], 0.1)
 
 
 BATCH = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))  # [N, images of both processes, features]
@@ -166,7 +173,7 @@ def _share(world: World, say: Callable[[Any], None]) -> None:
     views = BATCH[:, world.rank * 3 : (world.rank + 1) * 3]
     network = _network()
     with torch.no_grad():
-        say(pair_losses(network(views), 0.1, world))
+        say(pair_nt_xent(network(views), 0.1, world))
     ddp = data_parallel(network, world, torch.device("cpu"))
     loss = nt_xent_loss(ddp(views[:2]), 0.1, world)
     loss.backward()
@@ -177,7 +184,7 @@ def _share(world: World, say: Callable[[Any], None]) -> None:
 def test_two_processes_score_and_train_like_one_with_the_whole_batch(tmp_path) -> None:
     shares = in_two_processes(_share, tmp_path)
     network = _network()
-    expected = pair_losses(network(BATCH), 0.1)
+    expected = pair_nt_xent(network(BATCH), 0.1)
     loss = nt_xent_loss(network(BATCH[:2]), 0.1)
     loss.backward()
     torch.testing.assert_close(torch.cat([share[0] for share in shares]), expected, rtol=1e-6, atol=2e-6)
