@@ -125,14 +125,38 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def hard(name, tmp_path_factory) -> Trained:
-    """A run that selects."""
-    return train(name, tmp_path_factory.mktemp(name) / "hard", {})
+    """A run that selects, and keeps every epoch."""
+    return train(name, tmp_path_factory.mktemp(name) / "hard", {"train.keep_every": 1})
 
 
 @pytest.fixture(scope="module")
 def vanilla(name, tmp_path_factory) -> Trained:
     """A run without hard views."""
     return train(name, tmp_path_factory.mktemp(name) / "vanilla", {"selection.hard_views": "none"})
+
+
+def test_a_run_leaves_what_it_promises(name, hard):
+    assert sorted(path.name for path in hard.out.iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "epoch0001.pt",
+        "epoch0002.pt",
+        "last.pt",
+        "metrics.jsonl",
+        "previous.pt",
+        "run.json",
+        "tensorboard",
+    ]
+    config = config_of(name, {"train.keep_every": 1})
+    content = load_checkpoint(hard.out / "last.pt")
+    assert (content["method"], content["step"], content["epoch"]) == (name, STEPS, 2)
+    assert content["config"] == config.model_dump(mode="json")
+    assert resolve(type(config), [("file", read_yaml(hard.out / "config.yaml"))]).config == config
+    for line in (hard.out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["images_per_s"] > 0
+        assert 0 <= row["wait_share"] <= 1
+        assert 0 < row["select_share"] < 1
 
 
 def test_vanilla_is_the_run_without_any_selection(name, vanilla, tmp_path, monkeypatch):

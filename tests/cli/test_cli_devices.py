@@ -1,4 +1,4 @@
-"""DINO in two processes, through the command line, against the same run in one."""
+"""`hvp pretrain --devices 2`, against the same run in one process. torchrun, for every method: test_every_method.py."""
 
 import json
 import os
@@ -18,14 +18,12 @@ QUICK = [
     *("--set", "data.shapes.train=40", "--set", "data.shapes.size=32", "--set", "optim.warmup_epochs=1"),
     *("--set", "model.use_bn_in_head=false", "--set", "train.log_every=1", "--set", "selection.start=0"),
 ]
-# --standalone takes a free port; without, every run of the machine meets at 29500
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HVP]
 
 
-def command(*arguments: object, code: int = 0, by: tuple[str, ...] | list[str] = (HVP,)) -> str:
+def command(*arguments: object, code: int = 0) -> str:
     """Runs it and returns what it said on stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*by, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([HVP, *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert done.returncode == code, done.stderr
     return done.stderr
 
@@ -53,29 +51,19 @@ def assert_close_runs(one: Path, two: Path) -> None:
     torch.testing.assert_close(*centers, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("one") / "run"
-    command(*QUICK, "--out", out)
-    return out
-
-
-def test_devices_give_the_losses_and_selections_of_one_process(one, tmp_path):
-    command(*QUICK, "--out", tmp_path / "run", "--devices", "2")
-    assert_close_runs(one, tmp_path / "run")
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
+def test_devices_give_the_run_of_one_process_which_another_number_goes_on_with(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    command(*QUICK, "--out", one)
+    said = command(*QUICK, "--out", two, "--devices", "2", "--set", "train.keep_every=1")
+    assert said.count("going on") == 0
+    assert_close_runs(one, two)
+    state = load_checkpoint(two / "last.pt")
     assert len(state["processes"]) == 2
     assert not torch.equal(state["processes"][0]["torch"], state["processes"][1]["torch"])
-
-
-def test_torchrun_and_a_resume_in_one_process_do_so_too(one, tmp_path):
-    """One epoch in two processes with accumulation, the other in one: the order of the images stays."""
-    # keep one epoch, as a run that was stopped there leaves it
-    said = command(*QUICK, "--out", tmp_path / "run", "--set", "train.keep_every=1", by=TWO)
-    assert said.count("going on") == 0
-    (tmp_path / "run" / "epoch0001.pt").replace(tmp_path / "run" / "last.pt")
-    assert "going on after step 5 of 10" in command("resume", tmp_path / "run")
-    assert_close_runs(one, tmp_path / "run")
+    # the first epoch alone, as a run that was stopped there leaves it; the order of the images stays
+    (two / "epoch0001.pt").replace(two / "last.pt")
+    assert "going on after step 5 of 10" in command("resume", two)
+    assert_close_runs(one, two)
 
 
 def test_a_mistake_in_one_process_ends_all_with_one_message(tmp_path):
