@@ -3,6 +3,11 @@
 import cv2
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no failure.
+settings.register_profile("hvp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hvp")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -93,14 +93,12 @@ keys = st.sampled_from(["inner", "inner.rate", "inner.scale", "epochs", "on", "x
 
 
 @given(st.dictionaries(keys, values, max_size=4))
-@settings(deadline=None)
 def test_no_values_give_anything_but_a_configuration_or_a_user_error(layer):
     with suppress(UserError):
         assert isinstance(resolve(Outer, [("--set", layer)]).config, Outer)
 
 
 @given(st.text())
-@settings(deadline=None)
 def test_no_assignment_gives_anything_but_a_pair_or_a_user_error(text):
     with suppress(UserError):
         key, _ = parse_assignment(text)

@@ -33,7 +33,7 @@ def inputs(images: int = 3, targets: int = 2, views: int = 5, prototypes: int = 
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     images=st.integers(1, 5),
     targets=st.integers(1, 4),

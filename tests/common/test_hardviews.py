@@ -46,7 +46,7 @@ slots_and_losses = st.sampled_from(SLOTS).flatmap(lambda slots: st.tuples(st.jus
 
 
 @given(slots_and_losses, st.sampled_from(["hardest", "easiest"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_exact_search_finds_what_brute_force_finds(case, policy):
     slots, losses = case
     kept = select([], losses, slots, search="exact", policy=policy)
@@ -60,7 +60,7 @@ def test_exact_search_finds_what_brute_force_finds(case, policy):
 
 
 @given(slots_and_losses)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_combinations_compared_is_the_exact_search(case):
     slots, losses = case
     exact = select([], losses, slots, search="exact")
@@ -69,7 +69,7 @@ def test_all_combinations_compared_is_the_exact_search(case):
 
 
 @given(slots_and_losses, st.integers(1, 20), st.booleans(), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sampled_search_keeps_the_best_of_the_drawn_combinations(case, comparisons, per_image, seed):
     slots, losses = case
     if comparisons >= slots.num_combinations:
@@ -138,7 +138,7 @@ bad_values = st.sampled_from([float("nan"), float("inf"), -float("inf")]) | st.f
     st.sampled_from(["sampled", "exact"]),
     st.sampled_from(["hardest", "easiest"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_non_finite_losses_never_win(case, search, policy):
     slots, losses = case
     kept = select([], losses, slots, search=search, comparisons=10**6, policy=policy)

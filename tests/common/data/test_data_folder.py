@@ -113,7 +113,7 @@ NAMES = st.text(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(files=st.sets(st.tuples(st.sampled_from(["b", "a", "a-b", "É", "a b"]), NAMES, st.booleans()), min_size=1))
 def test_order_and_labels_are_those_of_torchvision(files, tmp_path_factory):
     root = tmp_path_factory.mktemp("folder")
@@ -387,7 +387,7 @@ def test_decompression_bombs(tmp_path, monkeypatch, limit):
     assert "decompression bomb" in bad(tmp_path, PNG).reason
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     original=st.sampled_from(
         [encoded(f, size=(16, 12)) for f in ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")] + [encoded("GIF", "P", 3)]

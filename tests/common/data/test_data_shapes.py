@@ -8,7 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
@@ -19,7 +19,6 @@ from hvp.common.data.shapes import CLASSES, CLUTTER, OUTLINES, Shapes
 
 SPLITS = st.sampled_from(["train", "val"])
 SEEDS = st.integers(0, 2**32 - 1)
-relaxed = settings(deadline=None)  # a busy machine is no failure
 
 
 def digest(source: ImageSource, count: int) -> str:
@@ -30,7 +29,6 @@ def luminance(image: np.ndarray) -> np.ndarray:
     return image @ np.array([0.299, 0.587, 0.114])
 
 
-@relaxed
 @given(size=st.integers(16, 256), seed=SEEDS, split=SPLITS, index=st.integers(0, 1999))
 def test_any_size_gives_a_writable_rgb_image(size, seed, split, index):
     image = Shapes(ShapesOptions(size=size, seed=seed), split).read(index)
@@ -40,7 +38,6 @@ def test_any_size_gives_a_writable_rgb_image(size, seed, split, index):
     assert image.flags.writeable
 
 
-@relaxed
 @given(seed=SEEDS, split=SPLITS, index=st.integers(0, 99), count=st.integers(100, 2**31))
 def test_an_image_does_not_depend_on_the_number_of_images(seed, split, index, count):
     few = Shapes(ShapesOptions(size=16, seed=seed, train=100, val=100), split)
@@ -97,7 +94,6 @@ def test_the_label_is_the_outline_that_is_drawn(label, monkeypatch):
     assert drawn[0] is OUTLINES[source.classes[source.labels()[label + 50]]]
 
 
-@relaxed
 @given(seed=SEEDS, name=st.sampled_from(CLASSES))
 def test_figures_lie_in_the_frame_but_for_a_margin(seed, name):
     corners = np.concatenate(module._pose(OUTLINES[name], np.random.default_rng(seed)))
@@ -105,7 +101,6 @@ def test_figures_lie_in_the_frame_but_for_a_margin(seed, name):
     assert corners.max() <= 1.04 + 1e-9
 
 
-@relaxed
 @given(seed=SEEDS)
 def test_clutter_is_smaller_than_any_figure(seed):
     rng = np.random.default_rng(seed)
@@ -114,7 +109,6 @@ def test_clutter_is_smaller_than_any_figure(seed):
     assert max(clutter) < figure
 
 
-@relaxed
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(20, 235))
 def test_colours_have_the_luminance_asked_for(hue, saturation, wanted):
     colour = module._colour(hue, saturation, wanted)
@@ -137,7 +131,6 @@ def test_figures_are_lighter_than_their_ground(monkeypatch):
         assert np.median(grey[ground]) < 105
 
 
-@relaxed
 @given(
     corner=hnp.arrays(np.float64, 2, elements=st.floats(0.05, 0.4)),
     side=hnp.arrays(np.float64, 2, elements=st.floats(0.1, 0.5)),

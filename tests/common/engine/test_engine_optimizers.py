@@ -44,7 +44,7 @@ def test_optimizers_and_their_settings() -> None:
         build_optimizer("adam", [{"params": [weight]}])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     steps=st.integers(1, 4),
     weight_decay=st.floats(0, 0.5),
@@ -121,7 +121,7 @@ def test_lars_leaves_parameters_without_gradient_and_calls_the_closure() -> None
     assert torch.equal(moved.detach(), torch.full((2,), 0.9))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     max_norm=st.floats(0.01, 100.0), scales=st.lists(st.floats(0, 50), min_size=1, max_size=5), seed=st.integers(0, 99)
 )

@@ -54,7 +54,7 @@ def problems(draw: st.DrawFn) -> dict[str, Tensor]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), chunk_test=st.integers(1, 15), chunk_train=st.integers(1, 50), seed=st.integers(0, 2))
 def test_scores_are_the_definition_in_any_chunks(
     problem: dict[str, Tensor], chunk_test: int, chunk_train: int, seed: int
@@ -69,7 +69,7 @@ def test_scores_are_the_definition_in_any_chunks(
         assert scores[k].neighbours == min(k, len(problem["train_labels"]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(), k=st.integers(1, 40), chunk=st.integers(1, 50))
 def test_of_equal_neighbours_the_first_is_taken(problem: dict[str, Tensor], k: int, chunk: int) -> None:
     train, test = problem["train_features"], problem["test_features"]

@@ -76,7 +76,7 @@ def test_position_embedding_at_its_own_size_is_untouched(micro: VisionTransforme
     assert not torch.equal(micro.interpolate_pos_encoding(16, 64), micro.pos_embed)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(height=st.integers(8, 200), width=st.integers(8, 200))
 def test_images_of_any_size(height: int, width: int) -> None:
     backbone = VisionTransformer(img_size=56, patch_size=8, embed_dim=6, depth=1, num_heads=1)
@@ -194,7 +194,7 @@ def test_frozen_layer_is_a_snapshot_of_the_norms_without_a_graph() -> None:
         torch.testing.assert_close(coarse, layer(x), rtol=2e-2, atol=2e-2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=st.integers(1, 4), ncrops=st.integers(2, 6), epoch=st.integers(0, 9), seed=st.integers(0, 2**16))
 def test_loss_equals_the_sum_over_pairs(batch: int, ncrops: int, epoch: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -48,7 +48,7 @@ def test_masks_begin_at_an_epoch() -> None:
     assert masks.flatten(2).any(dim=2).tolist() == [[False] * 4 + [True] * 2] * 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     ratio=st.floats(0, 1),

@@ -48,7 +48,7 @@ SHAPES = {
 }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(**SHAPES, at_once=st.one_of(st.none(), st.integers(1, 200)))
 def test_pair_losses_equal_the_formula(
     views: int, images: int, dim: int, temperature: float, seed: int, at_once: int | None
@@ -60,7 +60,7 @@ def test_pair_losses_equal_the_formula(
     torch.testing.assert_close(losses, slow(z, temperature).float(), rtol=1e-5, atol=2e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(**SHAPES)
 def test_a_pair_costs_what_the_objective_takes_for_it(
     views: int, images: int, dim: int, temperature: float, seed: int
@@ -73,7 +73,7 @@ def test_a_pair_costs_what_the_objective_takes_for_it(
         torch.testing.assert_close(cost, nt_xent_loss(z[pair], temperature), rtol=1e-5, atol=2e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**SHAPES)
 def test_nothing_is_harder_than_what_is_kept(views: int, images: int, dim: int, temperature: float, seed: int) -> None:
     z = projections(views, images, dim, seed)

@@ -21,7 +21,7 @@ def outputs(views: int = 4, images: int = 3, dim: int = 5, seed: int = 0) -> tup
     return p, z
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     views=st.integers(1, 5),
     images=st.integers(1, 4),
@@ -45,7 +45,7 @@ def test_equals_the_formula(views: int, images: int, dim: int, zeros: bool, seed
                 assert losses[b, t, v].item() == pytest.approx(-cosine, abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(views=st.integers(2, 6), seed=st.integers(0, 2**16))
 def test_nothing_is_harder_than_the_kept_pair(views: int, seed: int) -> None:
     """Against the objective itself, pair by pair and image by image."""
