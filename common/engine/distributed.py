@@ -161,6 +161,22 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in match.groups()) if match else ""
 
 
+_GROUPS: list[Any] = []
+"""The groups that this process joined, which it holds until it exits; see `_let_go()`."""
+
+
+@atexit.register
+def _let_go() -> None:
+    """Ends the threads of the groups while the interpreter still runs, and without holding it up.
+
+    A thread of gloo's may be the last to hold a tensor that was exchanged, and needs the interpreter to free it. Where
+    that has ended meanwhile, PyTorch aborts. Where DistributedDataParallel, in a cycle of references, is a group's last
+    owner, it waits for the threads without letting them have the interpreter, for ever. The group itself does let them.
+    """
+    gc.collect()
+    _GROUPS.clear()
+
+
 @contextmanager
 def joined() -> Iterator[World]:
     """The processes of this run, in touch with each other until the end of the block.
@@ -181,9 +197,7 @@ def joined() -> Iterator[World]:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"rank {world.rank} cannot reach the others at {address}:{port}: {error}") from error
-    # A thread of gloo's may be the last to hold a tensor that was exchanged, and then needs the interpreter to free it;
-    # where that has ended meanwhile, PyTorch aborts. The threads end with the group, which cycles of references keep.
-    atexit.register(gc.collect)
+    _GROUPS.append(dist.group.WORLD)
     try:
         with world.agreeing():
             _take_gpu(world)
