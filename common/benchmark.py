@@ -156,6 +156,21 @@ def overhead_row(
     )
 
 
+def same_step(
+    a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]], *, exact: bool
+) -> bool:
+    """Whether two ways to make a step gave the same one.
+
+    Args:
+        a, b: the index of the selection, and the gradients.
+        exact: gradients to float32 rounding, else to that of bfloat16.
+    """
+    rtol, atol = (1e-4, 1e-6) if exact else (0.05, 1e-3)
+    return torch.equal(a[0], b[0]) and all(
+        torch.allclose(x, y, rtol=rtol, atol=atol) for x, y in zip(a[1], b[1], strict=True)
+    )
+
+
 @contextmanager
 def benchmark_settings(device: torch.device) -> Iterator[None]:
     """One thread on a CPU, random numbers from a fixed seed, and the caller's back afterwards."""

@@ -89,6 +89,35 @@ class TrainConfig(Section):
     """Steps between two lines of metrics.jsonl."""
 
 
+class TeacherOptimConfig(Section):
+    """Optimiser of a student that follows a teacher (DINO and its kin), and its schedules, which are functions of the
+    step."""
+
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """AdamW for ViTs; SGD (momentum 0.9) or LARS for convnets."""
+
+    base_lr: float = Field(0.0005, gt=0)
+    """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
+
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the cosine. Not scaled by the batch size."""
+
+    warmup_epochs: int = Field(10, ge=0)
+    """Linear warm-up of the learning rate from 0, epochs."""
+
+    weight_decay: float = Field(0.04, ge=0)
+    """Weight decay at the start; biases and 1-D parameters have none."""
+
+    weight_decay_end: float = Field(0.4, ge=0)
+    """Weight decay at the end of its cosine."""
+
+    clip_grad: float = Field(3.0, ge=0)
+    """Largest gradient norm, of each parameter tensor unless the method says otherwise; 0: no clipping."""
+
+    freeze_last_layer: int = Field(1, ge=0)
+    """Epochs in which the prototypes do not move."""
+
+
 class RunConfig(Section, ABC):
     """What every method's configuration has. Its `optim` section names the `optimizer`."""
 

@@ -25,7 +25,7 @@ def gathered(x: Tensor) -> Tensor:
     Returns:
         [W B, ...].
     """
-    return _Gather.apply(x) if not _alone() else x
+    return x if _alone() else _Gather.apply(x)
 
 
 def summed(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def summed(x: Tensor) -> Tensor:
     Args:
         x: any shape, the same in all processes.
     """
-    return _Sum.apply(x) if not _alone() else x
+    return x if _alone() else _Sum.apply(x)
 
 
 def _alone() -> bool:

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvp.common.benchmark import Row, benchmark_settings, interleaved, overhead_row, peak_memory_mb, ratio, threads
+from hvp.common.benchmark import (
+    Row,
+    benchmark_settings,
+    interleaved,
+    overhead_row,
+    peak_memory_mb,
+    ratio,
+    same_step,
+    threads,
+)
 from hvp.common.engine.precision import Precision
 from hvp.common.engine.selecting import ViewSelector
 from hvp.common.hardviews import Selection, Slots, select
@@ -160,11 +169,8 @@ class _Step:
 
     def reuse_is_exact(self) -> bool:
         """Whether reusing the teacher's outputs gives the selections and gradients of computing them again."""
-        (index, again), (index_reused, reused) = (self._gradients(reuse=reuse) for reuse in (False, True))
-        rtol, atol = (1e-4, 1e-6) if self.precision.dtype is None else (0.05, 1e-3)
-        return torch.equal(index, index_reused) and all(
-            torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(again, reused, strict=True)
-        )
+        again, reused = (self._gradients(reuse=reuse) for reuse in (False, True))
+        return same_step(again, reused, exact=self.precision.dtype is None)
 
     def _gradients(self, *, reuse: bool) -> tuple[Tensor, list[Tensor]]:
         """The selection and the gradients of a step whose stochastic depth starts from the same seed."""

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from hvp.common.config import Fraction, Range, Section
 from hvp.common.hardviews import Slots
+from hvp.common.sections import TeacherOptimConfig
 from hvp.common.view_sections import MultiCropConfig, MultiCropSelection, MultiCropViews
 
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
@@ -99,34 +100,6 @@ class LossConfig(Section):
     """EMA momentum of the centre of its patch outputs."""
 
 
-class OptimConfig(Section):
-    """Optimiser and its schedules, which are functions of the step."""
-
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """AdamW for ViTs."""
-
-    base_lr: float = Field(0.0005, gt=0)
-    """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
-
-    min_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the end of the cosine. Not scaled by the batch size."""
-
-    warmup_epochs: int = Field(10, ge=0)
-    """Linear warm-up of the learning rate from 0, epochs."""
-
-    weight_decay: float = Field(0.04, ge=0)
-    """Weight decay at the start; biases and 1-D parameters have none."""
-
-    weight_decay_end: float = Field(0.4, ge=0)
-    """Weight decay at the end of its cosine."""
-
-    clip_grad: float = Field(3.0, ge=0)
-    """Largest gradient norm of each parameter tensor; 0: no clipping."""
-
-    freeze_last_layer: int = Field(1, ge=0)
-    """Epochs in which the prototypes, of [CLS] tokens and of patches, do not move."""
-
-
 class ViewsConfig(MultiCropViews):
     """The distribution of views: two global transforms and a local one (DataAugmentationiBOT)."""
 
@@ -150,7 +123,7 @@ class IbotConfig(MultiCropConfig):
     model: ModelConfig = ModelConfig()
     masks: MasksConfig = MasksConfig()
     loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
+    optim: TeacherOptimConfig = TeacherOptimConfig()
     views: ViewsConfig = ViewsConfig()
     selection: IbotSelection = IbotSelection()
 
