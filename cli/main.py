@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hvp.cli import bench, demo, doctor, evaluate, launch, presets, pretrain, resume
+from hvp.cli import bench, demo, doctor, evaluate, launch, patch, presets, pretrain, resume
 from hvp.common.errors import LostProcess, SharedError, Stopped, UserError
 
 # PyTorch's threads wait for each other by spinning, which stalls a step tenfold as soon as anything else wants the
@@ -30,6 +30,7 @@ app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(launch.app, name="launch")
+app.add_typer(patch.app, name="patch")
 
 
 def _show_version(asked: bool) -> None:

@@ -91,13 +91,16 @@ class Slots:
     def from_counts(
         cls, candidates: Sequence[int], kept: Sequence[int], *, num_targets: int = 2, diagonal: bool = False
     ) -> "Slots":
-        """Groups over consecutive views: `from_counts((2, 2, 16), (1, 1, 8))` are DINO's slots with HVP."""
+        """Groups over consecutive views: `from_counts((2, 2, 16), (1, 1, 8))` are DINO's slots with HVP.
+
+        Views of which none is kept take no part, as DINO's local crops may be none.
+        """
         if len(candidates) != len(kept):
             raise ValueError(f"Slots: {len(candidates)} candidate counts but {len(kept)} kept counts")
         starts = [0]
         for count in candidates:
             starts.append(starts[-1] + count)
-        groups = (Group(tuple(range(a, b)), k) for (a, b), k in zip(pairwise(starts), kept, strict=True))
+        groups = (Group(tuple(range(a, b)), k) for (a, b), k in zip(pairwise(starts), kept, strict=True) if k)
         return cls(tuple(groups), num_targets=num_targets, diagonal=diagonal)
 
     @cached_property

@@ -23,7 +23,7 @@ def test_environment_and_project_list_the_same_packages():
 def test_every_folder_with_code_is_packaged():
     packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = set()
-    for top in ("cli", "common", "methods"):
+    for top in ("cli", "common", "methods", "patches"):
         for file in [*(ROOT / top).rglob("*.py"), *(ROOT / top).rglob("*.yaml")]:
             folders.add("hvp." + ".".join(file.parent.relative_to(ROOT).parts))
     assert folders == packages
@@ -61,6 +61,7 @@ def test_an_installed_wheel_works_in_any_folder(tmp_path):
     assert str(site) in where
     command = environment / "bin" / "hvp"
     assert "vitb16-400ep" in _run([command, "presets", "dino"], elsewhere)
+    assert "facebookresearch/dino" in _run([command, "patch", "list"], elsewhere)
     assert re.search(
         r"train\.batch_size +512",
         _run([command, "pretrain", "dino", "--preset", "vits16-100ep", "--dry-run"], elsewhere),
@@ -69,7 +70,7 @@ def test_an_installed_wheel_works_in_any_folder(tmp_path):
 
 def _copy(to: Path) -> Path:
     """The tracked part of the tree, so that building leaves nothing behind in it."""
-    for name in ("cli", "common", "methods", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("cli", "common", "methods", "patches", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         files = (
             [source]

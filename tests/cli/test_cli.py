@@ -47,7 +47,7 @@ def test_the_installed_command_answers():
     command = Path(sys.executable).with_name("hvp")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
-    for name in ("pretrain", "eval", "presets", "bench", "demo", "doctor", "launch"):
+    for name in ("pretrain", "eval", "presets", "bench", "demo", "doctor", "launch", "patch"):
         assert name in done.stdout
 
 

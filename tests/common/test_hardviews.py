@@ -104,6 +104,14 @@ def test_the_papers_count_of_combinations():
     assert Slots.from_counts((2, 2, 16), (1, 1, 8)).num_combinations == 51_480
 
 
+def test_views_of_which_none_is_kept_take_no_part():
+    slots = Slots.from_counts((2, 2, 3), (1, 1, 0))
+    assert slots == Slots.from_counts((2, 2), (1, 1))
+    views = [torch.full((1, 1, 1, 1), float(v)) for v in range(4)] + [torch.full((1, 1, 2, 2), 9.0)] * 3
+    kept = select(views, torch.arange(28.0).reshape(1, 4, 7), slots)
+    assert [view.item() for view in kept.views] == kept.index[0].tolist()
+
+
 @pytest.mark.parametrize("slots", SLOTS)
 def test_sampling_is_uniform_over_all_combinations(slots):
     every = [tuple(combination) for combination in slow_combinations(slots)]
