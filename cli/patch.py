@@ -95,6 +95,30 @@ def diff(
                 sys.stdout.write(line)
 
 
+@app.command()
+def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
+    """Train the patched original and our trainer side by side, from the same weights, on the same batches.
+
+    Takes a minute or two on the CPU, at a tiny size. Exit code 1 if they differ by more than rounding.
+    """
+    from hvp.common.original import TOLERANCE, compare
+    from hvp.common.original_on_cpu import SUBSTITUTED
+    from hvp.common.patching import load_patch
+    from hvp.methods import get_method, get_original
+
+    original, patch = get_original(method), load_patch(method)
+    found = compare(get_method(method), original, patch, upstream)
+    print(f"{method}: {found.steps} steps of ours and of {patch.repository} with our patch, hard views on both sides.")
+    for what, value in (("loss of a step", found.loss), ("learning rate", found.lr), ("tensor", found.parameters)):
+        print(f"  {what:15} {value:.1e}")
+    print(f"The tensor is {found.worst}. Differences are relative; up to {TOLERANCE:g} is rounding.")
+    print("In the original, at run time:")
+    for line in (*SUBSTITUTED, *original.notes):
+        print(f"  {line}")
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
 def _remark(remarks: Sequence[str]) -> None:
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)

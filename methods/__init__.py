@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hvp.common.evaluation.linear import LinearProtocol
+    from hvp.common.original import Original
 
 METHODS = ("dino", "ibot", "simsiam", "simclr")
 """Names of the folders."""
@@ -55,6 +56,19 @@ def get_method(name: str) -> Method:
         raise UserError(f"unknown method {name}.{nearest(name, list(METHODS))} Known: {', '.join(METHODS)}")
     method: Method = import_module(f"hvp.methods.{name}").METHOD
     return method
+
+
+def get_original(name: str) -> "Original":
+    """What is known of running a method's original beside ours.
+
+    Raises:
+        UserError: nothing.
+    """
+    known = [method for method in METHODS if (files("hvp.methods") / method / "original.py").is_file()]
+    if name not in known:
+        raise UserError(f"{name} is not compared with its original. Those that are: {', '.join(known)}")
+    original: Original = import_module(f"hvp.methods.{name}.original").ORIGINAL
+    return original
 
 
 def presets(method: str) -> dict[str, Traversable]:

@@ -327,9 +327,8 @@ def test_no_line_of_a_real_clone_stands_in_its_patch(method):
 
 def trainer_help(folder: Path, trainer: str) -> str:
     """What `trainer --help` prints. Packages that only the original needs are stood in for where they are missing."""
-    code = Path(__file__).parents[1] / "run_upstream.py"
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
-    command = [sys.executable, code, trainer, "--help"]
+    command = [sys.executable, "-m", "hvp.common.original_on_cpu", trainer, "--help"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,0 +1,61 @@
+"""SimSiam's original, facebookresearch/simsiam with our patch: its flags, and what it is compared on."""
+
+from torch import nn
+
+from hvp.common.networks.resnet import CONVNETS
+from hvp.common.original import Original, as_flags, normalized_views
+from hvp.methods.simsiam.config import SimSiamConfig
+
+FLAGS = {
+    "model.arch": "--arch",
+    "model.dim": "--dim",
+    "model.pred_dim": "--pred-dim",
+    "optim.base_lr": "--lr",
+    "optim.weight_decay": "--wd",
+    "optim.fix_pred_lr": "--fix-pred-lr",
+    "selection.candidates": "--candidates",
+    "train.batch_size": "--batch-size",
+    "train.epochs": "--epochs",
+    "train.seed": "--seed",
+}
+"""Our keys that are flags there."""
+
+
+def flags(config: SimSiamConfig, data: str, processes: int) -> list[str]:
+    """The command line of main_simsiam.py, which starts a process for every GPU itself."""
+    words = [data, *as_flags(config, FLAGS, switches=True)]
+    words += [
+        "--multiprocessing-distributed",
+        "--world-size",
+        "1",
+        "--rank",
+        "0",
+        "--dist-url",
+        "tcp://localhost:10001",
+    ]
+    return words + (["--use-hvp"] if config.selection.hard_views == "hvp" else [])
+
+
+def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Module:
+    """Our small encoder with a last layer, as torchvision's have one; it has none of that name."""
+    encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
+    encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
+    return encoder
+
+
+ORIGINAL = Original(
+    flags,
+    compared={
+        "data.shapes.train": 320,
+        "train.batch_size": 32,
+        "model.arch": "convnet_micro",
+        "model.dim": 64,
+        "model.pred_dim": 16,
+        "optim.fix_pred_lr": False,
+        "views.crop_size": 32,
+    },
+    parts={"model": "state_dict"},
+    batch=lambda batch: [normalized_views(batch), batch.index],
+    replaced={"torchvision.models.convnet_micro": "hvp.methods.simsiam.original.small_encoder"},
+    notes=("the encoder is our convnet_micro; projector and predictor are its own",),
+)
