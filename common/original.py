@@ -90,8 +90,8 @@ class Comparison:
     """The same of the learning rate, relative to the largest."""
 
     parameters: float
-    """The largest difference of a final tensor of the checkpoint, in units of the way that ours has gone from its start,
-    or of a hundredth of its length, or of 1e-4 an entry, whichever is most: below that, rounding is all there is."""
+    """The largest difference of a final tensor, in units of the way that ours has gone from its start, of a hundredth of
+    its length, or of 1e-4 an entry, whichever is most: below that, rounding is all there is."""
 
     worst: str
     """The name of that tensor."""
