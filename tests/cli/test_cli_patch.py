@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from upstreams import clone_of
 
 from hvp.common import patching
 
@@ -99,3 +100,12 @@ def test_mistakes_are_one_message(hvp, clone, command, method, upstream, message
     assert message in ran.err
     assert ran.err.count("\n") == 1
     assert ran.out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dino", "simsiam"])
+def test_the_patched_original_agrees_with_our_trainer(hvp, method):
+    """On a real clone, where HVP_UPSTREAMS names one."""
+    ran = hvp("patch", "compare", method, "--upstream", clone_of(patching.load_patch(method)))
+    assert ran.code == 0, ran.out + ran.err
+    assert f"{method}: 20 steps of ours and of" in ran.out

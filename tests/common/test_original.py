@@ -1,0 +1,120 @@
+"""Our trainer beside an original, on a stand-in for one: SimSiam's loop in the plainest form, in a script that was made
+for GPUs."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from hvp.common.errors import UserError
+from hvp.common.original import Comparison, Original, as_flags, compare, normalized_views
+from hvp.common.patching import Patch
+from hvp.methods import get_method, get_original
+from hvp.methods.simsiam.config import SimSiamConfig
+
+SCRIPT = """
+import argparse, math, os, torch, torch.distributed, torch.multiprocessing, tensorboardX
+from torchvision.datasets import ImageFolder
+from hvp.common.networks.resnet import CONVNETS
+from hvp.methods.simsiam.builder import SimSiam
+
+def worker(gpu, args):
+    torch.distributed.init_process_group("nccl", init_method="tcp://nowhere:1", world_size=1, rank=0)
+    torch.cuda.set_device(gpu)
+    model = SimSiam(CONVNETS["convnet_micro"](zero_init_residual=True), args.dim, 16).cuda(gpu)
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[gpu])
+    sgd = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4)
+    dataset = ImageFolder(os.path.join(args.data, "train"))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, sampler=None, num_workers=4)
+    for epoch in range(args.epochs):
+        for group in sgd.param_groups:
+            group["lr"] = args.lr * 8 / 256 * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+        for (x1, x2), _ in loader:
+            p1, p2, z1, z2, _ = model(x1.cuda(gpu), x2.cuda(gpu))
+            towards = sum(torch.nn.functional.cosine_similarity(p, z).mean() for p, z in ((p1, z2), (p2, z1)))
+            sgd.zero_grad()
+            (-0.5 * towards).backward()
+            sgd.step()
+        torch.save({"epoch": epoch, "state_dict": model.state_dict()}, f"checkpoint{epoch}.pth")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data")
+    parser.add_argument("--dim", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--lr", type=float)
+    torch.multiprocessing.spawn(worker, nprocs=torch.cuda.device_count(), args=(parser.parse_args(),))
+"""
+SMALL = {
+    "data.shapes.train": 16,
+    "train.batch_size": 8,
+    "model.arch": "convnet_micro",
+    "model.dim": 32,
+    "model.pred_dim": 16,
+    "views.crop_size": 32,
+    "selection.hard_views": "none",
+}
+
+
+def side_by_side(folder: Path, script: str) -> Comparison:
+    """Our SimSiam beside a script, whose "patch" adds a comment."""
+    folder.mkdir()
+    (folder / "train.py").write_text(script)
+    patch = Patch.model_validate(
+        {
+            "method": "simsiam",
+            "upstream": "https://github.com/owner/standin",
+            "commit": "0" * 40,
+            "licence": "MIT",
+            "brings": ["HVP"],
+            "trainer": "train.py",
+            "files": [
+                {
+                    "path": "train.py",
+                    "sha256": hashlib.sha256(script.encode()).hexdigest(),
+                    "changes": [{"what": "a remark", "after": 0, "lines": "# patched\n"}],
+                }
+            ],
+        }
+    )
+    names = {"model.dim": "--dim", "train.epochs": "--epochs", "optim.base_lr": "--lr"}
+    original = Original(
+        lambda config, data, _: [data, *as_flags(config, names, switches=True)],
+        compared=SMALL,
+        parts={"model": "state_dict"},
+        batch=lambda batch: [normalized_views(batch), batch.index],
+    )
+    return compare(get_method("simsiam"), original, patch, folder)
+
+
+def test_a_faithful_original_agrees(tmp_path):
+    found = side_by_side(tmp_path / "standin", SCRIPT)
+    assert found.agrees
+    assert found.steps == 4
+    assert len({ours for ours, _ in found.losses}) == 4
+    assert found.loss < 1e-5
+
+
+def test_an_original_that_trains_otherwise_does_not_agree(tmp_path):
+    found = side_by_side(tmp_path / "standin", SCRIPT.replace("args.lr * 8", "args.lr * 9"))
+    assert not found.agrees
+    assert found.lr == pytest.approx(1 / 8)
+    assert found.parameters > 0.05
+
+
+def test_an_original_that_fails_is_shown(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)ended with code 1.*RuntimeError: no luck"):
+        side_by_side(tmp_path / "standin", SCRIPT.replace("sgd.step()", "raise RuntimeError('no luck')"))
+
+
+def test_values_become_flags():
+    config = SimSiamConfig()
+    names = {"optim.base_lr": "--lr", "optim.fix_pred_lr": "--fix", "views.crop_scale": "--scale"}
+    assert as_flags(config, names, switches=True) == ["--lr", "0.05", "--scale", "0.2", "1.0"]
+    assert as_flags(config, names, switches=False) == ["--lr", "0.05", "--fix", "false", "--scale", "0.2", "1.0"]
+
+
+def test_a_method_without_comparison_is_one_message():
+    with pytest.raises(UserError, match="nosuch is not compared with its original"):
+        get_original("nosuch")
