@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hvp.common.engine.run import mix
 from hvp.common.views import ViewTransform, normalize
+from hvp.common.views.randomness import mix
 from hvp.common.views.strong import StrongTransform, StrongViews
 
 Transform = Callable[[Any], Any]

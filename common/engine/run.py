@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -32,6 +31,7 @@ from hvp.common.engine.timing import Stopwatch
 from hvp.common.errors import Stopped, UserError
 from hvp.common.sections import RunConfig
 from hvp.common.views import MultiViewLoader, ViewBatch
+from hvp.common.views.randomness import mix
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-def mix(*numbers: int) -> int:
-    """A generator seed of its own for every sequence of numbers, such as (seed, step)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def available_workers(asked: int | None, device: torch.device, world: World = World()) -> int:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hvp.common.engine.run import mix
 from hvp.common.hardviews import Selection, gather_views, select
 from hvp.common.sections import RunConfig
 from hvp.common.views import first_views
+from hvp.common.views.randomness import mix
 
 
 class ViewSelector:

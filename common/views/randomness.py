@@ -66,3 +66,8 @@ def _philox(purpose: Purpose, seed: int, epoch: int, index: int, part: int) -> n
 def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Multiples of 2^-53 in [0, 1) from 64 random bits each."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mix(*numbers: int) -> int:
+    """A generator seed of its own for every sequence of numbers, such as (seed, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

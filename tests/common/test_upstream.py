@@ -1,6 +1,8 @@
 """What the patched originals import besides `select()` and `rescue()`."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from hvp.common.engine.run import mix
+from hvp.common.patching import load_patch, patches
 from hvp.common.upstream import IndexedCollate, Rescuable, Views, outputs_of, step_generator
 from hvp.common.views import normalize
+from hvp.common.views.randomness import mix
 
 
 def test_views_come_in_the_order_of_the_candidates():
@@ -37,6 +40,21 @@ def test_a_step_has_the_generator_of_our_trainers():
     expected = torch.rand(3, generator=torch.Generator().manual_seed(mix(7, 100)))
     assert torch.equal(torch.rand(3, generator=step_generator(7, 100)), expected)
     assert not torch.equal(torch.rand(3, generator=step_generator(7, 101)), expected)
+
+
+def test_importing_our_lines_draws_no_random_numbers():
+    """With the flags off, a patched original is to do what it did, bit for bit."""
+    imports = {
+        line for method in patches() for line in _lines_of(method) if line.startswith(("from hvp", "import hvp"))
+    }
+    code = "import random, numpy, torch, torchvision; random.seed(0); numpy.random.seed(0); torch.manual_seed(0)\n"
+    states = "random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()"
+    code += f"before = {states}\n" + "\n".join(sorted(imports)) + f"\nassert before == ({states})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _lines_of(method: str) -> list[str]:
+    return [line for file in load_patch(method).files for change in file.changes for line in change.lines.splitlines()]
 
 
 @pytest.fixture
