@@ -101,7 +101,7 @@ def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
 
     Takes a minute or two on the CPU, at a tiny size. Exit code 1 if they differ by more than rounding.
     """
-    from hvp.common.original import TOLERANCE, compare
+    from hvp.common.original import LOSS_TOLERANCE, LR_TOLERANCE, PARAMETER_TOLERANCE, compare
     from hvp.common.original_on_cpu import SUBSTITUTED
     from hvp.common.patching import load_patch
     from hvp.methods import get_method, get_original
@@ -109,9 +109,11 @@ def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
     original, patch = get_original(method), load_patch(method)
     found = compare(get_method(method), original, patch, upstream)
     print(f"{method}: {found.steps} steps of ours and of {patch.repository} with our patch, hard views on both sides.")
-    for what, value in (("loss of a step", found.loss), ("learning rate", found.lr), ("tensor", found.parameters)):
-        print(f"  {what:15} {value:.1e}")
-    print(f"The tensor is {found.worst}. Differences are relative; up to {TOLERANCE:g} is rounding.")
+    table = Table("", "largest difference", "rounding is up to", box=None)
+    table.add_row("loss of a step", f"{found.loss:.1e}", f"{LOSS_TOLERANCE:g}")
+    table.add_row("learning rate", f"{found.lr:.1e}", f"{LR_TOLERANCE:g}")
+    table.add_row(f"final tensor ({found.worst})", f"{found.parameters:.1e}", f"{PARAMETER_TOLERANCE:g}")
+    Console().print(table)
     print("In the original, at run time:")
     for line in (*SUBSTITUTED, *original.notes):
         print(f"  {line}")

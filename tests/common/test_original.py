@@ -93,7 +93,7 @@ def test_a_faithful_original_agrees(tmp_path):
     assert found.agrees
     assert found.steps == 4
     assert len({ours for ours, _ in found.losses}) == 4
-    assert found.loss < 1e-5
+    assert found.parameters < 1e-3
 
 
 def test_an_original_that_trains_otherwise_does_not_agree(tmp_path):
