@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hvp.common.evaluation.linear import LinearProtocol
 
-METHODS = ("dino", "ibot", "simsiam", "simclr")
+METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3")
 """Names of the folders."""
 
 
@@ -43,6 +43,9 @@ class Method:
 
     linear: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
     """How its paper trains a linear probe; left out, as DINO."""
+
+    linear_vit: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
+    """What differs in that for a ViT."""
 
 
 def get_method(name: str) -> Method:

@@ -62,6 +62,11 @@ class ResNet(_Pooled, TimmResNet):
             self.add_module("conv1", stem)
             self.add_module("maxpool", nn.Identity())
 
+    def features(self, x: Tensor) -> Tensor:
+        """The pooled feature, [B, embed_dim], whatever stands in the place of `fc`."""
+        feature: Tensor = self.forward_head(self.forward_features(x), pre_logits=True)
+        return feature
+
 
 class ConvNetMicro(_Pooled, nn.Module):
     """Four convolutions with batch norm, 0.08 M parameters: for images of 32 pixels, on two cores.
@@ -90,9 +95,13 @@ class ConvNetMicro(_Pooled, nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def features(self, x: Tensor) -> Tensor:
+        """The pooled feature, [B, 96], whatever stands in the place of `fc`."""
+        return self.stages(x).mean(dim=(2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to features [B, 96]."""
-        feature: Tensor = self.fc(self.stages(x).mean(dim=(2, 3)))
+        feature: Tensor = self.fc(self.features(x))
         return feature
 
 

@@ -21,6 +21,8 @@ from hvp.common.errors import UserError
 
 # Width -> attention heads of the networks below. A state dict does not show its number of heads.
 NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12}
+# The same with fixed positions, by which vit_from_state() tells them.
+NUM_HEADS_FIXED_POSITIONS = NUM_HEADS | {384: 12}
 
 
 class VisionTransformer(nn.Module):
@@ -305,9 +307,44 @@ def vit_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | None:
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=sum(key.startswith("blocks.") and key.endswith(".norm1.weight") for key in state),
-        num_heads=NUM_HEADS[embed_dim],
+        num_heads=(NUM_HEADS_FIXED_POSITIONS if _positions_are_fixed(pos_embed) else NUM_HEADS)[embed_dim],
         conv_stem=num_stages > 0,
     )
+
+
+def sincos_positions(side: int, embed_dim: int) -> Tensor:
+    """A position embedding that is never trained: sines and cosines of a patch's row, then of its column.
+
+    With w_d = 10000 ** (-d / (D / 4)), patch (i, j) has the four quarters sin(i w), cos(i w), sin(j w), cos(j w). The
+    [CLS] token has zeros.
+
+    Args:
+        side: patches in a row, and rows.
+        embed_dim: D, a multiple of 4.
+
+    Returns:
+        [1, 1 + side ** 2, D] float32.
+
+    Raises:
+        ValueError: D is no multiple of 4.
+
+    Source: facebookresearch/moco-v3 vits.py build_2d_sincos_position_embedding, whose first half is the row's, too.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"sincos_positions: embed_dim is {embed_dim}, but it takes a multiple of 4")
+    frequency = 10000.0 ** -(torch.arange(embed_dim // 4) / (embed_dim // 4))
+    angle = torch.arange(side)[:, None] * frequency  # [side, D / 4]
+    axis = torch.cat((angle.sin(), angle.cos()), dim=1)  # [side, D / 2]
+    patches = torch.cat((axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)), dim=1)  # [side ** 2, D]
+    return F.pad(patches, (0, 0, 1, 0))[None]
+
+
+def _positions_are_fixed(pos_embed: Tensor) -> bool:
+    """Whether a position embedding is that of `sincos_positions()`, but for the rounding of half precision."""
+    if pos_embed.is_meta or pos_embed.shape[2] % 4:
+        return False
+    fixed = sincos_positions(math.isqrt(pos_embed.shape[1] - 1), pos_embed.shape[2])
+    return torch.allclose(pos_embed.detach().float().cpu(), fixed, rtol=0.0, atol=5e-3)
 
 
 def init_linear(module: nn.Module) -> None:
