@@ -1,6 +1,6 @@
 """MoCo v3's networks: an encoder with projector, its moving average, and a predictor.
 
-# B images of this process, D projection dim, F width of the backbone's feature
+# B images of this process, D projection dim
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvp.common.engine.ema import update_ema
+from hvp.common.networks import Features
 from hvp.common.networks.resnet import ConvNet
 from hvp.methods.mocov3.vits import VisionTransformerMoCo
 
@@ -25,12 +26,8 @@ class MoCoOutput(NamedTuple):
     k1: Tensor
     """Keys, the momentum encoder's projections: [B, D], without gradient."""
     k2: Tensor
-    z1: Tensor
-    """The base encoder's projections, from which the queries were predicted: [B, D]."""
-    z2: Tensor
-    h1: Tensor
-    """The backbone's features, from which those were projected: [B, F]."""
-    h2: Tensor
+    features: Features
+    """rescue: the base encoder's features and projections of both views, [2 B, .], with gradient."""
 
 
 class MoCo(nn.Module):
@@ -58,10 +55,10 @@ class MoCo(nn.Module):
         Batch norm's running statistics are its own."""
         update_ema(self.momentum_encoder.parameters(), self.base_encoder.parameters(), m)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The base encoder's features [B, F] and projections [B, D] of views [B, 3, H, W]."""
-        h = self.base_encoder.features(x)
-        return h, getattr(self.base_encoder, self.projector)(h)
+    def encode(self, x: Tensor) -> Features:
+        """The base encoder's features and projections of views [n, 3, H, W]; the predictor comes after them."""
+        features = self.base_encoder.pooled(x)
+        return Features(features, getattr(self.base_encoder, self.projector)(features))
 
     def forward(self, x1: Tensor, x2: Tensor, m: float | None) -> MoCoOutput:
         """Both views of every image, one after the other: batch norm sees one view at a time.
@@ -71,14 +68,13 @@ class MoCo(nn.Module):
             m: momentum of the momentum encoder's update, between the queries and the keys; None for none, as for all
                 but the first part of an accumulated batch.
         """
-        h1, z1 = self.embed(x1)
-        h2, z2 = self.embed(x2)
+        (h1, z1), (h2, z2) = self.encode(x1), self.encode(x2)
         q1, q2 = self.predictor(z1), self.predictor(z2)
         if m is not None:
             self.update_momentum_encoder(m)
         with torch.no_grad():
             k1, k2 = self.momentum_encoder(x1), self.momentum_encoder(x2)
-        return MoCoOutput(q1, q2, k1, k2, z1, z2, h1, h2)
+        return MoCoOutput(q1, q2, k1, k2, Features(torch.cat((h1, h2)), torch.cat((z1, z2))))
 
 
 class MoCo_ResNet(MoCo):

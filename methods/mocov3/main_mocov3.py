@@ -21,6 +21,7 @@ from hvp.common.engine.collapse import feature_spread
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.optimizers import build_optimizer
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run
 from hvp.common.engine.schedules import cosine
 from hvp.common.engine.selecting import ViewSelector
@@ -53,10 +54,11 @@ def train_mocov3(config: MoCoConfig, out: Path, **options: Unpack[RunOptions]) -
         with s.world.agreeing():
             moco = synchronised(build_model(config, s.device), s.world, s.device)
             optimizer = build_optimizer(config.optim.optimizer, parameter_groups(moco, config.optim.weight_decay))
+            rescuer = s.rescuer(moco)
         with s.run("mocov3", {"model": moco, "optimizer": optimizer}) as run:
             model = data_parallel(moco, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(model, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(model, optimizer, s.precision, rescuer, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -105,6 +107,7 @@ def train_one_epoch(
     model: MoCo | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
+    rescuer: Rescuer,
     run: Run,
     epoch: int,
     config: MoCoConfig,
@@ -124,7 +127,7 @@ def train_one_epoch(
             group["lr"] = lr
 
         optimizer.zero_grad(set_to_none=True)
-        step_loss = torch.zeros((), device=precision.device)
+        step_loss, step_rescue = torch.zeros(2, device=precision.device)
         kept = None
         for number, part in enumerate(parts, start=1):
             views = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]  # [V, B, ...]
@@ -142,19 +145,27 @@ def train_one_epoch(
                     out = model(x1, x2, momentum if number == 1 else None)  # the momentum encoder moves once a step
                 loss = contrastive_loss(out.q1, out.k2, temperature, run.world)
                 loss = (loss + contrastive_loss(out.q2, out.k1, temperature, run.world)) / num_parts
+                step_loss += loss.detach()
+                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
+                    rescued = rescuer.loss(out.features, part) / num_parts
+                    step_rescue += rescued.detach()
+                    loss = loss + rescued
             precision.backward(loss)
-            step_loss += loss.detach()
 
         precision.unscale(optimizer)
-        loss_value = run.check(step_loss, lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        loss_value = run.check(
+            step_loss + step_rescue, lr=lr, **precision.statistics()
+        )  # before a bad loss reaches the weights
         precision.step(optimizer)
 
         spread = feature_spread(torch.cat((out.q1, out.q2)))
-        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (
+            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+        )
         run.record(loss_value, lr=lr, momentum=momentum, spread=spread, **statistics)
         run.collapse.see(
             it,
-            abs(loss_value - chance) < 4e-3 * temperature or spread < 1e-2,
+            abs(step_loss.item() - chance) < 4e-3 * temperature or spread < 1e-2,
             f"for {run.collapse.steps} steps the loss has been that of chance, {chance:.3f}, or the queries one point. "
             "Lower the learning rate, or warm it up for longer",
         )

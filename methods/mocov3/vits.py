@@ -46,13 +46,13 @@ class VisionTransformerMoCo(VisionTransformer):
             _xavier_uniform(self.patch_embed.proj, 3 * self.patch_size**2 + self.embed_dim)
             self.patch_embed.proj.requires_grad_(not stop_grad_conv1)
 
-    def features(self, x: Tensor) -> Tensor:
-        """The normalised [CLS] token, [B, D], whatever stands in the place of `head`."""
+    def pooled(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to features before `head`, the normalised [CLS] tokens, [B, D]."""
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to what `head` makes of their features."""
-        y: Tensor = self.head(self.features(x))
+        """Images [B, 3, H, W] to features [B, D], or to what `head` makes of them."""
+        y: Tensor = self.head(self.pooled(x))
         return y
 
 

@@ -44,7 +44,7 @@ OWN = {
     "dino": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1},
     "ibot": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1, "masks.pred_ratio_var": [0.0, 0.1]},
     "simclr": {"optim.warmup_epochs": 1},
-    "mocov3": {"optim.warmup_epochs": 1, "selection.hard_views": "hvp"},
+    "mocov3": {"optim.warmup_epochs": 1, "selection.hard_views": "hvp", "rescue.enabled": False},
 }
 """What a method's `tiny` preset needs for so short a run."""
 

@@ -60,7 +60,7 @@ class NoBackbone(nn.Module):
         self.embed_dim = embed_dim
         self.fc = self.head = nn.Identity()
 
-    def features(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         return x
 
     def forward(self, x: Tensor) -> Tensor:

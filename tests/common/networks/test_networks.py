@@ -170,13 +170,13 @@ def test_fixed_positions_are_sines_and_cosines_of_row_and_column() -> None:
 
 
 @pytest.mark.parametrize("arch", CONVNETS)
-def test_features_do_not_ask_what_stands_in_the_place_of_fc(arch: str) -> None:
+def test_pooled_features_do_not_ask_what_stands_in_the_place_of_fc(arch: str) -> None:
     network = CONVNETS[arch]().eval()
     x = images(2, 32)
     with torch.no_grad():
         expected = network(x)
         network.fc = nn.Linear(network.embed_dim, 3)
-        assert torch.equal(network.features(x), expected)
+        assert torch.equal(network.pooled(x), expected)
         assert torch.equal(network(x), network.fc(expected))
 
 
@@ -196,9 +196,9 @@ def test_views_of_one_resolution_share_a_forward(micro: VisionTransformer) -> No
     batches = []
     micro.register_forward_pre_hook(lambda _, args: batches.append(list(args[0].shape)))
     views = [images(2, 32, 1), images(2, 32, 2), images(2, 16, 3), images(2, 16, 4), images(2, 16, 5)]
-    output = wrapper(views)
+    output, _ = wrapper(views)
     assert batches == [[4, 3, 32, 32], [6, 3, 16, 16]]
-    one_by_one = torch.cat([wrapper([view]) for view in views])
+    one_by_one = torch.cat([wrapper([view])[0] for view in views])
     torch.testing.assert_close(output, one_by_one)
     torch.testing.assert_close(wrapper.head.last_layer(wrapper.embed(views)), output)
 

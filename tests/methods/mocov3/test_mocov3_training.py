@@ -36,6 +36,7 @@ SMALL = {
     "selection.hard_views": "hvp",
     "views.blur_view1": 1.0,
     "views.blur_view2": 0.0,
+    "rescue.enabled": False,
 }
 
 
@@ -98,17 +99,17 @@ def test_an_entry_of_the_matrix_is_the_loss_of_a_step_that_keeps_it():
     assert (means[0, 2] + means[2, 0]).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_what_comes_out_belongs_together():
-    model, views = fresh(small(selection__hard_views="none")).eval(), first_batch(small(selection__hard_views="none"))
+@pytest.mark.parametrize("arch", ["convnet_micro", "vit_micro"])
+def test_what_comes_out_belongs_together(arch):
+    config = small(selection__hard_views="none", model__arch=arch)
+    model, views = fresh(config).eval(), first_batch(config)
     with torch.no_grad():
         out = model(*views, None)
-        for view, q, k, z, h in (
-            (views[0], out.q1, out.k1, out.z1, out.h1),
-            (views[1], out.q2, out.k2, out.z2, out.h2),
-        ):
-            assert torch.equal(model.base_encoder.features(view), h)
+        for number, (view, q, k) in enumerate(((views[0], out.q1, out.k1), (views[1], out.q2, out.k2))):
+            h, z = (features.chunk(2)[number] for features in out.features)
+            assert torch.equal(model.base_encoder.pooled(view), h)
             assert torch.equal(model.base_encoder(view), z)
-            assert torch.equal(model.embed(view)[1], z)
+            assert all(map(torch.equal, model.encode(view), (h, z)))
             assert torch.equal(model.predictor(z), q)
             assert torch.equal(model.momentum_encoder(view), k)
             assert torch.equal(k, z)  # before the first step both encoders are one
@@ -203,6 +204,25 @@ def test_a_frozen_patch_projection_stays_and_the_positions_too(tmp_path):
         )
 
 
+@pytest.mark.parametrize("feature", ["projection", "backbone"])
+@pytest.mark.parametrize("arch", ["convnet_micro", "vit_micro"])
+def test_rescue_pulls_the_easiest_images_by_what_the_predictor_has_not_touched(tmp_path, arch, feature):
+    values = {"selection__hard_views": "none", "model__arch": arch, "optim__base_lr": 1e-4}
+    vanilla, _, _ = train(small(**values), tmp_path / "vanilla")
+    rescued = {"rescue__enabled": True, "rescue__k": 3, "rescue__s": 0.5, "rescue__feature": feature}
+    config = small(**values, **rescued)
+    rows, _, state = train(config, tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(vanilla[0]["loss"] - 0.5 * rows[0]["strong_similarity"], rel=1e-5)
+
+    out = fresh(config)(*first_batch(config), None)
+    compared = out.features.projection if feature == "projection" else out.features.backbone
+    similarity = torch.cosine_similarity(*compared.chunk(2))
+    assert rows[0]["easy_similarity"] == pytest.approx(similarity.topk(3).values.mean().item(), rel=1e-5)
+    # strong views leave running statistics alone, those of the momentum encoder, which they never meet, too
+    counts = {int(value) for name, value in state["model"].items() if name.endswith("num_batches_tracked")}
+    assert counts == {2 * STEPS}
+
+
 def test_views_of_both_distributions_are_candidates_in_two_slots():
     first, second = small(views__solarize=0.3).view_slots()
     assert (first.name, first.candidates, first.kept) == ("view1", 2, 1)
@@ -229,7 +249,7 @@ def test_a_collapse_is_said_once(tmp_path, monkeypatch):
     """Projections that are one point: the projector's last layer gives the same to every image."""
     monkeypatch.setattr(collapse.CollapseWatch.__init__, "__defaults__", (3,))
     monkeypatch.setattr(torch.nn.BatchNorm1d, "reset_parameters", _constant)
-    _, said, _ = train(small(optim__base_lr=1e-9), tmp_path / "run")
+    _, said, _ = train(small(optim__base_lr=1e-9, loss__temperature=0.2), tmp_path / "run")
     assert said.count("step 3: the network has collapsed: ") == 1
     assert "the loss has been that of chance, 1.664" in said  # 4 * 0.2 * ln(8)
 
@@ -260,6 +280,7 @@ def test_values_that_do_not_fit_are_refused(values, message):
 def test_presets_resolve(preset):
     config = resolve(MoCoConfig, [("preset", read_yaml(get_preset("mocov3", preset)))]).config
     assert config.selection.hard_views == "none"
+    assert config.rescue.enabled
     assert config.notes() == []
 
 
