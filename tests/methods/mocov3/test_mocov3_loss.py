@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hvp.common.engine.distributed import World, data_parallel
 from hvp.common.hardviews import Slots, combination_losses, select
-from hvp.common.similarities import log_sums
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.score import pair_info_nce
 
@@ -99,17 +98,6 @@ def test_the_losses_of_all_pairs_are_those_of_the_objective() -> None:
     for cost, (a, b) in zip(costs, pairs.tolist(), strict=True):
         objective = contrastive_loss(q[a], k[b], 0.2) + contrastive_loss(q[b], k[a], 0.2)
         torch.testing.assert_close(2 * cost, objective, rtol=1e-5, atol=2e-5)
-
-
-def test_sums_leave_out_what_they_are_told() -> None:
-    rows, columns = torch.randn(5, 3), torch.randn(3, 8)
-    left_out = torch.tensor([0, 7, 3, 4, 2])
-    for at_once in (None, 1, 16):
-        sums = log_sums(rows, columns, 2, left_out=left_out, at_once=at_once)
-        for row, own in enumerate(left_out.tolist()):
-            for view in range(2):
-                terms = [rows[row] @ columns[:, c] for c in range(4 * view, 4 * view + 4) if c != own]
-                assert sums[row, view].item() == pytest.approx(torch.stack(terms).logsumexp(0).item(), abs=1e-5)
 
 
 def test_keys_have_no_gradient_and_scoring_builds_no_graph() -> None:
