@@ -43,16 +43,16 @@ class Operation:
         return self.apply(image, self.first + (self.last - self.first) * uniform)
 
 
-def _affine(image: Image.Image, *, angle: float = 0.0, across: float = 0.0, down: float = 0.0, **shear: float) -> Any:
-    """Rotates about the centre, or moves and shears from the upper left corner; what comes into sight is black."""
-    return TF.affine(
-        image,
-        angle=angle,
-        translate=[round(across * image.width), round(down * image.height)],
-        scale=1.0,
-        shear=[math.degrees(math.atan(shear.get("x", 0.0))), math.degrees(math.atan(shear.get("y", 0.0)))],
-        center=[0, 0] if shear else None,
-    )
+def _shear(image: Image.Image, x: float, y: float) -> Any:
+    """Shears from the upper left corner; what comes into sight is black."""
+    degrees = [math.degrees(math.atan(ratio)) for ratio in (x, y)]
+    return TF.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, center=[0, 0])
+
+
+def _translate(image: Image.Image, x: float, y: float) -> Any:
+    """Moves by shares of the sides; what comes into sight is black."""
+    pixels = [round(x * image.width), round(y * image.height)]
+    return TF.affine(image, angle=0.0, translate=pixels, scale=1.0, shear=[0.0, 0.0])
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -63,13 +63,13 @@ OPERATIONS: dict[str, Operation] = {
     "contrast": Operation(TF.adjust_contrast, 0.05, 0.95),
     "equalize": Operation(lambda image, _: TF.equalize(image)),
     "posterize": Operation(lambda image, bits: TF.posterize(image, math.floor(bits)), 4, 9),  # whole bits, 4 to 8
-    "rotate": Operation(lambda image, degrees: _affine(image, angle=degrees), -30, 30),
+    "rotate": Operation(lambda image, degrees: TF.rotate(image, degrees), -30, 30),
     "sharpness": Operation(TF.adjust_sharpness, 0.05, 0.95),
-    "shear_x": Operation(lambda image, ratio: _affine(image, x=ratio), -0.3, 0.3),
-    "shear_y": Operation(lambda image, ratio: _affine(image, y=ratio), -0.3, 0.3),
+    "shear_x": Operation(lambda image, ratio: _shear(image, ratio, 0.0), -0.3, 0.3),
+    "shear_y": Operation(lambda image, ratio: _shear(image, 0.0, ratio), -0.3, 0.3),
     "solarize": Operation(lambda image, level: TF.solarize(image, math.floor(level)), 0, 257),  # none at 256
-    "translate_x": Operation(lambda image, share: _affine(image, across=share), -0.3, 0.3),
-    "translate_y": Operation(lambda image, share: _affine(image, down=share), -0.3, 0.3),
+    "translate_x": Operation(lambda image, share: _translate(image, share, 0.0), -0.3, 0.3),
+    "translate_y": Operation(lambda image, share: _translate(image, 0.0, share), -0.3, 0.3),
 }
 """The 14 operations of FixMatch. Magnitudes are factors, bits, degrees, ratios, grey levels, and shares of the side."""
 
