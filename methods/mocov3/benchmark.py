@@ -37,7 +37,7 @@ def _scoring_row(batch: int, rounds: int) -> Row:
     q, k = torch.randn(2, NUM_VIEWS, batch, DIM)
 
     def ours() -> Tensor:
-        return select([], pair_info_nce(q, k, TEMPERATURE), SLOTS).index
+        return select([], pair_info_nce(q, k, SLOTS, TEMPERATURE), SLOTS).index
 
     def plain() -> Tensor:
         return _plain_selection(q, k)
@@ -75,10 +75,10 @@ def _plain_selection(q: Tensor, k: Tensor) -> Tensor:
 def _memory_rows(batch: int) -> list[Row]:
     """One row; none where memory cannot be told."""
     q, k = torch.randn(2, NUM_VIEWS, batch, DIM)
-    memory = peak_memory_mb(lambda: pair_info_nce(q, k, TEMPERATURE))
+    memory = peak_memory_mb(lambda: pair_info_nce(q, k, SLOTS, TEMPERATURE))
     if memory is None:
         return []
-    (seconds,) = interleaved([lambda: pair_info_nce(q, k, TEMPERATURE)], 1)
+    (seconds,) = interleaved([lambda: pair_info_nce(q, k, SLOTS, TEMPERATURE)], 1)
     side = NUM_VIEWS * batch
     case = f"MoCo v3 scoring, {batch} images, {side} x {side} similarities: gigabytes at the peak"
     return [Row("select", case, memory / 1e3, GIGABYTES_ALLOWED, True, memory, seconds[0], seconds[0])]
@@ -116,7 +116,7 @@ class _Step:
     def select(self) -> Selection:
         with self.precision.autocast():
             with self.selector.scoring(self.model):
-                losses = pair_losses(self.model, self.views, TEMPERATURE)
+                losses = pair_losses(self.model, self.views, SLOTS, TEMPERATURE)
             return self.selector.keep(self.views, losses, step=0)
 
     def hard(self) -> None:

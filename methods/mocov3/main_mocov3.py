@@ -116,6 +116,7 @@ def train_one_epoch(
     moco: MoCo = unwrapped(model)
     temperature, num_parts = config.loss.temperature, config.train.accumulate
     selector = ViewSelector(config, run.total_steps, run.world.rank)
+    slots = config.combination_slots()
     warmup_steps = config.optim.warmup_epochs * run.steps_per_epoch
     chance = 4 * temperature * math.log(config.train.batch_size // num_parts)  # all M keys alike
     for it, parts in run.steps(epoch):
@@ -135,7 +136,7 @@ def train_one_epoch(
                 if selector.acts_on(it):  # hvp: train on the hardest pair of the sampled views
                     with run.selecting.running():
                         with selector.scoring(moco):
-                            losses = pair_losses(moco, views, temperature, run.world)
+                            losses = pair_losses(moco, views, slots, temperature, run.world)
                         kept = selector.keep(views, losses, it)
                         views = kept.views
                 else:

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from hvp.common.engine.collectives import gathered
 from hvp.common.engine.distributed import World
-from hvp.common.similarities import log_sums
 from hvp.methods.simclr.model import SimCLR
 from hvp.methods.simclr.nt_xent_loss import own_columns
+
+# Similarities in float32 that exist at the same time, at least one row of them: 4 MB on a CPU, near its cache; a GPU
+# wants more work for a launch. The passes over them need twice that again.
+SIMILARITIES_AT_ONCE_CPU = 2**20
+SIMILARITIES_AT_ONCE_CUDA = 2**24
 
 
 def pair_losses(model: SimCLR, views: list[Tensor], temperature: float, world: World = World()) -> Tensor:
@@ -49,7 +53,7 @@ def pair_nt_xent(
         z: projections of the candidates, [N, B, D], any float dtype; computed in float32.
         temperature: greater than 0.
         world: the processes, each with as many images.
-        similarities_at_once: bounds the slice, as for `log_sums()`.
+        similarities_at_once: bounds the slice; SIMILARITIES_AT_ONCE_* when left out.
 
     Returns:
         [B, N, N] float32 in nats, entry [b, t, v] of anchor v with partner t; higher is harder. The mean of both orders
@@ -73,7 +77,16 @@ def pair_nt_xent(
         columns = everyone.flatten(0, 1).T  # [D, N M]
         rows = z.flatten(0, 1) / temperature  # [N B, D]
         itself = own_columns(num_views, num_images, world, device)
-        sums = log_sums(rows, columns, num_views, left_out=itself, at_once=similarities_at_once)  # L: [N B, N]
+
+        at_once = SIMILARITIES_AT_ONCE_CUDA if device.type == "cuda" else SIMILARITIES_AT_ONCE_CPU
+        step = max((similarities_at_once or at_once) // columns.shape[1], 1)
+        sums = torch.empty(len(rows), num_views, device=device)  # L: [N B, N]
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            similarity = rows[part] @ columns  # [n, N M]
+            similarity.scatter_(1, itself[part, None], -torch.inf)
+            sums[part] = similarity.unflatten(1, (num_views, -1)).logsumexp(dim=2)
+
         with_partner = sums.unflatten(0, (num_views, num_images)).transpose(0, 1)  # [B, N anchors, N partners]
         with_own = with_partner.diagonal(dim1=1, dim2=2)[:, :, None]  # [B, N anchors, 1]
         positive = rows.unflatten(0, (num_views, num_images)).transpose(0, 1) @ z.permute(1, 2, 0)  # [B, N, N]

@@ -80,7 +80,7 @@ def test_first_step(tmp_path, hard_views, arch):
     assert len(views) == (4 if hard_views == "hvp" else 2)
     if hard_views == "hvp":
         with torch.no_grad():
-            losses = pair_losses(model, [views], config.loss.temperature)
+            losses = pair_losses(model, [views], config.combination_slots(), config.loss.temperature)
         kept = select([views], losses, config.combination_slots())
         assert rows[0]["kept_loss"] == pytest.approx(kept.loss.mean().item(), rel=1e-5)
         (views,) = kept.views
@@ -94,7 +94,7 @@ def test_an_entry_of_the_matrix_is_the_loss_of_a_step_that_keeps_it():
     config = small()
     views, temperature = first_batch(config), config.loss.temperature
     with torch.no_grad():
-        means = pair_losses(fresh(config), [views], temperature).mean(dim=0)
+        means = pair_losses(fresh(config), [views], config.combination_slots(), temperature).mean(dim=0)
         loss = objective(fresh(config)(views[0], views[2], None), temperature)
     assert (means[0, 2] + means[2, 0]).item() == pytest.approx(loss.item(), rel=1e-6)
 
@@ -155,7 +155,7 @@ def test_scoring_moves_nothing_but_running_statistics(mode):
     model, views = fresh(config).train(mode == "train"), first_batch(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        pair_losses(model, [views], config.loss.temperature)
+        pair_losses(model, [views], config.combination_slots(), config.loss.temperature)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     for name, value in model.state_dict().items():
         moved = mode == "train" and name.endswith(statistics)
