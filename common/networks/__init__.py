@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from hvp.common.networks.register_vision_transformer import register_vit_from_state
 from hvp.common.networks.resnet import ConvNet, convnet_from_state
 from hvp.common.networks.vision_transformer import VisionTransformer, vit_from_state
 
@@ -23,7 +24,7 @@ Encoder = VisionTransformer | ConvNet
 def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
     """The encoder that a backbone's state dict belongs to, by names and shapes, weights not loaded; None if there is
     none here."""
-    vit = vit_from_state(state)
+    vit = register_vit_from_state(state) or vit_from_state(state)
     return convnet_from_state(state) if vit is None else vit
 
 

@@ -1,0 +1,78 @@
+"""DINOv2's student and teacher: a backbone and heads, one for [CLS] tokens and, where it is separate, one for patches.
+
+# n global and m local views, N patches of a global view, R of them masked, D embedding dim, b bottleneck dim
+# K and K2 prototypes ([CLS] and patches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hvp.common.networks.heads import DINOHead
+from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer
+
+
+class StudentOutputs(NamedTuple):
+    """What the objective reads of the student."""
+
+    cls: Tensor
+    """Logits of all [CLS] tokens, [n + m, K]."""
+    patch: Tensor
+    """Logits of the masked patches, in the order of the masks, [R, K2]."""
+    features: Tensor
+    """The backbone's [CLS] tokens of the global views, [n, D]."""
+    embedding: Tensor
+    """The head's bottleneck of those, of length 1, [n, b]."""
+
+
+class Network(nn.Module):
+    """Student or teacher. Without a separate head for patches, `ibot_head` is None and `dino_head` serves both.
+
+    Source: facebookresearch/dinov2 dinov2/train/ssl_meta_arch.py SSLMetaArch, whose `student` and `teacher` hold the
+        same three modules.
+    """
+
+    ibot_head: DINOHead | None
+
+    def __init__(self, backbone: RegisterVisionTransformer, dino_head: DINOHead, ibot_head: DINOHead | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dino_head = dino_head
+        self.ibot_head = ibot_head
+
+    @property
+    def patch_head(self) -> DINOHead:
+        """The head that patches go through."""
+        return self.dino_head if self.ibot_head is None else self.ibot_head
+
+    def embed_teacher(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The bottleneck of [CLS] tokens, [n, b], and of the patches that `masks` marks, [R, b]; all are seen."""
+        return self._embed(self.backbone.all_tokens(views), masks)
+
+    def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The backbone's [CLS] tokens [n, D], and both bottlenecks, of views whose marked patches are hidden."""
+        tokens = self.backbone.all_tokens(views, masks)
+        return tokens[:, 0], *self._embed(tokens, masks)
+
+    def embed_cls(self, views: Tensor) -> Tensor:
+        """The bottleneck of the [CLS] tokens of unmasked views, [n, b]."""
+        return self.dino_head.embed(self.backbone(views))
+
+    def _embed(self, tokens: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        cls, patches = tokens[:, 0], tokens[:, 1:][masks]
+        return self.dino_head.embed(cls), self.patch_head.embed(patches)
+
+    def forward(self, views: Sequence[Tensor], masks: Tensor) -> StudentOutputs:
+        """The student's outputs.
+
+        Args:
+            views: global views [n, 3, H, W] and, where there are any, local ones [m, 3, h, w], which stay unmasked.
+            masks: [n, N] bool, the patches to hide in the global views.
+        """
+        features, cls, patches = self.embed_masked(views[0], masks)
+        all_cls = torch.cat((cls, *(self.embed_cls(local) for local in views[1:])))
+        return StudentOutputs(self.dino_head.last_layer(all_cls), self.patch_head.last_layer(patches), features, cls)
