@@ -65,7 +65,7 @@ class RegisterVisionTransformer(VisionTransformer):
         swiglu: bool = False,
         num_registers: int = 0,
     ) -> None:
-        options = {"mlp_layer": SwiGLU} if swiglu else {}
+        options: dict[str, Any] = {"mlp_layer": SwiGLU} if swiglu else {}
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -141,8 +141,8 @@ class SubsetBlock(Block):
     Source: facebookresearch/dinov2 dinov2/layers/block.py drop_add_residual_stochastic_depth.
     """
 
-    def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, drop_path=drop_path, **kwargs)
+    def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **others: Any) -> None:
+        super().__init__(dim, num_heads, drop_path=drop_path, **others)
         self.drop_rate = drop_path
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -1,0 +1,74 @@
+"""The pair-loss matrix of DINOv2: [CLS] cross-entropies off the diagonal, masked-patch losses on it. KoLeo, which
+compares images and not views, takes no part.
+
+# B images, G global views (targets), V online views, N patches of a global view, R masked patches in all of them
+# b bottleneck dim, K and K2 prototypes ([CLS] and patches)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvp.common.cross_entropy import masked_patch_losses, pair_cross_entropies
+from hvp.methods.dinov2.losses import DINOv2Loss
+from hvp.methods.dinov2.networks import Network
+
+
+def pair_losses(
+    student: Network,
+    teacher: Network,
+    crops: list[Tensor],
+    masks: Tensor,
+    dinov2_loss: DINOv2Loss,
+    teacher_temp: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Forwards every candidate once, each under its own mask. To be called without gradient; moves neither centre nor
+    teacher.
+
+    Args:
+        student, teacher: in the mode they are to score in.
+        crops: [G, B, 3, H, W] global and, where there are any, [V - G, B, 3, h, w] local candidates, normalised.
+        masks: [G, B, N] bool, of the global ones.
+        dinov2_loss: its centres and weights.
+        teacher_temp: the teacher's temperature.
+
+    Returns:
+        [B, G, V] float32 in nats: the weighted [CLS] cross-entropy where t != v, the weighted masked-patch loss of the
+        view where t == v. With `Slots(..., diagonal=True)` a combination's loss is the objective itself without KoLeo.
+        And the teacher's embedding of the global crops, [CLS] tokens [G, B, b] and patches [G, B, N, b], of which those
+        that are not masked are zero. With Sinkhorn-Knopp the targets are balanced over all candidates.
+
+    Source: DINOv2 (arXiv:2304.07193) section 4, before the means over views and images; HVP Algorithm 1.
+    """
+    num_global, batch = crops[0].shape[:2]
+    views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
+    teacher_cls, teacher_patch = teacher.embed_teacher(views[0], rows)
+    _, student_cls, student_patch = student.embed_masked(views[0], rows)
+    student_cls = torch.cat((student_cls, *(student.embed_cls(local) for local in views[1:])))
+
+    temps = teacher_temp, dinov2_loss.student_temp
+    targets = teacher.dino_head.last_layer(teacher_cls)  # [G B, K]
+    losses = dinov2_loss.dino_weight * pair_cross_entropies(
+        targets.unflatten(0, (num_global, batch)),
+        student_cls.unflatten(0, (-1, batch)),
+        dinov2_loss.dino_loss.of(targets, teacher_temp),
+        *temps,
+        prototypes=student.dino_head.last_layer.frozen(),
+    )
+    of_teacher, of_student = teacher.patch_head.last_layer.frozen(), student.patch_head.last_layer.frozen()
+    center = dinov2_loss.ibot_patch_loss
+    patch = masked_patch_losses(
+        teacher_patch,
+        student_patch,
+        rows,
+        # a centre that follows from the logits needs all of them at once
+        center.center if center.centering == "centering" else center.of(of_teacher(teacher_patch), teacher_temp),
+        *temps,
+        prototypes=(of_teacher, of_student),
+    )
+    losses.diagonal(dim1=1, dim2=2).copy_(dinov2_loss.ibot_weight * patch.unflatten(0, (num_global, batch)).T)
+
+    patches = teacher_patch.new_zeros(*masks.shape, teacher_patch.shape[1])  # [G, B, N, b]
+    patches[masks] = teacher_patch
+    return losses, (teacher_cls.unflatten(0, (num_global, batch)), patches)
