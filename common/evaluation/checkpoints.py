@@ -98,9 +98,9 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
     """The backbone's weights in a file, without running anything the file holds.
 
     Understood are this project's checkpoints; the upstream's training checkpoints (`student` and `teacher`, with or
-    without `module.`, or both in one `model`); state dicts, bare or under `state_dict` or `model` (SimSiam's and HVP's released ones), with or
-    without `module.` and `backbone.` or `encoder.`; and `.safetensors`. Keys of what sits on the backbone during
-    pretraining are left out and listed in `meta.dropped`.
+    without `module.`, or both in one `model`); state dicts, bare or under `state_dict` or `model` (SimSiam's and HVP's
+    released ones), with or without `module.` and `backbone.` or `encoder.`; and `.safetensors`. Keys of what sits on
+    the backbone during pretraining are left out and listed in `meta.dropped`.
 
     Args:
         path: the file, or the folder of a run, whose last checkpoint is read.

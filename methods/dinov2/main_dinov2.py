@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.distributed import averaging, data_parallel, unwrapped
+from hvp.common.engine.distributed import assert_equal_weights, averaging, data_parallel, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer
 from hvp.common.engine.precision import Precision
 from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.selecting import ViewSelector, of_kept
+from hvp.common.engine.sharding import Whole, local, release, shard
 from hvp.common.engine.training import RunOptions, session
 from hvp.common.errors import UserError
 from hvp.common.networks.heads import DINOHead
@@ -58,15 +59,17 @@ def train_dinov2(config: DINOv2Config, out: Path, **options: Unpack[RunOptions])
             check_lengths(config, s.loader.steps_per_epoch, s.world.size)
             student, teacher = build_networks(config, s.device)
             dinov2_loss = build_loss(config).to(s.device)
-            optimizer = build_optimizer(config.optim.optimizer, build_groups(config, student))
-        parts: dict[str, Stateful] = {
-            "student": student,
-            "teacher": teacher,
-            "dinov2_loss": dinov2_loss,
-            "optimizer": optimizer,
-        }
-        with s.run("dinov2", parts) as run:
-            model = data_parallel(student, s.world, s.device)
+        sharded = config.train.sharding == "fsdp" and s.world.size > 1
+        if sharded:
+            assert_equal_weights(student, s.world)
+            for network in (student, teacher):
+                shard(network.shards(), s.world, s.device)
+        optimizer = build_optimizer(config.optim.optimizer, build_groups(config, student))
+        parts: dict[str, Stateful] = {"student": student, "teacher": teacher, "optimizer": optimizer}
+        if sharded:
+            parts = {name: Whole(part, s.world) for name, part in parts.items()}
+        with s.run("dinov2", {**parts, "dinov2_loss": dinov2_loss}) as run:
+            model = student if sharded else data_parallel(student, s.world, s.device)
             for epoch in run.epochs:
                 train_one_epoch(model, teacher, dinov2_loss, optimizer, s.precision, run, epoch, config)
             return run.last_checkpoint
@@ -229,7 +232,8 @@ def train_one_epoch(
                 nn.utils.clip_grad_norm_(module.parameters(), optim.clip_grad)
         loss = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
-        update_ema(teacher.parameters(), student.parameters(), momentum)
+        release(teacher)
+        update_ema(local(teacher.parameters()), local(student.parameters()), momentum)
         dinov2_loss.update_center()
 
         _, loss_global, loss_local, loss_koleo, loss_patch = step_losses.tolist()
@@ -251,7 +255,7 @@ def train_one_epoch(
             it,
             abs(loss_cls - config.dino.loss_weight * uniform) < 1e-3 * config.dino.loss_weight,
             f"for {run.collapse.steps} steps the [CLS] loss has been ln(head_n_prototypes) = {uniform:.3f}: outputs are "
-            "uniform. Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
+            "uniform. Lower the learning rate or the teacher temperature",
         )
 
 

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hvp.common.engine.sharding import Unit
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer
 
@@ -43,6 +44,16 @@ class Network(nn.Module):
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
+
+    def shards(self) -> Iterator[Unit]:
+        """What is gathered as a whole when the network is sharded, inner units first, and the methods that read it."""
+        for block in self.backbone.blocks:
+            yield block, ()
+        yield self.backbone, ("all_tokens",)
+        for head in (self.dino_head, self.ibot_head):
+            if head is not None:
+                yield head.mlp, ()
+                yield head.last_layer, ("frozen",)
 
     @property
     def patch_head(self) -> DINOHead:
