@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FLAGS = {
     "data": "data.path",
     "hard_views": "selection.hard_views",
+    "rescue": "rescue.enabled",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "precision": "train.precision",
@@ -79,6 +80,10 @@ def pretrain(
         typer.Option(help="The run's folder.", show_default="runs/METHOD/PRESET/seedN", metavar="DIR"),
     ] = None,
     hard_views: Annotated[HardViews | None, typer.Option(help="Select hard views, or train as upstream.")] = None,
+    rescue: Annotated[
+        bool | None,
+        typer.Option("--rescue/--no-rescue", help="Give the easiest images of a batch a strong view.", show_default=""),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images of one step, over all processes.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="Autocast type.")] = None,
@@ -196,6 +201,7 @@ def resolve_flags(
     from hvp.methods import get_method, get_preset
 
     names = {"data.path": "--data", "selection.hard_views": "--hard-views", "data.on_bad_image": "--on-bad-image"}
+    names["rescue.enabled"] = "--rescue" if flags.get("rescue.enabled") else "--no-rescue"
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset:
         layers.append((f"preset {preset}", read_yaml(get_preset(method, preset))))
@@ -225,6 +231,8 @@ def show(method: str, resolved: "Resolved") -> None:
 def consequences(config: Any) -> list[str]:
     """What a configuration amounts to: images, steps, learning rate, combinations, and the memory of the views."""
     from hvp.common.data import open_dataset
+    from hvp.common.engine.distributed import World
+    from hvp.common.engine.rescuing import images_to_rescue
     from hvp.common.errors import UserError
 
     train, slots = config.train, config.view_slots()
@@ -246,6 +254,8 @@ def consequences(config: Any) -> list[str]:
     combinations = config.combination_slots().num_combinations
     sampled = config.selection.search == "sampled" and config.selection.comparisons < combinations
     lines.append(f"combinations: {f'{config.selection.comparisons} of ' if sampled else ''}{combinations}")
+    if rescued := images_to_rescue(config, World()):
+        lines.append(f"rescue:       the {rescued * train.accumulate} easiest of {train.batch_size} images, a step")
     pixels = sum(slot.candidates * slot.transform.size**2 * 3 for slot in slots)
     part = train.batch_size // train.accumulate
     lines.append(

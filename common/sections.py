@@ -58,6 +58,38 @@ class SelectionConfig(Section):
     """Begin selecting after this fraction of the steps. The papers: 0."""
 
 
+class RescueConfig(Section):
+    """Strong views for the images whose two views are most alike (Rescue).
+
+    The paper leaves some of this open; the defaults follow its text, and each has a switch.
+    """
+
+    enabled: bool = False
+    """Add the Rescue loss."""
+
+    k: int | None = Field(None, ge=0)
+    """Images of a step that get a strong view, over all processes and parts; 0: none; null: batch_size / 64, the
+    paper's rule, rounded up to as many for each. Each process takes the easiest of its own images."""
+
+    s: float = Field(1.0, ge=0)
+    """Weight of the Rescue loss. Paper: 0.05 (MoCo v3), 0.75 (SimCLR), 1 (DINOv2)."""
+
+    feature: Literal["projection", "backbone"] = "projection"
+    """What is compared, and pulled: the projection head's output z = g(f(x)), or the encoder's f(x)."""
+
+    stop_gradient: bool = False
+    """Pull the strong view only, and take the common one as given. The paper's Equation 1 has no stop-gradient."""
+
+    direction: Literal["pull", "push"] = "pull"
+    """`pull` the strong view to the common one (the paper's section 3); `push` is the sign that Equation 1 prints."""
+
+    num_ops: int = Field(2, ge=0)
+    """RandAugment's operations, of FixMatch's 14, each with a random magnitude."""
+
+    cutout: Fraction = 0.5
+    """Side of the grey square, as a fraction of the image's shorter side; 0: none. FixMatch: 0.5."""
+
+
 class TrainConfig(Section):
     """The run itself."""
 
@@ -124,6 +156,7 @@ class RunConfig(Section, ABC):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     selection: SelectionConfig = SelectionConfig()
+    rescue: RescueConfig = RescueConfig()
 
     @abstractmethod
     def view_slots(self) -> tuple[ViewSlot, ...]:
@@ -148,5 +181,15 @@ class RunConfig(Section, ABC):
             raise ValueError(
                 f"train.batch_size = {self.train.batch_size} does not divide into train.accumulate = "
                 f"{self.train.accumulate} equal parts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_to_rescue(self) -> "RunConfig":
+        rescue, train = self.rescue, self.train
+        if rescue.enabled and rescue.k is not None and rescue.k > train.batch_size:
+            raise ValueError(
+                f"rescue.k = {rescue.k}, but a step has only train.batch_size = {train.batch_size} images. The paper "
+                f"takes a 64th of them, here {max(1, train.batch_size // 64)}"
             )
         return self

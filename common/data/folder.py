@@ -13,6 +13,7 @@ when it is read. Names that start with a dot are ignored; links are followed.
 import difflib
 import logging
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -103,12 +104,8 @@ class ImageFolder:
         """
         path = self.path(index)
         try:
-            # Corrupt EXIF data, or transparency that is dropped anyway, is nothing a user can act on.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-                    return _to_rgb(image)
+            with _QUIET, open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+                return _to_rgb(image)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on a damaged file
@@ -153,6 +150,36 @@ def open_folder(spec: str, split: Literal["train", "val"], *, labels: bool = Fal
     if labels:
         _check_labels(source, split)
     return source
+
+
+class _Quiet:
+    """Pillow's warnings while any thread decodes: corrupt EXIF data, or transparency that is dropped anyway, is nothing
+    a user can act on; a suspected decompression bomb is an error.
+
+    Filters are the process's, so threads that each set and restored them would restore each other's.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._threads = threading.Lock(), 0
+        self._before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._threads == 0:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._threads += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._before.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -3,6 +3,9 @@
 # C channels
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -47,6 +50,8 @@ class SharedBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics, as `nn.BatchNorm1d` does."""
+        if not self.track_running_stats:  # inside `running_statistics_kept()`
+            return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
@@ -67,3 +72,21 @@ def shared_batch_norm(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, shared_batch_norm(child))
     return module
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether an image's output depends on the batch it is computed in."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """For forward passes in training mode that are to leave batch norm's running statistics as they are."""
+    tracking = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    for part in tracking:
+        part.track_running_stats = False
+    try:
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True

@@ -38,7 +38,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.batch_norm import shared_batch_norm
+from hvp.common.engine.batch_norm import has_batch_norm, shared_batch_norm
 from hvp.common.errors import LostProcess, SharedError, UserError
 
 T = TypeVar("T")
@@ -254,7 +254,7 @@ def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
 def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT:
     """The module with batch norm over the images of all processes; the module itself where there is nothing to do.
     State-dict keys, parameters and buffers stay what they are."""
-    if world.size == 1 or not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+    if world.size == 1 or not has_batch_norm(module):
         return module
     if device.type == "cuda":
         return cast(ModuleT, nn.SyncBatchNorm.convert_sync_batchnorm(module))

@@ -11,14 +11,16 @@ from rich.console import Console
 from torch import Tensor
 
 from hvp.common.data import ImageSource, open_dataset
-from hvp.common.engine.distributed import World, joined, share_of_batch
+from hvp.common.engine.distributed import World, available_cores, joined, share_of_batch
 from hvp.common.engine.precision import Precision, pick_device
+from hvp.common.engine.rescuing import RescuedNetwork, Rescuer, images_to_rescue, strong_transform
 from hvp.common.engine.run import Run, Stateful, available_workers, claimed, seeded
 from hvp.common.engine.selecting import ViewSelector
 from hvp.common.errors import UserError
 from hvp.common.sections import RunConfig
 from hvp.common.views import MultiViewLoader, steps_per_epoch
 from hvp.common.views.loader import Key
+from hvp.common.views.strong import StrongViews
 
 Masks = Callable[[Sequence[Key]], Tensor]
 
@@ -53,6 +55,16 @@ class Session:
     device: torch.device
     precision: Precision
     loader: MultiViewLoader
+    strong: StrongViews | None
+    """Makes the strong views of a run that rescues."""
+
+    def rescuer(self, network: RescuedNetwork) -> Rescuer:
+        """What adds the Rescue loss; `network` is the one that is trained, as it was before `data_parallel()`.
+
+        Raises:
+            UserError: `rescue.k` does not suit the processes or the network.
+        """
+        return Rescuer(self.config, network, self.strong, self.world, self.device)
 
     @contextmanager
     def run(self, method: str, parts: Mapping[str, Stateful]) -> Iterator[Run]:
@@ -109,7 +121,10 @@ def session(
             held.enter_context(seeded(config.train.seed, device))
             source = open_training_data(config)
             loader = held.enter_context(closing(build_loader(config, source, device, world, masks)))
-        yield Session(config, out, options, world, device, precision, loader)
+            strong = None
+            if num_strong := images_to_rescue(config, world):
+                strong = held.enter_context(closing(build_strong_views(config, source, num_strong, world)))
+        yield Session(config, out, options, world, device, precision, loader, strong)
 
 
 def open_training_data(config: RunConfig) -> ImageSource:
@@ -147,3 +162,9 @@ def build_loader(
         selects=ViewSelector(config, total_steps).acts_on,
         masks=masks,
     )
+
+
+def build_strong_views(config: RunConfig, source: ImageSource, count: int, world: World = World()) -> StrongViews:
+    """What makes strong views, `count` at a time, on this process's share of the cores."""
+    threads = min(count, max(1, available_cores() // world.local_size))
+    return StrongViews(source, strong_transform(config), seed=config.train.seed, threads=threads)

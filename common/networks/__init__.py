@@ -11,6 +11,7 @@ Parameter names are those of the upstream trainers, so that their checkpoints lo
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +22,16 @@ from hvp.common.networks.vision_transformer import VisionTransformer, vit_from_s
 Encoder = VisionTransformer | ConvNet
 
 
+class Features(NamedTuple):
+    """What a network makes of n views on its way to the loss, in one forward pass."""
+
+    backbone: Tensor
+    """The encoder's output f(x), [n, embed_dim]."""
+
+    projection: Tensor
+    """The projection head's output z = g(f(x)), [n, D]. Of a head with prototypes: the bottleneck before them."""
+
+
 def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
     """The encoder that a backbone's state dict belongs to, by names and shapes, weights not loaded; None if there is
     none here."""
@@ -28,4 +39,4 @@ def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
     return convnet_from_state(state) if vit is None else vit
 
 
-__all__ = ["Encoder", "encoder_from_state"]
+__all__ = ["Encoder", "Features", "encoder_from_state"]

@@ -21,6 +21,8 @@ class _Pooled:
     """An encoder whose feature is the mean over the last map; there are no blocks or patches to choose from."""
 
     num_blocks = 0
+    fc: nn.Module
+    """The identity, or what a method puts there, such as a projector."""
 
     def probe_features(self, x: Tensor, n_last_blocks: int, avgpool: bool) -> Tensor:
         """The pooled feature, [B, D]."""
@@ -62,6 +64,11 @@ class ResNet(_Pooled, TimmResNet):
             self.add_module("conv1", stem)
             self.add_module("maxpool", nn.Identity())
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to features before `fc`, [B, embed_dim]."""
+        feature: Tensor = self.global_pool(self.forward_features(x))
+        return feature
+
 
 class ConvNetMicro(_Pooled, nn.Module):
     """Four convolutions with batch norm, 0.08 M parameters: for images of 32 pixels, on two cores.
@@ -90,9 +97,14 @@ class ConvNetMicro(_Pooled, nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to features before `fc`, [B, 96]."""
+        maps: Tensor = self.stages(x)
+        return maps.mean(dim=(2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features [B, 96]."""
-        feature: Tensor = self.fc(self.stages(x).mean(dim=(2, 3)))
+        """Images [B, 3, H, W] to features [B, 96], or to what `fc` makes of them."""
+        feature: Tensor = self.fc(self.pooled(x))
         return feature
 
 

@@ -58,6 +58,9 @@ class ViewBatch:
     index: Tensor
     """Data-set index of each image, [B] int64. With `on_bad_image="skip"` the one that was really used."""
 
+    epoch: int = 0
+    """In which the views were drawn."""
+
     masks: Tensor | None = None
     """What `MultiViewLoader(masks=...)` made for these images; None without it."""
 
@@ -66,22 +69,22 @@ class ViewBatch:
 
     def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        return ViewBatch(
-            [pixels.pin_memory() for pixels in self.pixels],
-            self.parameters.pin_memory(),
-            self.index.pin_memory(),
-            None if self.masks is None else self.masks.pin_memory(),
-            self.skipped,
+        return replace(
+            self,
+            pixels=[pixels.pin_memory() for pixels in self.pixels],
+            parameters=self.parameters.pin_memory(),
+            index=self.index.pin_memory(),
+            masks=None if self.masks is None else self.masks.pin_memory(),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewBatch":
         """The same batch with its tensors on a device."""
-        return ViewBatch(
-            [pixels.to(device, non_blocking=non_blocking) for pixels in self.pixels],
-            self.parameters.to(device, non_blocking=non_blocking),
-            self.index.to(device, non_blocking=non_blocking),
-            None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
-            self.skipped,
+        return replace(
+            self,
+            pixels=[pixels.to(device, non_blocking=non_blocking) for pixels in self.pixels],
+            parameters=self.parameters.to(device, non_blocking=non_blocking),
+            index=self.index.to(device, non_blocking=non_blocking),
+            masks=None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
         )
 
 
@@ -326,7 +329,7 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
                 view += slot.candidates
         used_keys = [(epoch, used) for (epoch, _), used in zip(keys, index.tolist(), strict=True)]
         masks = None if self.masks is None else self.masks(used_keys)
-        return ViewBatch(pixels, parameters, index, masks, skipped)
+        return ViewBatch(pixels, parameters, index, keys[0][0], masks, skipped)
 
     def _read(self, wanted: int, skipped: list[str]) -> tuple[NDArray[np.uint8], int]:
         """The image, or the next one that decodes, and its index."""

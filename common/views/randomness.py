@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Purpose = Literal["order", "views", "masks"]
-_STREAMS = {"order": 0, "views": 1, "masks": 2}
+Purpose = Literal["order", "views", "masks", "strong"]
+_STREAMS = {"order": 0, "views": 1, "masks": 2, "strong": 3}
 
 _AT_ONCE = 64
 """Numbers that `uniform_stream` draws at a time."""

@@ -192,6 +192,6 @@ class _Step:
         with self.precision.autocast():
             if teacher_output is None:
                 with torch.no_grad():
-                    teacher_output = self.teacher(views[:1])
-            loss = self.loss(self.student(views), teacher_output, 0)
+                    teacher_output, _ = self.teacher(views[:1])
+            loss = self.loss(self.student(views)[0], teacher_output, 0)
         loss.backward()

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hvp.common.engine.batch_norm import has_batch_norm
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.schedules import warmup_cosine
 from hvp.common.engine.selecting import ViewSelector
@@ -55,6 +57,7 @@ def train_dino(config: DinoConfig, out: Path, **options: Unpack[RunOptions]) -> 
             student, teacher = (synchronised(net, s.world, s.device) for net in build_networks(config, s.device))
             dino_loss = build_loss(config).to(s.device)
             optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
+            rescuer = s.rescuer(student)
         parts: dict[str, Stateful] = {
             "student": student,
             "teacher": teacher,
@@ -64,7 +67,7 @@ def train_dino(config: DinoConfig, out: Path, **options: Unpack[RunOptions]) -> 
         with s.run("dino", parts) as run:
             model = data_parallel(student, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(model, teacher, dino_loss, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(model, teacher, dino_loss, optimizer, s.precision, rescuer, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -125,6 +128,7 @@ def train_one_epoch(
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
+    rescuer: Rescuer,
     run: Run,
     epoch: int,
     config: DinoConfig,
@@ -152,7 +156,7 @@ def train_one_epoch(
             group["weight_decay"] = wd if i == 0 else 0.0  # only the first group is regularised
 
         optimizer.zero_grad(set_to_none=True)
-        step_loss = torch.zeros((), device=precision.device)
+        step_loss, step_rescue = torch.zeros(2, device=precision.device)
         kept = None
         for number, part in enumerate(parts, start=1):
             crops = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]
@@ -171,13 +175,17 @@ def train_one_epoch(
                 views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]
                 if teacher_output is None:
                     with torch.no_grad():
-                        teacher_output = teacher(views[:1])  # [2 B, K]
+                        teacher_output, _ = teacher(views[:1])  # [2 B, K]
                 with averaging(model, on=number == num_parts):
-                    student_output = model(views)  # [(2 + local) B, K]
+                    student_output, features = model(views)  # [(2 + local) B, K]; of the global crops [2 B, .]
                 loss = dino_loss(student_output, teacher_output, epoch) / num_parts
+                step_loss += loss.detach()
+                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
+                    rescued = rescuer.loss(features, part) / num_parts
+                    step_rescue += rescued.detach()
+                    loss = loss + rescued
             precision.backward(loss)
             dino_loss.center_step(teacher_output)
-            step_loss += loss.detach()
 
         precision.unscale(optimizer)
         if optim.clip_grad:
@@ -185,17 +193,21 @@ def train_one_epoch(
         if epoch < optim.freeze_last_layer:
             for parameter in last_layer:
                 parameter.grad = None
-        loss_value = run.check(step_loss, lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        loss_value = run.check(
+            step_loss + step_rescue, lr=lr, **precision.statistics()
+        )  # before a bad loss reaches the weights
         precision.step(optimizer)
         update_ema(teacher.parameters(), student.parameters(), momentum)
         dino_loss.update_center()
 
-        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (
+            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+        )
         run.record(loss_value, lr=lr, weight_decay=wd, momentum=momentum, **statistics)
         uniform = math.log(config.model.out_dim)
         run.collapse.see(
             it,
-            abs(loss_value - uniform) < 1e-3,
+            abs(step_loss.item() - uniform) < 1e-3,
             f"for {run.collapse.steps} steps the loss has been ln(out_dim) = {uniform:.3f}: the outputs are uniform. "
             "Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
         )
@@ -205,8 +217,3 @@ def teacher_output_of(kept: Selection, teacher_logits: Tensor) -> Tensor:
     """hvp: the teacher's logits of the kept global crops, [2 B, K], out of those of all candidates, [G, B, K]."""
     images = torch.arange(len(kept.index), device=teacher_logits.device)
     return teacher_logits[kept.index[:, :2].T, images].flatten(0, 1)
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether an image's output depends on the batch it is computed in."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())

@@ -29,7 +29,7 @@ def pair_losses(
     """
     num_global, batch = crops[0].shape[:2]
     views = [crop.flatten(0, 1) for crop in crops]
-    teacher_logits = teacher(views[:1]).unflatten(0, (num_global, batch))  # [G, B, K]
+    teacher_logits = teacher(views[:1])[0].unflatten(0, (num_global, batch))  # [G, B, K]
     student_embeddings = student.embed(views).unflatten(0, (-1, batch))  # [V, B, bottleneck]
     losses = pair_cross_entropies(
         teacher_logits,

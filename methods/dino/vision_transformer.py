@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from hvp.common.networks import Encoder
+from hvp.common.networks import Encoder, Features
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.resnet import resnet50
 from hvp.common.networks.vision_transformer import build_vit
@@ -58,6 +58,14 @@ class MultiCropWrapper(nn.Module):
         """The head's bottleneck of `views`, [sum of B_i, bottleneck_dim]; `head.last_layer` makes it logits."""
         return self.head.embed(self.features(views))
 
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """The logits of `views`, [sum of B_i, K], view after view."""
-        return self.head(self.features(views))
+    def encode(self, x: Tensor) -> Features:
+        """rescue: [CLS] (or pooled) features and the head's bottleneck of views [n, 3, H, W]."""
+        features = self.backbone(x)
+        return Features(features, self.head.embed(features))
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Features]:
+        """The logits of `views`, [sum of B_i, K], view after view; and rescue: what `views[0]` was on its way there."""
+        features = self.features(views)
+        embedding = self.head.embed(features)
+        first = len(views[0])
+        return self.head.last_layer(embedding), Features(features[:first], embedding[:first])

@@ -186,5 +186,5 @@ class _Step:
                 with torch.no_grad():
                     embedding = self.teacher.embed(views[0])
             teacher_cls, teacher_patch, _ = teacher_outputs(self.teacher.head, *embedding, masks)
-            losses = self.loss(*self.student(views, masks), teacher_cls, teacher_patch, masks, 0)
+            losses = self.loss(*self.student(views, masks)[:2], teacher_cls, teacher_patch, masks, 0)
         losses.loss.backward()

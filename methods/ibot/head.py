@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hvp.common.engine.batch_norm import has_batch_norm
+from hvp.common.networks import Features
 from hvp.common.networks.heads import DINOHead, WeightNormLinear
 from hvp.common.networks.vision_transformer import VisionTransformer
 
@@ -64,7 +66,7 @@ class MultiCropWrapper(nn.Module):
         self.head = head
         # Batch norm couples what goes through the head together: its statistics are those of all patches of a batch, or
         # of all [CLS] tokens. Without it, patches that the loss does not read need not go through the head.
-        self.has_batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules())
+        self.has_batch_norm = has_batch_norm(self)
 
     def embed(self, views: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The head's bottleneck of the [CLS] tokens, [n, b], and of all patches, [n, N, b].
@@ -77,20 +79,22 @@ class MultiCropWrapper(nn.Module):
         patches = self.head.embed(tokens[:, 1:].flatten(0, 1)).unflatten(0, (len(views), -1))
         return self.head.embed(tokens[:, 0]), patches
 
-    def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's bottleneck of the [CLS] tokens, [n, b], and of the masked patches, [R, b]."""
-        if self.has_batch_norm:
-            cls, patches = self.embed(views, masks)
-            return cls, patches[masks]
+    def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Features, Tensor]:
+        """[CLS] tokens and the head's bottleneck of them, [n, .], and of the masked patches, [R, b]."""
         tokens = self.backbone.all_tokens(views, masks)
-        cls, patches = self.head.embed(torch.cat((tokens[:, 0], tokens[:, 1:][masks]))).tensor_split((len(views),))
-        return cls, patches
+        cls, patches = tokens[:, 0], tokens[:, 1:]
+        if self.has_batch_norm:
+            patches = self.head.embed(patches.flatten(0, 1)).unflatten(0, masks.shape)[masks]
+            return Features(cls, self.head.embed(cls)), patches
+        embedding, patches = self.head.embed(torch.cat((cls, patches[masks]))).tensor_split((len(views),))
+        return Features(cls, embedding), patches
 
-    def embed_cls(self, views: Tensor) -> Tensor:
-        """The head's bottleneck of the [CLS] tokens of unmasked views, [n, b]."""
-        return self.head.embed(self.backbone(views))
+    def encode(self, x: Tensor) -> Features:
+        """[CLS] tokens of unmasked views [n, 3, H, W], and the head's bottleneck of them."""
+        cls = self.backbone(x)
+        return Features(cls, self.head.embed(cls))
 
-    def forward(self, views: Sequence[Tensor], masks: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Sequence[Tensor], masks: Tensor) -> tuple[Tensor, Tensor, Features]:
         """The student's outputs.
 
         Args:
@@ -98,8 +102,9 @@ class MultiCropWrapper(nn.Module):
             masks: [n, N] bool, the patches to mask in the global views.
 
         Returns:
-            Logits of all [CLS] tokens, [n + m, K], and of the masked patches in the order of `masks`, [R, K2].
+            Logits of all [CLS] tokens, [n + m, K], and of the masked patches in the order of `masks`, [R, K2]; rescue:
+            the [CLS] tokens of the global views, and the bottleneck of them.
         """
-        cls, patches = self.embed_masked(views[0], masks)
-        cls = torch.cat((cls, *(self.embed_cls(local) for local in views[1:])))
-        return self.head.last_layer(cls), self.head.last_layer2(patches)
+        features, patches = self.embed_masked(views[0], masks)
+        cls = torch.cat((features.projection, *(self.encode(local).projection for local in views[1:])))
+        return self.head.last_layer(cls), self.head.last_layer2(patches), features

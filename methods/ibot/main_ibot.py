@@ -22,6 +22,7 @@ from hvp.common.engine.distributed import averaging, data_parallel, synchronised
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.schedules import warmup_cosine
 from hvp.common.engine.selecting import ViewSelector, of_kept
@@ -55,6 +56,7 @@ def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> 
             student, teacher = (synchronised(net, s.world, s.device) for net in build_networks(config, s.device))
             ibot_loss = build_loss(config).to(s.device)
             optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
+            rescuer = s.rescuer(student)
         parts: dict[str, Stateful] = {
             "student": student,
             "teacher": teacher,
@@ -64,7 +66,7 @@ def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> 
         with s.run("ibot", parts) as run:
             model = data_parallel(student, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(model, teacher, ibot_loss, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(model, teacher, ibot_loss, optimizer, s.precision, rescuer, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -155,6 +157,7 @@ def train_one_epoch(
     ibot_loss: iBOTLoss,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
+    rescuer: Rescuer,
     run: Run,
     epoch: int,
     config: IbotConfig,
@@ -185,7 +188,7 @@ def train_one_epoch(
             group["weight_decay"] = wd if i == 0 else 0.0  # only the first group is regularised
 
         optimizer.zero_grad(set_to_none=True)
-        step_losses = torch.zeros(3, device=precision.device)  # both together, [CLS] part, patch part
+        step_losses = torch.zeros(3, device=precision.device)  # all together, [CLS] part, patch part
         kept = None
         for number, part in enumerate(parts, start=1):
             batch = part.to(precision.device, non_blocking=True)
@@ -210,11 +213,15 @@ def train_one_epoch(
                         embedding = teacher.embed(views[0])  # [2 B, b] and [2 B, N, b]
                 teacher_cls, teacher_patch, teacher_patch_mean = teacher_outputs(teacher.head, *embedding, masks)
                 with averaging(model, on=number == num_parts):
-                    student_cls, student_patch = model(views, masks)  # [(2 + local) B, K] and [R, K2]
+                    # [(2 + local) B, K] and [R, K2]; of the global crops [2 B, .]
+                    student_cls, student_patch, features = model(views, masks)
                 losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, masks, epoch)
-            precision.backward(losses.loss / num_parts)
+                loss = losses.loss
+                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
+                    loss = loss + rescuer.loss(features, part)
+            precision.backward(loss / num_parts)
             ibot_loss.center_step(teacher_cls, teacher_patch_mean)
-            step_losses += torch.stack(losses).detach() / num_parts
+            step_losses += torch.stack((loss, *losses[1:])).detach() / num_parts
 
         precision.unscale(optimizer)
         if optim.clip_grad:
@@ -222,15 +229,17 @@ def train_one_epoch(
         if epoch < optim.freeze_last_layer:
             for parameter in last_layers:
                 parameter.grad = None
-        loss = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        loss_value = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
         update_ema(teacher.parameters(), averaged, momentum)
         ibot_loss.update_center()
 
         _, loss_cls, loss_patch = step_losses.tolist()
-        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (
+            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+        )
         run.record(
-            loss,
+            loss_value,
             loss_cls=loss_cls,
             loss_patch=loss_patch,
             lr=lr,

@@ -49,8 +49,8 @@ def pair_losses(
     num_global, batch = crops[0].shape[:2]
     views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
     teacher_cls, teacher_patches = teacher.embed(views[0])
-    cls, patches = student.embed_masked(views[0], rows)
-    cls = torch.cat((cls, *(student.embed_cls(local) for local in views[1:])))
+    features, patches = student.embed_masked(views[0], rows)
+    cls = torch.cat((features.projection, *(student.encode(local).projection for local in views[1:])))
     losses = loss_matrix(
         teacher.head.last_layer(teacher_cls).unflatten(0, (num_global, batch)),
         teacher_patches[rows],

@@ -126,5 +126,5 @@ class _Step:
     def _train(self, views: list[Tensor]) -> None:
         self.model.zero_grad(set_to_none=True)
         with self.precision.autocast():
-            loss = nt_xent_loss(self.model(views[0].flatten(0, 1)).unflatten(0, (2, -1)), TEMPERATURE)
+            loss = nt_xent_loss(self.model(views[0].flatten(0, 1)).projection.unflatten(0, (2, -1)), TEMPERATURE)
         loss.backward()

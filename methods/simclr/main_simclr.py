@@ -21,6 +21,7 @@ from hvp.common.engine.collapse import feature_spread
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run
 from hvp.common.engine.schedules import warmup_cosine
 from hvp.common.engine.selecting import ViewSelector
@@ -53,10 +54,11 @@ def train_simclr(config: SimclrConfig, out: Path, **options: Unpack[RunOptions])
             simclr = synchronised(build_model(config, s.device), s.world, s.device)
             optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(simclr.named_parameters()))
             optimizer.param_groups[0]["weight_decay"] = config.optim.weight_decay
+            rescuer = s.rescuer(simclr)
         with s.run("simclr", {"model": simclr, "optimizer": optimizer}) as run:
             model = data_parallel(simclr, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(model, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(model, optimizer, s.precision, rescuer, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -84,6 +86,7 @@ def train_one_epoch(
     model: SimCLR | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
+    rescuer: Rescuer,
     run: Run,
     epoch: int,
     config: SimclrConfig,
@@ -105,7 +108,7 @@ def train_one_epoch(
             group["lr"] = lr
 
         optimizer.zero_grad(set_to_none=True)
-        step_loss = torch.zeros((), device=precision.device)
+        step_loss, step_rescue = torch.zeros(2, device=precision.device)
         kept = None
         for number, part in enumerate(parts, start=1):
             views = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]  # [N, B, ...]
@@ -119,21 +122,30 @@ def train_one_epoch(
                 else:
                     views = selector.first(views)
                 with averaging(model, on=number == num_parts):
-                    z = model(views[0].flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
+                    features = model(views[0].flatten(0, 1))  # of both views, [2 B, .]
+                z = features.projection.unflatten(0, (2, -1))  # [2, B, D]
                 loss = nt_xent_loss(z, temperature, run.world) / num_parts
+                step_loss += loss.detach()
+                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
+                    rescued = rescuer.loss(features, part) / num_parts
+                    step_rescue += rescued.detach()
+                    loss = loss + rescued
             precision.backward(loss)
-            step_loss += loss.detach()
 
         precision.unscale(optimizer)
-        loss_value = run.check(step_loss, lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        loss_value = run.check(
+            step_loss + step_rescue, lr=lr, **precision.statistics()
+        )  # before a bad loss reaches the weights
         precision.step(optimizer)
 
         spread = feature_spread(z.detach().flatten(0, 1))
-        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (
+            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+        )
         run.record(loss_value, lr=lr, spread=spread, **statistics)
         run.collapse.see(
             it,
-            abs(loss_value - chance) < 1e-3 or spread < 1e-2,
+            abs(step_loss.item() - chance) < 1e-3 or spread < 1e-2,
             f"for {run.collapse.steps} steps the loss has been that of chance, ln(2 B - 1) = {chance:.3f}, or the "
             "projections one point. Lower the learning rate, or warm it up for longer",
         )

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from hvp.common.networks import Features
 from hvp.common.networks.resnet import ConvNet
 
 
@@ -46,7 +47,12 @@ class SimCLR(nn.Module):
         self.backbone = backbone
         self.projector = projector
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to projections [B, D]. All views of a step are one batch, whose statistics they share."""
-        projections: Tensor = self.projector(self.backbone(x))
-        return projections
+    def forward(self, x: Tensor) -> Features:
+        """Images [B, 3, H, W] to features and projections. All views of a step are one batch, whose statistics they
+        share."""
+        return self.encode(x)
+
+    def encode(self, x: Tensor) -> Features:
+        """rescue: the same."""
+        features: Tensor = self.backbone(x)
+        return Features(features, self.projector(features))

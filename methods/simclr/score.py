@@ -30,7 +30,7 @@ def pair_losses(model: SimCLR, views: list[Tensor], temperature: float, world: W
         [B, N, N], the result of `pair_nt_xent()`.
     """
     (candidates,) = views
-    z = model(candidates.flatten(0, 1)).unflatten(0, candidates.shape[:2])  # [N, B, D]
+    z = model(candidates.flatten(0, 1)).projection.unflatten(0, candidates.shape[:2])  # [N, B, D]
     return pair_nt_xent(z, temperature, world)
 
 

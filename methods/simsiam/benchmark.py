@@ -108,5 +108,5 @@ class _Step:
         self.model.zero_grad(set_to_none=True)
         x1, x2 = views[0]
         with self.precision.autocast():
-            loss = symmetric_loss(*self.model(x1, x2))
+            loss = symmetric_loss(*self.model(x1, x2)[:4])
         loss.backward()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from hvp.common.networks import Features
 from hvp.common.networks.resnet import ConvNet
 
 
@@ -52,7 +54,7 @@ class SimSiam(nn.Module):
             nn.Linear(pred_dim, dim),
         )
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Features]:
         """Both views of every image, one after the other: batch norm sees one view at a time.
 
         Args:
@@ -61,10 +63,16 @@ class SimSiam(nn.Module):
         Returns:
             p1, p2: predictions, [B, D].
             z1, z2: projections, [B, D]; no gradient flows through them.
+            features: rescue: features and projections of both views, [2 B, .], with gradient.
         """
-        z1, z2 = self.encoder(x1), self.encoder(x2)
+        (h1, z1), (h2, z2) = self.encode(x1), self.encode(x2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
-        return p1, p2, z1.detach(), z2.detach()
+        return p1, p2, z1.detach(), z2.detach(), Features(torch.cat((h1, h2)), torch.cat((z1, z2)))
+
+    def encode(self, x: Tensor) -> Features:
+        """Features and projections of views [n, 3, H, W]."""
+        features = self.encoder.pooled(x)
+        return Features(features, self.encoder.fc(features))
 
     def single_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """hvp: any views [N, 3, H, W] in one batch, over all of which batch norm takes its statistics.

@@ -28,6 +28,7 @@ from hvp.common.engine.distributed import (
 )
 from hvp.common.engine.optimizers import build_optimizer
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run
 from hvp.common.engine.schedules import cosine
 from hvp.common.engine.selecting import ViewSelector
@@ -63,10 +64,11 @@ def train_simsiam(config: SimSiamConfig, out: Path, **options: Unpack[RunOptions
             check_batch(config, s.world)
             model = synchronised(build_model(config, s.device), s.world, s.device)
             optimizer = build_optimizer(config.optim.optimizer, parameter_groups(model, config.optim.weight_decay))
+            rescuer = s.rescuer(model)
         with s.run("simsiam", {"model": model, "optimizer": optimizer}) as run:
             ddp = data_parallel(model, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(ddp, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(ddp, optimizer, s.precision, rescuer, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -135,6 +137,7 @@ def train_one_epoch(
     model: SimSiam | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
+    rescuer: Rescuer,
     run: Run,
     epoch: int,
     config: SimSiamConfig,
@@ -149,7 +152,7 @@ def train_one_epoch(
     encoder["lr"], predictor["lr"] = lr, config.peak_lr if config.optim.fix_pred_lr else lr
     for it, parts in run.steps(epoch):
         optimizer.zero_grad(set_to_none=True)
-        step_loss = torch.zeros((), device=precision.device)
+        step_loss, step_rescue = torch.zeros(2, device=precision.device)
         kept = None
         for number, part in enumerate(parts, start=1):
             views = [normalize(pixels) for pixels in part.to(precision.device, non_blocking=True).pixels]
@@ -164,17 +167,25 @@ def train_one_epoch(
                     views = selector.first(views)
                 x1, x2 = views[0]  # each [B, 3, H, W]
                 with averaging(model, on=number == num_parts):
-                    p1, p2, z1, z2 = model(x1, x2)  # each [B, D]
+                    p1, p2, z1, z2, features = model(x1, x2)  # each [B, D]; features of both views [2 B, .]
                 loss = symmetric_loss(p1, p2, z1, z2) / num_parts
+                step_loss += loss.detach()
+                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
+                    rescued = rescuer.loss(features, part) / num_parts
+                    step_rescue += rescued.detach()
+                    loss = loss + rescued
             precision.backward(loss)
-            step_loss += loss.detach()
 
         precision.unscale(optimizer)
-        loss_value = run.check(step_loss, lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        loss_value = run.check(
+            step_loss + step_rescue, lr=lr, **precision.statistics()
+        )  # before a bad loss reaches the weights
         precision.step(optimizer)
 
         spread = feature_spread(z1)
-        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (
+            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+        )
         run.record(loss_value, lr=lr, spread=spread, **statistics)
         run.collapse.see(
             it,

@@ -20,12 +20,13 @@ from rich.console import Console
 
 from hvp.common.config import read_yaml, resolve
 from hvp.common.data import open_dataset
-from hvp.common.engine import training
+from hvp.common.engine import rescuing, training
 from hvp.common.engine.checkpoint import load_checkpoint
 from hvp.common.engine.run import Run
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.evaluation.knn import evaluate_knn
 from hvp.common.sections import RunConfig
+from hvp.common.views import first_views
 from hvp.methods import METHODS, get_method, get_preset
 
 STEPS, STEPS_PER_EPOCH = 8, 4
@@ -121,6 +122,28 @@ def weights_differ(a: Trained, b: Trained) -> bool:
     )
 
 
+def stopped_at(
+    stop: int, out: Path, name: str, changes: dict[str, Any], patch: pytest.MonkeyPatch, *, resume: bool = False
+) -> None:
+    """A run that ends without a word after so many steps, with a checkpoint of each."""
+
+    class Killed(Exception):
+        pass
+
+    record = Run.record
+
+    def killed(run: Run, loss: float, **values: Any) -> None:
+        if run.step == stop:
+            raise Killed
+        record(run, loss, **values)
+
+    with patch.context() as patched:
+        patched.setattr(Run, "record", killed)
+        with pytest.raises(Killed):
+            train(name, out, {**changes, "train.save_every": 1}, resume=resume)
+    assert load_checkpoint(out / "last.pt")["step"] == stop
+
+
 @pytest.fixture(scope="module", params=METHODS)
 def name(request) -> str:
     method: str = request.param
@@ -202,6 +225,73 @@ def test_hard_views_change_the_run(name, hard, vanilla):
     assert not any("kept_hist" in row for row in vanilla.rows)
 
 
+# Half of the images, at a weight that shows in eight steps.
+RESCUE = {"rescue.enabled": True, "rescue.k": 4, "rescue.s": 1.0}
+
+
+@pytest.fixture(scope="module")
+def rescued(name, tmp_path_factory) -> Trained:
+    """A run with Rescue, and without hard views."""
+    return train(name, tmp_path_factory.mktemp(name) / "rescued", {"selection.hard_views": "none", **RESCUE})
+
+
+@pytest.fixture(scope="module")
+def both(name, tmp_path_factory) -> Trained:
+    """A run with hard views and Rescue."""
+    return train(name, tmp_path_factory.mktemp(name) / "both", RESCUE)
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "hard", "rescued", "both"])
+def test_every_choice_of_views_trains_and_acts(name, mode, request):
+    runs = {key: request.getfixturevalue(key) for key in ("vanilla", "hard", "rescued", "both")}
+    run = runs.pop(mode)
+    assert len(run.rows) == STEPS
+    assert all(math.isfinite(row["loss"]) for row in run.rows)
+    assert all(weights_differ(run, other) for other in runs.values())
+    for row in run.rows:
+        # hard views: others than the first of the sampled ones, which are the random ones, are trained on
+        assert ("kept_hist" in row) == (mode in ("hard", "both"))
+        # Rescue: strong views were made and compared
+        assert ("strong_similarity" in row) == (mode in ("rescued", "both"))
+    if mode in ("hard", "both"):
+        config = config_of(name, {})
+        first, num_kept = list(first_views(config.view_slots())), config.combination_slots().num_slots
+        assert any(sum(row["kept_hist"][view] for view in first) < num_kept for row in run.rows)
+
+
+def test_strong_views_enter_the_loss(name, rescued, vanilla):
+    """Before the first step the weights are equal, and so is the method's own loss."""
+    first, without = rescued.rows[0], vanilla.rows[0]
+    assert first["loss"] - without["loss"] == pytest.approx(-first["strong_similarity"], abs=1e-5)
+    assert first["easy_similarity"] > first["strong_similarity"]
+
+
+def test_rescuing_no_image_is_vanilla(name, vanilla, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescuing, "rescue", None)
+    assert_same(vanilla, train(name, tmp_path / "run", {"selection.hard_views": "none", **RESCUE, "rescue.k": 0}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"rescue.feature": "backbone"}, {"rescue.stop_gradient": True}, {"rescue.direction": "push"}], ids=str
+)
+def test_what_the_rescue_paper_leaves_open_can_be_switched(name, rescued, tmp_path, change):
+    run = train(name, tmp_path / "run", {"selection.hard_views": "none", **RESCUE, **change})
+    assert all(math.isfinite(row["loss"]) for row in run.rows)
+    assert weights_differ(run, rescued)
+
+
+def test_a_resumed_run_with_rescue_is_the_uninterrupted_one(name, both, tmp_path, monkeypatch):
+    stopped_at(3, tmp_path / "run", name, RESCUE, monkeypatch)
+    assert_same(both, train(name, tmp_path / "run", RESCUE, resume=True))
+
+
+@pytest.mark.parametrize("changes", [{"train.accumulate": 2}, {"train.precision": "bf16"}], ids=["parts", "bf16"])
+def test_rescue_in_parts_and_half_precision_trains(name, both, tmp_path, changes):
+    run = train(name, tmp_path / "run", {**RESCUE, **changes})
+    assert all(math.isfinite(row["loss"]) and abs(row["strong_similarity"]) <= 1 for row in run.rows)
+    assert weights_differ(run, both)
+
+
 def test_the_same_seed_gives_the_same_run_for_any_workers(name, hard, tmp_path):
     assert_same(hard, train(name, tmp_path / "workers", {"data.workers": 2}))
     assert weights_differ(hard, train(name, tmp_path / "seed", {"train.seed": 1}))
@@ -210,23 +300,8 @@ def test_the_same_seed_gives_the_same_run_for_any_workers(name, hard, tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one(name, hard, tmp_path, monkeypatch):
     """Stopped in both epochs, and gone on from with another number of workers."""
 
-    class Killed(Exception):
-        pass
-
-    record = Run.record
-    for stop, workers in ((2, 0), (STEPS_PER_EPOCH + 1, 1)):
-
-        def killed(run: Run, loss: float, *, stop: int = stop, **values: Any) -> None:
-            if run.step == stop:
-                raise Killed
-            record(run, loss, **values)
-
-        monkeypatch.setattr(Run, "record", killed)
-        changes = {"train.save_every": 1, "data.workers": workers}
-        with pytest.raises(Killed):
-            train(name, tmp_path / "run", changes, resume=stop > 2)
-        assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == stop
-    monkeypatch.setattr(Run, "record", record)
+    stopped_at(2, tmp_path / "run", name, {"data.workers": 0}, monkeypatch)
+    stopped_at(STEPS_PER_EPOCH + 1, tmp_path / "run", name, {"data.workers": 1}, monkeypatch, resume=True)
     assert_same(hard, train(name, tmp_path / "run", {"train.save_every": 1}, resume=True))
 
 
@@ -296,7 +371,8 @@ TOLERANCE = {
 
 
 def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
-    changes = ALIKE.get(name, {})
+    """With Rescue of all images, as each process chooses among its own."""
+    changes = {**ALIKE.get(name, {}), **RESCUE, "rescue.k": 8}
     one = train(name, tmp_path / "one", changes)
     out = tmp_path / "two"
     # --standalone takes a free port; without, every run of the machine meets at 29500
@@ -311,6 +387,6 @@ def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
     assert len(two.state["processes"]) == 2
     for ours, theirs in zip(two.rows, one.rows, strict=True):
         assert ours["lr"] == theirs["lr"]
-        for key in ("loss", "kept_loss"):
+        for key in ("loss", "kept_loss", "strong_similarity"):
             assert ours[key] == pytest.approx(theirs[key], **TOLERANCE[name]), (key, ours["step"])
         assert ours["kept_hist"] == theirs["kept_hist"], ours["step"]

@@ -17,6 +17,7 @@ from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World
 from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.timing import Stopwatch
 from hvp.common.hardviews import Selection, Slots, select
 from hvp.common.networks.heads import DINOHead
@@ -121,9 +122,10 @@ def train(f: Fixture) -> Outcome:
         patch.setattr(main_dino, "normalize", lambda pixels: pixels)
         patch.setattr(selecting, "select", select_listed)
         run: Any = FormulaRun(f, outcome)
+        rescuer = Rescuer(config_of(f), student, None, World(), CPU)
         for epoch in range(c["epochs"]):
             main_dino.train_one_epoch(
-                student, teacher, dino_loss, optimizer, Precision("fp32", CPU), run, epoch, config_of(f)
+                student, teacher, dino_loss, optimizer, Precision("fp32", CPU), rescuer, run, epoch, config_of(f)
             )
             for kept, state in ((outcome.student, student.state_dict()), (outcome.teacher, teacher.state_dict())):
                 kept.append({key: value.clone() for key, value in state.items()})

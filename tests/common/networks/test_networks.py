@@ -161,9 +161,9 @@ def test_views_of_one_resolution_share_a_forward(micro: VisionTransformer) -> No
     batches = []
     micro.register_forward_pre_hook(lambda _, args: batches.append(list(args[0].shape)))
     views = [images(2, 32, 1), images(2, 32, 2), images(2, 16, 3), images(2, 16, 4), images(2, 16, 5)]
-    output = wrapper(views)
+    output, _ = wrapper(views)
     assert batches == [[4, 3, 32, 32], [6, 3, 16, 16]]
-    one_by_one = torch.cat([wrapper([view]) for view in views])
+    one_by_one = torch.cat([wrapper([view])[0] for view in views])
     torch.testing.assert_close(output, one_by_one)
     torch.testing.assert_close(wrapper.head.last_layer(wrapper.embed(views)), output)
 

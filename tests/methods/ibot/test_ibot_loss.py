@@ -144,7 +144,7 @@ def test_only_masked_patches_go_through_the_head(network: MultiCropWrapper) -> N
     x, masks = noise(3, 3, 32, 32), some_masks()
     rows = []
     network.head.mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    cls, patch = network([x, noise(4, 3, 16, 16)], masks)
+    cls, patch, _ = network([x, noise(4, 3, 16, 16)], masks)
     assert rows == [3 + 5, 4]
     all_cls, all_patches = network.embed(x, masks)
     torch.testing.assert_close(cls[:3], network.head.last_layer(all_cls))
@@ -158,7 +158,7 @@ def test_batch_norm_has_the_statistics_of_all_patches_and_of_all_cls_tokens() ->
     network = MultiCropWrapper(backbone, head)
     rows = []
     head.mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    cls, patch = network([noise(3, 3, 32, 32), noise(4, 3, 16, 16)], some_masks())
+    cls, patch, _ = network([noise(3, 3, 32, 32), noise(4, 3, 16, 16)], some_masks())
     assert sorted(rows) == [3, 4, 3 * 16]
     assert (cls.shape, patch.shape) == ((7, 9), (5, 5))
 
@@ -184,6 +184,6 @@ def test_no_masks_are_no_mask_token(network: MultiCropWrapper) -> None:
 
 def test_every_parameter_has_a_gradient_even_without_masked_patches(network: MultiCropWrapper) -> None:
     """As data-parallel training needs it."""
-    cls, patch = network([noise(2, 3, 32, 32)], torch.zeros(2, 16, dtype=torch.bool))
+    cls, patch, _ = network([noise(2, 3, 32, 32)], torch.zeros(2, 16, dtype=torch.bool))
     (cls.sum() + patch.sum()).backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)

@@ -64,7 +64,7 @@ def test_first_step(tmp_path, hard_views):
         kept = select([views], losses, config.combination_slots())
         assert rows[0]["kept_loss"] == pytest.approx(kept.loss.mean().item(), rel=1e-5)
         (views,) = kept.views
-    loss = nt_xent_loss(model(views.flatten(0, 1)).unflatten(0, (2, 8)), config.loss.temperature)
+    loss = nt_xent_loss(model(views.flatten(0, 1)).projection.unflatten(0, (2, 8)), config.loss.temperature)
     assert rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert 0 < rows[0]["spread"] < 1.1
 
