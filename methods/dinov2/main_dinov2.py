@@ -1,7 +1,7 @@
-"""DINOv2, with hard views: the trainer.
+"""DINOv2, with hard views and Rescue: the trainer.
 
-Shaped like the upstream's train/train.py and train/ssl_meta_arch.py; `# hvp:` marks what is not in it. With
-`selection.hard_views: none` none of that runs.
+Shaped like the upstream's train/train.py and train/ssl_meta_arch.py; `# hvp:` and `# rescue:` mark what is not in it.
+With `selection.hard_views: none` and without `rescue.enabled` none of that runs.
 
     # B images, G global and V = G + M candidate crops (G = 2, V = 2 + M without hard views), N patches of a global crop
     # R of the patches are masked; K and K2 prototypes ([CLS] and patches), D embedding dim, b bottleneck dim
@@ -22,6 +22,7 @@ from hvp.common.engine.distributed import assert_equal_weights, averaging, data_
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.selecting import ViewSelector, of_kept
 from hvp.common.engine.sharding import Whole, local, release, shard
@@ -59,6 +60,7 @@ def train_dinov2(config: DINOv2Config, out: Path, **options: Unpack[RunOptions])
             check_lengths(config, s.loader.steps_per_epoch, s.world.size)
             student, teacher = build_networks(config, s.device)
             dinov2_loss = build_loss(config).to(s.device)
+            rescuer = s.rescuer(student)
         sharded = config.train.sharding == "fsdp" and s.world.size > 1
         if sharded:
             assert_equal_weights(student, s.world)
@@ -71,7 +73,7 @@ def train_dinov2(config: DINOv2Config, out: Path, **options: Unpack[RunOptions])
         with s.run("dinov2", {**parts, "dinov2_loss": dinov2_loss}) as run:
             model = student if sharded else data_parallel(student, s.world, s.device)
             for epoch in run.epochs:
-                train_one_epoch(model, teacher, dinov2_loss, optimizer, s.precision, run, epoch, config)
+                train_one_epoch(model, teacher, dinov2_loss, optimizer, s.precision, rescuer, run, epoch, config)
             return run.last_checkpoint
 
 
@@ -175,6 +177,7 @@ def train_one_epoch(
     dinov2_loss: DINOv2Loss,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
+    rescuer: Rescuer,
     run: Run,
     epoch: int,
     config: DINOv2Config,
@@ -220,26 +223,37 @@ def train_one_epoch(
                 with averaging(model, on=number == num_parts):
                     outputs = model(views, masks)
                 losses = dinov2_loss(
-                    outputs.cls, outputs.patch, outputs.features, teacher_cls, teacher_patch, masks, teacher_temp
+                    outputs.cls,
+                    outputs.patch,
+                    outputs.features.backbone,
+                    teacher_cls,
+                    teacher_patch,
+                    masks,
+                    teacher_temp,
                 )
-            precision.backward(losses.loss / num_parts)
+                loss = losses.loss
+                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
+                    loss = loss + rescuer.loss(outputs.features, part)
+            precision.backward(loss / num_parts)
             dinov2_loss.center_step(teacher_cls, teacher_patch)
-            step_losses += torch.stack(losses).detach() / num_parts
+            step_losses += torch.stack((loss, *losses[1:])).detach() / num_parts
 
         precision.unscale(optimizer)
         if optim.clip_grad:
             for module in student.children():  # backbone and heads, each by its own norm
                 nn.utils.clip_grad_norm_(module.parameters(), optim.clip_grad)
-        loss = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
+        loss_value = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
         release(teacher)
         update_ema(local(teacher.parameters()), local(student.parameters()), momentum)
         dinov2_loss.update_center()
 
         _, loss_global, loss_local, loss_koleo, loss_patch = step_losses.tolist()
-        statistics = precision.statistics() | (selector.statistics(kept) if run.row_due else {})
+        statistics = precision.statistics() | (
+            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+        )
         run.record(
-            loss,
+            loss_value,
             loss_global=loss_global,
             loss_local=loss_local,
             loss_koleo=loss_koleo,
@@ -254,8 +268,8 @@ def train_one_epoch(
         run.collapse.see(
             it,
             abs(loss_cls - config.dino.loss_weight * uniform) < 1e-3 * config.dino.loss_weight,
-            f"for {run.collapse.steps} steps the [CLS] loss has been ln(head_n_prototypes) = {uniform:.3f}: outputs are "
-            "uniform. Lower the learning rate or the teacher temperature",
+            f"for {run.collapse.steps} steps the [CLS] loss has been ln(head_n_prototypes) = {uniform:.3f}: outputs "
+            "are uniform. Lower the learning rate or the teacher temperature",
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvp.common.engine.sharding import Unit
+from hvp.common.networks import Features
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer
 
@@ -24,10 +25,8 @@ class StudentOutputs(NamedTuple):
     """Logits of all [CLS] tokens, [n + m, K]."""
     patch: Tensor
     """Logits of the masked patches, in the order of the masks, [R, K2]."""
-    features: Tensor
-    """The backbone's [CLS] tokens of the global views, [n, D]."""
-    embedding: Tensor
-    """The head's bottleneck of those, of length 1, [n, b]."""
+    features: Features
+    """Of the global views, [n, .]: the backbone's [CLS] tokens, which KoLeo spreads, and the head's bottleneck."""
 
 
 class Network(nn.Module):
@@ -64,14 +63,17 @@ class Network(nn.Module):
         """The bottleneck of [CLS] tokens, [n, b], and of the patches that `masks` marks, [R, b]; all are seen."""
         return self._embed(self.backbone.all_tokens(views), masks)
 
-    def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The backbone's [CLS] tokens [n, D], and both bottlenecks, of views whose marked patches are hidden."""
+    def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Features, Tensor]:
+        """[CLS] tokens and their bottleneck, [n, .], and the bottleneck of the marked patches, which are hidden,
+        [R, b]."""
         tokens = self.backbone.all_tokens(views, masks)
-        return tokens[:, 0], *self._embed(tokens, masks)
+        cls, patches = self._embed(tokens, masks)
+        return Features(tokens[:, 0], cls), patches
 
-    def embed_cls(self, views: Tensor) -> Tensor:
-        """The bottleneck of the [CLS] tokens of unmasked views, [n, b]."""
-        return self.dino_head.embed(self.backbone(views))
+    def encode(self, x: Tensor) -> Features:
+        """[CLS] tokens of unmasked views [n, 3, H, W], and the head's bottleneck of them."""
+        cls = self.backbone(x)
+        return Features(cls, self.dino_head.embed(cls))
 
     def _embed(self, tokens: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         cls, patches = tokens[:, 0], tokens[:, 1:][masks]
@@ -84,6 +86,6 @@ class Network(nn.Module):
             views: global views [n, 3, H, W] and, where there are any, local ones [m, 3, h, w], which stay unmasked.
             masks: [n, N] bool, the patches to hide in the global views.
         """
-        features, cls, patches = self.embed_masked(views[0], masks)
-        all_cls = torch.cat((cls, *(self.embed_cls(local) for local in views[1:])))
-        return StudentOutputs(self.dino_head.last_layer(all_cls), self.patch_head.last_layer(patches), features, cls)
+        features, patches = self.embed_masked(views[0], masks)
+        cls = torch.cat((features.projection, *(self.encode(local).projection for local in views[1:])))
+        return StudentOutputs(self.dino_head.last_layer(cls), self.patch_head.last_layer(patches), features)

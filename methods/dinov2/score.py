@@ -44,8 +44,8 @@ def pair_losses(
     num_global, batch = crops[0].shape[:2]
     views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
     teacher_cls, teacher_patch = teacher.embed_teacher(views[0], rows)
-    _, student_cls, student_patch = student.embed_masked(views[0], rows)
-    student_cls = torch.cat((student_cls, *(student.embed_cls(local) for local in views[1:])))
+    features, student_patch = student.embed_masked(views[0], rows)
+    student_cls = torch.cat((features.projection, *(student.encode(local).projection for local in views[1:])))
 
     temps = teacher_temp, dinov2_loss.student_temp
     targets = teacher.dino_head.last_layer(teacher_cls)  # [G B, K]

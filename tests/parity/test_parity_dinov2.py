@@ -279,7 +279,7 @@ def test_total_objective(case: str) -> None:
         teacher_cls = teacher.dino_head.last_layer(embedded[0])
         teacher_patch = teacher.patch_head.last_layer(embedded[1])
     out = student([whole, local], masks)
-    losses = loss_fn(out.cls, out.patch, out.features, teacher_cls, teacher_patch, masks, c["teacher_temp"])
+    losses = loss_fn(out.cls, out.patch, out.features.backbone, teacher_cls, teacher_patch, masks, c["teacher_temp"])
     losses.loss.backward()
     assert_close(losses.loss, t["total_loss"], f, "total")
     assert_close(losses.dino_local, t["loss.dino_local_crops_loss"], f, "local crops")
