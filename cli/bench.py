@@ -54,8 +54,27 @@ def overhead(
     _report(_benchmark(method).overhead_rows(rounds or 5, pick_device(device.value), batch_size), json)
 
 
+@app.command()
+def rescue(
+    method: MethodName = "simclr",
+    json: ToFile = None,
+    rounds: Rounds = None,
+    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = Device.cpu,
+) -> None:
+    """A method's step with Rescue over the step without, and the loading of strong views."""
+    from hvp.common.engine.precision import pick_device
+    from hvp.common.errors import UserError
+    from hvp.common.views.benchmark import strong_rows
+
+    benchmark = _benchmark(method)
+    if not hasattr(benchmark, "rescue_rows"):
+        raise UserError(f"{method}: its step with Rescue has no benchmark; that of simclr has")
+    rows = benchmark.rescue_rows(rounds or 3, pick_device(device.value))
+    _report([*rows, *strong_rows(rounds or 7)], json)
+
+
 def _benchmark(method: str) -> Any:
-    """The module of a method's benchmarks, with `select_rows()` and `overhead_rows()`."""
+    """The module of a method's benchmarks, with `select_rows()` and `overhead_rows()`, and perhaps `rescue_rows()`."""
     from hvp.methods import get_method
 
     return import_module(f"hvp.methods.{get_method(method).name}.benchmark")

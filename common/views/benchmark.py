@@ -1,7 +1,9 @@
-"""`hvp bench loader`: what the fast pipeline gains over the upstreams' way of making views, on one core.
+"""`hvp bench loader`: what the fast pipeline gains over the upstreams' way of making views, on one core; and for
+`hvp bench rescue`, what strong views cost.
 
-The reference side is the plain procedure, written out below: each image decoded once, each view made by torchvision's
-v1 transforms on PIL images, turned into a normalised float tensor. Both sides start from the same JPEG files in memory.
+The loader's reference side is the plain procedure, written out below: each image decoded once, each view made by
+torchvision's v1 transforms on PIL images, turned into a normalised float tensor. All start from the same JPEG files in
+memory.
 """
 
 import io
@@ -16,10 +18,14 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from hvp.common.benchmark import Row, interleaved, ratio, threads
+from hvp.common.benchmark import Row, benchmark_settings, interleaved, keep_freed_memory, ratio, threads
+from hvp.common.engine.distributed import World
+from hvp.common.engine.rescuing import IMAGES_FOR_ONE, RescuedNetwork, Rescuer, images_to_rescue, strong_transform
+from hvp.common.sections import RunConfig
 from hvp.common.views.loader import MultiViewLoader, ViewBatch
 from hvp.common.views.normalize import MEAN, STD
 from hvp.common.views.parameters import ViewSlot, ViewTransform
+from hvp.common.views.strong import StrongTransform, StrongViews
 
 IMAGES, ROUNDS = 8, 5
 IMAGE_SIZE = (375, 500)
@@ -84,6 +90,72 @@ def loader_rows(rounds: int = 7) -> list[Row]:
     ]
 
 
+def strong_rows(rounds: int = 7) -> list[Row]:
+    """Strong views of a 64th of a batch: the images read again, over all decoded images of the batch kept in memory
+    that workers share, from where the few are taken. `memory_mb` is that memory, which reading again does not need."""
+    batch = 128
+    source = _Jpegs(batch)
+    decoded = [source.read(index) for index in range(batch)]
+    kept = [torch.empty((*IMAGE_SIZE, 3), dtype=torch.uint8).share_memory_() for _ in range(batch)]
+    transform = StrongTransform(GLOBAL_1)
+    again = StrongViews(source, transform, seed=0, threads=1)
+    from_kept = StrongViews(_Arrays([tensor.numpy() for tensor in kept]), transform, seed=0, threads=1)
+    keys = [(0, index) for index in range(0, batch, IMAGES_FOR_ONE)]
+    views: list[Tensor] = []
+
+    def read_again() -> None:
+        views[:] = [again(keys)]
+
+    def keep_all() -> None:
+        for tensor, image in zip(kept, decoded, strict=True):
+            tensor.numpy()[:] = image
+        views[1:] = [from_kept(keys)]
+
+    try:
+        with benchmark_settings(torch.device("cpu")):
+            seconds, reference = interleaved([read_again, keep_all], rounds)
+    finally:
+        again.close()
+        from_kept.close()
+    case = f"strong views of {len(keys)} of {batch} images, read again, over keeping the decoded images of the batch"
+    memory = sum(tensor.nbytes for tensor in kept) / 1e6
+    equal = torch.equal(*views)
+    return [
+        Row("rescue", case, ratio(seconds, reference), 1.0, True, memory, median(seconds), median(reference), equal)
+    ]
+
+
+def rescue_row(
+    train: Callable[[Rescuer | None, ViewBatch], None],
+    config: RunConfig,
+    network: RescuedNetwork,
+    case: str,
+    rounds: int,
+    device: torch.device,
+) -> Row:
+    """A training step with Rescue, of as many images as `config` says, over the same step without.
+
+    Args:
+        train: forward and backward of one batch, with the Rescue loss where a rescuer is given; the images of its
+            strong views are made photographs.
+        config: of the run; its batch size is that of the step.
+        network: what is trained.
+        case: how the row is called.
+        rounds: measurements of each side.
+        device: where the step runs.
+    """
+    batch, count = config.train.batch_size, images_to_rescue(config, World())
+    strong = StrongViews(_Jpegs(batch), strong_transform(config), seed=0, threads=min(2, count))
+    rescuer = Rescuer(config, network, strong, World(), device)
+    part = ViewBatch([], torch.empty(0), torch.arange(batch))
+    keep_freed_memory()
+    try:
+        seconds, reference = interleaved([lambda: train(rescuer, part), lambda: train(None, part)], rounds, device)
+    finally:
+        strong.close()
+    return Row("rescue", case, ratio(seconds, reference), 1.05, True, None, median(seconds), median(reference))
+
+
 def photograph(index: int, height: int, width: int) -> bytes:
     """A JPEG file (quality 90) of a made picture with what photographs have: gradients, textures, edges, noise."""
     rng = np.random.default_rng([index, height, width])
@@ -126,6 +198,27 @@ class _Jpegs:
 
     def describe(self, index: int) -> str:
         return f"made photograph {index}"
+
+
+class _Arrays:
+    """An ImageSource of decoded images."""
+
+    name, classes = "decoded images", None
+
+    def __init__(self, images: list[NDArray[np.uint8]]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return self.images[index]
+
+    def labels(self) -> None:
+        return None
+
+    def describe(self, index: int) -> str:
+        return f"decoded image {index}"
 
 
 def _plain_views(num_global1: int, num_global2: int, num_local: int) -> Callable[[Image.Image], list[Tensor]]:

@@ -1,7 +1,7 @@
 """DINO, with hard views: the trainer.
 
-Shaped like the upstream's main_dino.py; `# hvp:` marks what is not in it. With `selection.hard_views: none` none of
-that runs.
+Shaped like the upstream's main_dino.py; `# hvp:` and `# rescue:` mark what is not in it. With `--hard-views none`
+and `--no-rescue` none of that runs.
 
     # B images, G global and V = G + M candidate crops (G = 2, V = 2 + M without hard views), K prototypes
 

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from hvp.common.benchmark import Row, benchmark_settings, interleaved, overhead_row, peak_memory_mb, ratio
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.selecting import ViewSelector
 from hvp.common.hardviews import Selection, Slots, select
+from hvp.common.views import ViewBatch
+from hvp.common.views.benchmark import rescue_row
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.main_simclr import build_model
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
@@ -100,6 +103,25 @@ def overhead_rows(rounds: int = 5, device: torch.device | None = None, batch: in
         return [overhead_row(step, case, 1.60 if gpu else 1.75, 10 * rounds if gpu else rounds, device)]
 
 
+def rescue_rows(rounds: int = 3, device: torch.device | None = None) -> list[Row]:
+    """The training step with Rescue of a 64th of the batch over the step without: ResNet-50 in fp32 on small images on
+    a CPU, in bf16 on a GPU. Strong views are loaded for it, common ones are there."""
+    device = device or CPU
+    gpu = device.type == "cuda"
+    name: Literal["fp32", "bf16"] = "bf16" if gpu else "fp32"
+    batch, size = (256, 224) if gpu else (128, 64)
+    config = SimclrConfig.model_validate(
+        {"views": {"crop_size": size}, "train": {"batch_size": batch}, "rescue": {"enabled": True}}
+    )
+    with benchmark_settings(device):
+        step = _Step(config, batch, size, Precision(name, device))
+        case = (
+            f"SimCLR step with Rescue (a 64th of {batch} images) over the step without, resnet50, {name}, {size} px, "
+            f"{device.type}"
+        )
+        return [rescue_row(step.rescue, config, step.model, case, 10 * rounds if gpu else rounds, device)]
+
+
 class _Step:
     """Forward and backward of one batch of noise, with and without selection."""
 
@@ -123,8 +145,14 @@ class _Step:
     def vanilla(self) -> None:
         self._train(self.selector.first(self.views))
 
-    def _train(self, views: list[Tensor]) -> None:
+    def rescue(self, rescuer: Rescuer | None, part: ViewBatch) -> None:
+        self._train(self.selector.first(self.views), rescuer, part)
+
+    def _train(self, views: list[Tensor], rescuer: Rescuer | None = None, part: ViewBatch | None = None) -> None:
         self.model.zero_grad(set_to_none=True)
         with self.precision.autocast():
-            loss = nt_xent_loss(self.model(views[0].flatten(0, 1)).projection.unflatten(0, (2, -1)), TEMPERATURE)
+            features = self.model(views[0].flatten(0, 1))
+            loss = nt_xent_loss(features.projection.unflatten(0, (2, -1)), TEMPERATURE)
+            if rescuer is not None and part is not None:
+                loss = loss + rescuer.loss(features, part)
         loss.backward()

@@ -1,6 +1,6 @@
 """SimCLR, with hard views: the trainer.
 
-`# hvp:` marks what is not in the upstream. With `selection.hard_views: none` none of that runs.
+`# hvp:` and `# rescue:` mark what is not in the upstream. With `--hard-views none` and `--no-rescue` none of that runs.
 
     # B images of this process, M of all processes, N candidate views (2 without hard views), D embedding dim
 

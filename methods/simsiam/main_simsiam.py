@@ -1,7 +1,7 @@
 """SimSiam, with hard views: the trainer.
 
-Shaped like the upstream's main_simsiam.py; `# hvp:` marks what is not in it. With `selection.hard_views: none` none of
-that runs.
+Shaped like the upstream's main_simsiam.py; `# hvp:` and `# rescue:` mark what is not in it. With `--hard-views none`
+and `--no-rescue` none of that runs.
 
     # B images per process, N candidate views (N = 2 without hard views), D projection dim
 

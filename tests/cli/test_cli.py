@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.methods import METHODS, presets
 
 SMALL = [
@@ -47,7 +49,7 @@ def test_the_installed_command_answers():
     command = Path(sys.executable).with_name("hvp")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
-    for name in ("pretrain", "eval", "presets", "bench", "demo", "doctor", "launch"):
+    for name in ("pretrain", "eval", "presets", "bench", "analyze", "demo", "doctor", "launch"):
         assert name in done.stdout
 
 
@@ -274,6 +276,65 @@ def test_upstream_checkpoints_evaluate(hvp, run_folder, imagenet, tmp_path):
         assert ran.code == 0, ran.err
         scores.append(json.loads((tmp_path / "result.json").read_text())["results"])
     assert scores[0] == scores[1] == scores[2]
+
+
+def test_rescue_is_a_flag(hvp):
+    ran = hvp("pretrain", "dino", "--preset", "tiny", "--rescue", "--set", "rescue.k=3", "--dry-run")
+    assert ran.code == 0
+    assert re.search(r"rescue\.enabled +True +--rescue", ran.out)
+    assert "rescue:       the 3 easiest of 32 images" in ran.out
+    ran = hvp("pretrain", "dino", "--preset", "tiny", "--no-rescue", "--dry-run")
+    assert re.search(r"rescue\.enabled +False +--no-rescue", ran.out)
+    assert "easiest" not in ran.out
+
+
+def test_rescuing_more_images_than_there_are_is_refused(hvp, tmp_path):
+    ran = hvp("pretrain", "dino", "--preset", "tiny", "--rescue", "--set", "rescue.k=33", "--out", "run")
+    assert ran.code == 2
+    assert "rescue.k = 33, but a step has only train.batch_size = 32 images" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_image_for_batch_norm_is_refused_before_the_first_step(hvp, tmp_path):
+    ran = hvp("pretrain", "simsiam", "--preset", "tiny", *QUICK, "--rescue", "--set", "rescue.k=1", "--out", "run")
+    assert ran.code == 2
+    assert "rescue.k = 1, but batch norm needs at least 2 strong views" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_diversity_of_common_and_strong_views(hvp, run_folder):
+    arguments = ("analyze", "diversity", "run", "--data", "shapes", "--workers", "0", "--images", "30")
+    ran = hvp(*arguments, "--out", "first.json")
+    assert ran.code == 0, ran.err
+    assert "two common" in ran.out
+    assert "0.7069" in ran.out
+    first = json.loads(Path("first.json").read_text())
+    assert first["images"] == 30
+    assert first["checkpoint"]["which"] == "teacher"
+    assert first["views"] == ["global1", "global2"]
+    assert -1 <= first["strong"]["mean"] <= 1
+    assert hvp(*arguments).code == 0
+    again = json.loads((run_folder / "last-diversity-teacher.json").read_text())
+    assert again == first
+    assert hvp(*arguments, "--set", "rescue.num_ops=0", "--set", "rescue.cutout=0.0", "--out", "weak.json").code == 0
+    assert json.loads(Path("weak.json").read_text())["strong"] != first["strong"]
+    assert hvp(*arguments, "--like", "simclr/tiny", "--out", "like.json").code == 0
+    assert json.loads(Path("like.json").read_text())["views"] == ["view"]
+
+
+def test_diversity_wants_to_know_what_views_look_like(hvp, run_folder, tmp_path):
+    encoder, _ = load_encoder(run_folder)
+    torch.save(encoder.state_dict(), tmp_path / "bare.pt")
+    ran = hvp("analyze", "diversity", "bare.pt", "--data", "shapes")
+    assert ran.code == 2
+    assert "Name a preset that does: --like METHOD/PRESET" in ran.err
+    assert hvp("analyze", "diversity", "bare.pt", "--data", "shapes", "--like", "dino/none").code == 2
+
+
+def test_bench_rescue_says_which_methods_it_knows(hvp):
+    ran = hvp("bench", "rescue", "simsiam")
+    assert ran.code == 2
+    assert "simsiam: its step with Rescue has no benchmark" in ran.err
 
 
 def test_bench_writes_rows(hvp, tmp_path):

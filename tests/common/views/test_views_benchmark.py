@@ -6,7 +6,11 @@ import pytest
 import torch
 from torchvision import transforms
 
-from hvp.common.views import benchmark
+from hvp.common.engine.rescuing import Rescuer
+from hvp.common.networks.resnet import convnet_micro
+from hvp.common.views import ViewBatch, benchmark
+from hvp.methods.simclr.config import SimclrConfig
+from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 
 
 def test_rows(monkeypatch):
@@ -33,3 +37,28 @@ def test_the_reference_makes_the_views_the_loader_makes():
     whole = transforms.functional.to_tensor(image)
     assert np.std([view.mean() for view in views]) > 0.05
     assert whole.shape == (3, *benchmark.IMAGE_SIZE)
+
+
+def test_strong_views_read_again_are_those_of_kept_images():
+    (row,) = benchmark.strong_rows(rounds=1)
+    assert row.equal
+    assert row.memory_mb == pytest.approx(128 * 375 * 500 * 3 / 1e6)
+
+
+def test_the_rescue_row_compares_a_step_with_and_without():
+    config = SimclrConfig.model_validate(
+        {"views": {"crop_size": 32}, "train": {"batch_size": 4}, "rescue": {"enabled": True, "k": 2}}
+    )
+    model = SimCLR(convnet_micro(), SimCLRProjectionHead(96, 8, 8))
+    seen: list[bool] = []
+
+    def train(rescuer: Rescuer | None, part: ViewBatch) -> None:
+        assert part.index.tolist() == [0, 1, 2, 3]
+        seen.append(rescuer is not None)
+        if rescuer is not None:
+            loss = rescuer.loss(model(torch.randn(8, 3, 32, 32)), part)
+            assert -1 <= loss.item() <= 1
+
+    row = benchmark.rescue_row(train, config, model, "a step", 2, torch.device("cpu"))
+    assert seen == [True, False] * 3
+    assert row.target == 1.05

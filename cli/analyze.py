@@ -1,0 +1,117 @@
+"""hvp analyze"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hvp.cli.evaluate import Checkpoint, OnDevice, ToFile, WhichNetwork, WithPrecision, Workers, evaluation_progress
+from hvp.cli.pretrain import Device, PrecisionName
+
+if TYPE_CHECKING:
+    from hvp.common.evaluation.checkpoints import BackboneMeta
+
+app = typer.Typer(help="Look into an encoder.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None: ...
+
+
+@app.command()
+def diversity(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help="A folder of images, or `shapes`; labels are not needed.", metavar="DIR")],
+    which: WhichNetwork = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Views as this preset has them.", metavar="METHOD/PRESET", show_default="as the checkpoint was trained"
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another value, for example `rescue.cutout=0.3`.", metavar="KEY=VALUE"),
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many of the training images.", min=1)] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Of the images and the views.", min=0)] = 0,
+    device: OnDevice = Device.auto,
+    precision: WithPrecision = PrecisionName.fp32,
+    workers: Workers = None,
+    out: ToFile = None,
+) -> None:
+    """Whether Rescue's strong views are strong: the mean cosine of common views, and of a common and a strong one.
+
+    The Rescue paper has 0.7069 and 0.6690. With your encoder and images, a strong view that is as alike as a common one
+    is too weak (raise rescue.num_ops or rescue.cutout); one that is not alike at all is no view of the image any more.
+    """
+    from hvp.common.data import open_dataset
+    from hvp.common.engine.distributed import available_cores
+    from hvp.common.engine.precision import pick_device
+    from hvp.common.engine.run import available_workers
+    from hvp.common.evaluation.checkpoints import load_encoder
+    from hvp.common.evaluation.diversity import measure_diversity
+    from hvp.common.evaluation.results import claim_result, write_result
+
+    encoder, meta = load_encoder(checkpoint, which.value if which else None)
+    config = _configuration(meta, like, set_ or [])
+    path = out or meta.path.with_name(f"{meta.path.stem}-diversity-{meta.which}.json")
+    claim_result(path)
+    on = pick_device(device.value)
+    with evaluation_progress() as progress:
+        result = measure_diversity(
+            encoder,
+            open_dataset(data, "train", shapes=config.data.shapes),
+            config,
+            images=images,
+            batch_size=batch_size,
+            seed=seed,
+            device=on,
+            precision=precision.value,
+            workers=available_workers(workers, on),
+            threads=available_cores(),
+            progress=progress,
+        )
+    write_result({"checkpoint": meta.summary(), **result}, path)
+    table = Table("views", "cosine", "std", "paper", box=None)
+    table.add_row("two common", f"{result['common']['mean']:.4f}", f"{result['common']['std']:.4f}", "0.7069")
+    table.add_row("common, strong", f"{result['strong']['mean']:.4f}", f"{result['strong']['std']:.4f}", "0.6690")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Of {result['images']} images, {result['harder']:.0%} have a strong view that is less alike than the common "
+        "one.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _configuration(meta: "BackboneMeta", like: str | None, assignments: list[str]) -> Any:
+    """What says how views look: a preset's configuration, or that of the run which left the checkpoint.
+
+    Raises:
+        UserError: neither is there, or a name or value is wrong.
+    """
+    from hvp.common.config import parse_assignment, read_yaml, resolve
+    from hvp.common.errors import UserError
+    from hvp.methods import get_method, get_preset
+
+    layers: list[tuple[str, Mapping[str, Any]]]
+    if like is not None:
+        method, _, preset = like.partition("/")
+        layers = [(f"preset {preset}", read_yaml(get_preset(method, preset)))]
+    elif meta.format == "hvp" and meta.method is not None and meta.config is not None:
+        method, layers = meta.method, [(str(meta.path), meta.config)]
+    else:
+        raise UserError(
+            f"{meta.path}: does not say how its views were made. Name a preset that does: --like METHOD/PRESET, for "
+            "example --like dino/vits16-100ep"
+        )
+    for assignment in assignments:
+        key, value = parse_assignment(assignment)
+        layers.append(("--set", {key: value}))
+    return resolve(get_method(method).config, layers).config
