@@ -27,9 +27,6 @@ SIZES = {
 }
 """Width and depth. `vit_micro` has a convolutional stem."""
 
-SUBSET_ABOVE = 0.1
-"""Below this rate a subset saves less than it costs."""
-
 
 class RegisterVisionTransformer(VisionTransformer):
     """A ViT with LayerScale, a mask token, and registers: tokens that hold no patch and that nobody reads.
@@ -133,21 +130,21 @@ class RegisterVisionTransformer(VisionTransformer):
 
 
 class SubsetBlock(Block):
-    """timm's block, whose stochastic depth above SUBSET_ABOVE computes its branches for a random subset of the batch.
+    """timm's block, whose stochastic depth computes a branch for a random subset of the batch only.
 
     Of n rows int(n * (1 - rate)), at least one, get the branch, scaled by n over that number; so a rate of 0.3 saves
-    three tenths of the work. Below, a branch is computed for all rows and dropped for each with probability `rate`.
+    three tenths of the work.
 
-    Source: facebookresearch/dinov2 dinov2/layers/block.py drop_add_residual_stochastic_depth.
+    Source: facebookresearch/dinov2 dinov2/layers/block.py NestedTensorBlock, drop_add_residual_stochastic_depth_list.
     """
 
     def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **others: Any) -> None:
-        super().__init__(dim, num_heads, drop_path=drop_path, **others)
+        super().__init__(dim, num_heads, **others)
         self.drop_rate = drop_path
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens [n, T, D] to tokens."""
-        if not self.training or self.drop_rate <= SUBSET_ABOVE:
+        if not self.training or self.drop_rate == 0:
             return super().forward(x, attn_mask, is_causal)
         x = self._add_to_subset(x, lambda rows: self.ls1(self.attn(self.norm1(rows))))
         return self._add_to_subset(x, lambda rows: self.ls2(self.mlp(self.norm2(rows))))
