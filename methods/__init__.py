@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hvp.common.evaluation.linear import LinearProtocol
 
-METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3")
+METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -40,9 +40,12 @@ HEADS = (
     *("head.", "projection_head.", "projector.", "encoder.fc.", "predictor."),
     *("dino_loss.", "masked_embed", "backbone.masked_embed"),
     *("base_encoder.fc.", "base_encoder.head.", "momentum_encoder.fc.", "momentum_encoder.head."),
+    *("dino_head.", "ibot_head."),
 )
 # Names of the same layer elsewhere: HVP's own ResNet for CIFAR calls a block's projection so, torchvision's not.
 RENAMED = {".shortcut.": ".downsample."}
+# The upstream's DINOv2 names a block by its chunk, too: blocks.<chunk>.<block>.
+CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 # Upstream's checkpoints hold their arguments, and learning rates that are numpy numbers. These types are data and
 # nothing else; every other type in a file is refused. numpy 1 wrote the function's name in another module.
@@ -98,9 +101,10 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
     """The backbone's weights in a file, without running anything the file holds.
 
     Understood are this project's checkpoints; the upstream's training checkpoints (`student` and `teacher`, with or
-    without `module.`, or MoCo v3's two encoders under `state_dict`); state dicts, bare or under `state_dict` or `model`
-    (SimSiam's and HVP's released ones), with or without `module.` and `backbone.` or `encoder.`; and `.safetensors`.
-    Keys of what sits on the backbone during pretraining are left out and listed in `meta.dropped`.
+    without `module.`, or both in one `model`, or MoCo v3's two encoders under `state_dict`); state dicts, bare or under
+    `state_dict` or `model` (SimSiam's and HVP's released ones), with or without `module.` and `backbone.` or
+    `encoder.`; and `.safetensors`. Keys of what sits on the backbone during pretraining are left out and listed in
+    `meta.dropped`.
 
     Args:
         path: the file, or the folder of a run, whose last checkpoint is read.
@@ -110,7 +114,7 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
         UserError: there is no such file, it is damaged, it holds no weights, or not the network asked for.
     """
     path = _file(path)
-    content = _load(path)
+    content = _with_networks(_load(path))
     ours = content.get("format") == FORMAT
     if ours and content.get("version") != VERSION:
         raise UserError(
@@ -191,7 +195,20 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_state(weights: object) -> bool:
+def _with_networks(content: dict[str, Any]) -> dict[str, Any]:
+    """The content, with student and teacher on their own where `model` holds both (the upstream's DINOv2)."""
+    model = content.get("model")
+    if not _is_state(model):
+        return content
+    networks = {
+        name: {key.removeprefix(f"{name}."): value for key, value in model.items() if key.startswith(f"{name}.")}
+        for name in ("student", "teacher")
+    }
+    found = {name: network for name, network in networks.items() if network}
+    return {**{key: value for key, value in content.items() if key != "model"}, **found} if found else content
+
+
+def _is_state(weights: object) -> TypeGuard[dict[str, Tensor]]:
     return (
         isinstance(weights, dict)
         and bool(weights)
@@ -236,7 +253,7 @@ def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 def _own_name(name: str) -> str:
     for foreign, own in RENAMED.items():
         name = name.replace(foreign, own)
-    return name
+    return CHUNKED_BLOCK.sub(r"blocks.\1.", name)
 
 
 def load_encoder(path: Path, which: Which | None = None) -> tuple[nn.Module, BackboneMeta]:
