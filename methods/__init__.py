@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hvp.common.evaluation.linear import LinearProtocol
     from hvp.common.original import Original
 
-METHODS = ("dino", "ibot", "simsiam", "simclr")
+METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""
 
 
@@ -44,6 +44,9 @@ class Method:
 
     linear: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
     """How its paper trains a linear probe; left out, as DINO."""
+
+    linear_vit: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
+    """What differs in that for a ViT."""
 
 
 def get_method(name: str) -> Method:
