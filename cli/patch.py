@@ -108,7 +108,8 @@ def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
 
     original, patch = get_original(method), load_patch(method)
     found = compare(get_method(method), original, patch, upstream)
-    print(f"{method}: {found.steps} steps of ours and of {patch.repository} with our patch, hard views on both sides.")
+    brings = " and ".join(patch.brings)
+    print(f"{method}: {found.steps} steps of ours and of {patch.repository} with our patch, both with {brings}.")
     table = Table("", "largest difference", "rounding is up to", box=None)
     table.add_row("loss of a step", f"{found.loss:.1e}", f"{LOSS_TOLERANCE:g}")
     table.add_row("learning rate", f"{found.lr:.1e}", f"{LR_TOLERANCE:g}")

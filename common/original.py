@@ -22,6 +22,7 @@ from hvp.common.engine.checkpoint import load_checkpoint
 from hvp.common.engine.run import seeded
 from hvp.common.engine.training import Masks, build_loader, open_training_data
 from hvp.common.errors import UserError
+from hvp.common.networks.resnet import CONVNETS
 from hvp.common.original_on_cpu import Given
 from hvp.common.patching import Patch, apply_patch
 from hvp.common.sections import RunConfig
@@ -138,6 +139,13 @@ def value_of(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name)
     return config
+
+
+def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Module:
+    """Our `convnet_micro` with a last layer, for originals that take torchvision's encoders by name."""
+    encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
+    encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
+    return encoder
 
 
 def normalized_views(batch: ViewBatch) -> list[Tensor]:

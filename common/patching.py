@@ -71,7 +71,10 @@ class Change(Section):
     @property
     def place(self) -> str:
         """Where, in words."""
-        return f"after line {self.after}" if self.replaces is None else f"lines {self.replaces[0]}-{self.replaces[1]}"
+        if self.replaces is None:
+            return f"after line {self.after}"
+        first, last = self.replaces
+        return f"line {first}" if first == last else f"lines {first}-{last}"
 
 
 class ChangedFile(Section):

@@ -1,8 +1,5 @@
 """SimSiam's original, facebookresearch/simsiam with our patch: its flags, and what it is compared on."""
 
-from torch import nn
-
-from hvp.common.networks.resnet import CONVNETS
 from hvp.common.original import Original, as_flags, normalized_views
 from hvp.methods.simsiam.config import SimSiamConfig
 
@@ -36,13 +33,6 @@ def flags(config: SimSiamConfig, data: str, processes: int) -> list[str]:
     return words + (["--use-hvp"] if config.selection.hard_views == "hvp" else [])
 
 
-def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Module:
-    """Our small encoder with a last layer, as torchvision's have one; it has none of that name."""
-    encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
-    encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
-    return encoder
-
-
 ORIGINAL = Original(
     flags,
     compared={
@@ -56,6 +46,6 @@ ORIGINAL = Original(
     },
     parts={"model": "state_dict"},
     batch=lambda batch: [normalized_views(batch), batch.index],
-    replaced={"torchvision.models.convnet_micro": "hvp.methods.simsiam.original.small_encoder"},
+    replaced={"torchvision.models.convnet_micro": "hvp.common.original.small_encoder"},
     notes=("the encoder is our convnet_micro; projector and predictor are its own",),
 )

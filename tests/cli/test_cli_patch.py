@@ -103,7 +103,7 @@ def test_mistakes_are_one_message(hvp, clone, command, method, upstream, message
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dino", "ibot", "simsiam"])
+@pytest.mark.parametrize("method", ["dino", "ibot", "mocov3", "simsiam"])
 def test_the_patched_original_agrees_with_our_trainer(hvp, method):
     """On a real clone, where HVP_UPSTREAMS names one."""
     ran = hvp("patch", "compare", method, "--upstream", clone_of(patching.load_patch(method)))

@@ -1,0 +1,103 @@
+"""MoCo v3's original, facebookresearch/moco-v3 with our patch: its flags, and what it is compared on."""
+
+from typing import Any
+
+from torch import Tensor
+
+from hvp.common.config import resolve
+from hvp.common.engine.rescuing import strong_transform
+from hvp.common.engine.training import open_training_data
+from hvp.common.original import COMPARED, Original, as_flags, normalized_views
+from hvp.common.views import normalize
+from hvp.common.views.strong import StrongViews
+from hvp.methods.mocov3.config import MoCoConfig
+
+FLAGS = {
+    "model.arch": "--arch",
+    "model.stop_grad_conv1": "--stop-grad-conv1",
+    "model.dim": "--moco-dim",
+    "model.mlp_dim": "--moco-mlp-dim",
+    "model.momentum": "--moco-m",
+    "model.momentum_cosine": "--moco-m-cos",
+    "loss.temperature": "--moco-t",
+    "optim.optimizer": "--optimizer",
+    "optim.base_lr": "--lr",
+    "optim.warmup_epochs": "--warmup-epochs",
+    "optim.weight_decay": "--wd",
+    "rescue.s": "--rescue-s",
+    "train.batch_size": "--batch-size",
+    "train.epochs": "--epochs",
+    "train.seed": "--seed",
+}
+"""Our keys that are flags there."""
+
+
+def flags(config: MoCoConfig, data: str, processes: int) -> list[str]:
+    """The command line of main_moco.py, which starts a process for every GPU itself."""
+    words = [data, *as_flags(config, FLAGS, switches=True), "--crop-min", str(config.views.crop_scale[0])]
+    words += [
+        "--multiprocessing-distributed",
+        "--world-size",
+        "1",
+        "--rank",
+        "0",
+        "--dist-url",
+        "tcp://localhost:10001",
+    ]
+    if not config.rescue.enabled:
+        return words
+    rule = max(1, config.train.batch_size // 64)
+    return [*words, "--rescue-k", str(rule if config.rescue.k is None else config.rescue.k)]
+
+
+class OurImages:
+    """A `Rescuable` over the images of our trainer, as the original's own are not read in a comparison."""
+
+    def __init__(self, _: type, dataset: Any, *__: object, **___: object) -> None:
+        config = resolve(MoCoConfig, [("comparison", {**COMPARED, **ORIGINAL.compared})]).config
+        source = open_training_data(config)
+        self.length = len(dataset)
+        self.strong = StrongViews(source, strong_transform(config), seed=config.train.seed, threads=1)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def strong_views(self, epoch: int, index: Tensor) -> Tensor:
+        """As those of `Rescuable`."""
+        return normalize(self.strong([(epoch, number) for number in index.tolist()]))
+
+
+def is_available(_: object) -> bool:
+    """For CUDA, without which the original leaves its network as it is and then fails."""
+    return True
+
+
+ORIGINAL = Original(
+    flags,
+    compared={
+        "data.shapes.train": 320,
+        "train.batch_size": 32,
+        "model.arch": "convnet_micro",
+        "model.dim": 64,
+        "model.mlp_dim": 128,
+        "loss.temperature": 0.2,
+        "optim.base_lr": 0.2,
+        "optim.warmup_epochs": 1,
+        "views.crop_size": 32,
+        "selection.hard_views": "none",
+        "rescue.enabled": True,
+        "rescue.k": 8,
+        "rescue.s": 0.5,
+    },
+    parts={"model": "state_dict"},
+    batch=lambda batch: [normalized_views(batch), batch.index],
+    replaced={
+        "torchvision.models.convnet_micro": "hvp.common.original.small_encoder",
+        "hvp.common.upstream.Rescuable": "hvp.methods.mocov3.original.OurImages",
+        "torch.cuda.is_available": "hvp.methods.mocov3.original.is_available",
+    },
+    notes=(
+        "the encoder is our convnet_micro; projector and predictor are its own",
+        "strong views are made of our trainer's images",
+    ),
+)
