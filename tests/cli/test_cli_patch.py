@@ -102,6 +102,12 @@ def test_mistakes_are_one_message(hvp, clone, command, method, upstream, message
     assert ran.out == ""
 
 
+def test_what_cannot_be_compared_is_one_message(hvp):
+    ran = hvp("patch", "compare", "simclr", "--upstream", "anywhere")
+    assert ran.code == 2
+    assert ran.err.startswith("hvp: simclr is not compared with its original. Those that are: dino, ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "ibot", "mocov3", "simsiam"])
 def test_the_patched_original_agrees_with_our_trainer(hvp, method):
