@@ -65,7 +65,7 @@ def get_original(name: str) -> "Original":
     """What is known of running a method's original beside ours.
 
     Raises:
-        UserError: nothing.
+        UserError: nothing is known of it, or there is no such method.
     """
     known = [method for method in METHODS if (files("hvp.methods") / method / "original.py").is_file()]
     if name not in known:
