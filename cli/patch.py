@@ -31,11 +31,11 @@ def list_patches(
     if markdown:
         print(markdown_table(), end="")
         return
-    table = Table("method", "upstream", "commit", "licence", "brings", "lines", box=None)
+    table = Table("method", "upstream", "commit", "licence", "brings", "lines", box=None, pad_edge=False)
     for method in patches():
         patch = load_patch(method)
-        brings, lines = " and ".join(patch.brings), f"+{patch.num_added} -{patch.num_removed}"
-        table.add_row(method, patch.repository, patch.commit[:12], patch.licence, brings, lines)
+        brings, lines = ", ".join(patch.brings), f"+{patch.num_added} -{patch.num_removed}"
+        table.add_row(method, patch.repository, patch.commit[:7], patch.licence, brings, lines)
     Console().print(table)
 
 
