@@ -25,6 +25,8 @@ app = typer.Typer(help="Evaluate an encoder.", no_args_is_help=True)
 class Which(StrEnum):
     teacher = "teacher"
     student = "student"
+    base_encoder = "base_encoder"
+    momentum_encoder = "momentum_encoder"
     model = "model"
 
 
@@ -44,7 +46,9 @@ Data = Annotated[
 ]
 WhichNetwork = Annotated[
     Which | None,
-    typer.Option(help="Which network of the checkpoint.", show_default="the teacher, or the only one"),
+    typer.Option(
+        help="Which network of the checkpoint.", show_default="the teacher, the base encoder, or the only one"
+    ),
 ]
 Resolution = Annotated[
     int | None, typer.Option(help="Side of the centre crop, pixels.", show_default="that of pretraining, else 224")
@@ -125,11 +129,14 @@ def linear(
         int | None, typer.Option(help="Images of a step.", show_default="the preset's", min=1)
     ] = None,
     n_last_blocks: Annotated[
-        int | None, typer.Option(help="Blocks whose [CLS] is read.", show_default="DINO's: 4, for ViT-B 1", min=1)
+        int | None,
+        typer.Option(help="Blocks whose [CLS] is read.", show_default="the preset's, else 4, for ViT-B 1", min=1),
     ] = None,
     avgpool: Annotated[
         bool | None,
-        typer.Option("--avgpool/--no-avgpool", help="Add the mean patch token.", show_default="DINO's: for ViT-B only"),
+        typer.Option(
+            "--avgpool/--no-avgpool", help="Add the mean patch token.", show_default="the preset's, else for ViT-B"
+        ),
     ] = None,
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Random crops and flips; without, features are cached.")
@@ -144,15 +151,19 @@ def linear(
     """Linear probe: a classifier on the frozen features."""
     from hvp.common.engine.precision import pick_device
     from hvp.common.engine.run import available_workers
-    from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, probe_defaults
+    from hvp.common.evaluation.linear import LinearOptions, LinearProtocol, evaluate_linear, probe_defaults
+    from hvp.common.networks.vision_transformer import VisionTransformer
     from hvp.methods import get_method
 
     encoder, meta, train, val = _open(checkpoint, which, data)
     path = _result_path(out, meta, "linear")
     on = pick_device(device.value)
-    usual_blocks, usual_avgpool = probe_defaults(encoder)
     preset = preset or meta.method or "dino"
-    protocol = get_method(preset).linear.copy()
+    method = get_method(preset)
+    usual_blocks, usual_avgpool = probe_defaults(encoder)
+    protocol: LinearProtocol = {"n_last_blocks": usual_blocks, "avgpool": usual_avgpool, **method.linear}
+    if isinstance(encoder, VisionTransformer):
+        protocol |= method.linear_vit
     if epochs is not None:
         protocol["epochs"] = epochs
     if optimizer is not None:
@@ -161,10 +172,12 @@ def linear(
         protocol["base_lr"] = base_lr
     if batch_size is not None:
         protocol["batch_size"] = batch_size
+    if n_last_blocks is not None:
+        protocol["n_last_blocks"] = n_last_blocks
+    if avgpool is not None:
+        protocol["avgpool"] = avgpool
     options = LinearOptions(
         **protocol,
-        n_last_blocks=usual_blocks if n_last_blocks is None else n_last_blocks,
-        avgpool=usual_avgpool if avgpool is None else avgpool,
         augment=augment,
         resolution=resolution or meta.image_size or 224,
         precision=precision.value,

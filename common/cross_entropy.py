@@ -1,7 +1,8 @@
-"""The cross-entropy of methods with prototypes: the objective over the views that are trained on, and the pair-loss
-matrix of all candidates, every view against every target, per image.
+"""The cross-entropy of methods with prototypes: the objective over the views that are trained on, and, of all
+candidates, the pair-loss matrix, every view against every target, per image, and the loss of a view's masked patches.
 
-# B images, T target views (teacher), V online views (student), D bottleneck dim, K prototypes
+# B images, T target views (teacher), V online views (student), D or b bottleneck dim, K prototypes
+# n views of N patches, R of them masked in all, K2 prototypes of patches
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Layer = Callable[[Tensor], Tensor]
 
 # Logits [n, V, K] in float32 that exist at the same time: 5 MB on a CPU, so that the passes over them stay in its cache
 # (an image of 20 views and 65 536 prototypes); a GPU wants more work for a launch.
@@ -26,6 +29,19 @@ def view_cross_entropy(targets: Sequence[Tensor], views: Sequence[Tensor]) -> Te
     """The objective of methods with prototypes: the mean over the pairs of different views of the batch's mean
     cross-entropy.
 
+    Args:
+        targets, views: as for `view_cross_entropies()`.
+
+    Returns:
+        Scalar float32, in nats.
+    """
+    total = sum(view_cross_entropies(targets, views), views[0].new_zeros(()))
+    return total / (2 * (len(views) - 1))
+
+
+def view_cross_entropies(targets: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """For each view the batch's mean cross-entropy, summed over the targets that are other views than itself.
+
     The targets of a view are summed first, so it costs one product, not one a pair: with n targets P_v,
     sum_t H(p_t, v) = n logsumexp(v) - <P_v, v>.
 
@@ -34,16 +50,16 @@ def view_cross_entropy(targets: Sequence[Tensor], views: Sequence[Tensor]) -> Te
         views: the student's logits over its temperature, [B, K] each, float32; the two global views first.
 
     Returns:
-        Scalar float32, in nats.
+        Scalars float32, in nats, in the order of the views.
     """
     first, second = targets
     others = second, first, first + second
-    total = views[0].new_zeros(())
+    losses = []
     for v, view in enumerate(views):
         num_targets, target = (1, others[v]) if v < 2 else (2, others[2])
         # Product and sum rather than a matrix product, which autocast would compute in half precision.
-        total = total + (num_targets * view.logsumexp(dim=-1) - (target * view).sum(dim=-1)).mean()
-    return total / (2 * (len(views) - 1))
+        losses.append((num_targets * view.logsumexp(dim=-1) - (target * view).sum(dim=-1)).mean())
+    return losses
 
 
 @torch.no_grad()
@@ -119,3 +135,75 @@ def pair_cross_entropies(
             logsumexp = s.exp_().sum(dim=-1).log_()  # [n, V]
             losses[images] = logsumexp[:, None, :] - product
     return losses
+
+
+@torch.no_grad()
+def masked_patch_losses(
+    teacher: Tensor,
+    student: Tensor,
+    masks: Tensor,
+    center2: Tensor,
+    teacher_temp: float,
+    student_temp: float,
+    prototypes: tuple[Layer, Layer] | None = None,
+    patches_at_once: int | None = None,
+) -> Tensor:
+    """The mean cross-entropy over the masked patches of each view, a few patches at a time.
+
+    H(p, q) = logsumexp(s) - <p, s>, as for [CLS] tokens. Logits exist only for masked patches, and not for all of them
+    at once: [n, N, K2] of both networks would be 2 GB for 64 images of 4 views.
+
+    Args:
+        teacher: bottleneck embeddings of the masked patches, in the order of `masks`, [R, b], or their logits [R, K2]
+            when `prototypes` is left out; any float dtype, computed in float32.
+        student: the same of the student, which does not see these patches.
+        masks: [n, N] bool.
+        center2: K2 numbers in any shape, subtracted from the teacher's logits.
+        teacher_temp, student_temp: temperatures, greater than 0.
+        prototypes: the teacher's and the student's layer [., b] to [., K2], linear without bias; they run under the
+            caller's autocast, and their results are overwritten.
+        patches_at_once: patches whose logits exist at the same time; as many as fit the cache when left out.
+
+    Returns:
+        [n] float32 in nats; 0 for a view without a masked patch.
+    """
+    num_patches = len(teacher)
+    if len(student) != num_patches or int(masks.sum()) != num_patches:
+        raise ValueError(
+            f"masked_patch_losses: teacher {list(teacher.shape)}, student {list(student.shape)}, "
+            f"but {int(masks.sum())} patches are masked"
+        )
+    device = teacher.device
+    step = patches_at_once or max(logits_at_once(device) // (2 * center2.numel()), 1)
+    center2 = center2.reshape(-1).float()
+    # One-element tensors, not numbers: they promote half-precision inputs to float32 in the same pass.
+    sharpen_teacher = torch.full((1,), 1 / teacher_temp, device=device)
+    sharpen_student = torch.full((1,), 1 / student_temp, device=device)
+
+    per_patch = torch.zeros(masks.shape, device=device)
+    losses = torch.empty(num_patches, device=device)
+    for start in range(0, num_patches, step):
+        patches = slice(start, start + step)
+        t, s = teacher[patches], student[patches] * sharpen_student
+        if prototypes is not None:
+            t, s = prototypes[0](t), prototypes[1](s).float()  # [m, K2]
+        with torch.autocast(device.type, enabled=False):
+            s -= s.amax(dim=-1, keepdim=True)
+            p = (t - center2).mul_(sharpen_teacher).softmax(dim=-1)
+            product = p.mul_(s).sum(dim=-1)  # before s is overwritten
+            losses[patches] = s.exp_().sum(dim=-1).log_() - product
+    per_patch[masks] = losses
+    return per_patch.sum(dim=1) / masks.sum(dim=1).clamp(min=1)
+
+
+def patch_weights(masks: Tensor) -> Tensor:
+    """What each masked patch counts in its image's mean: one over the number of masked patches there.
+
+    Args:
+        masks: [n, N] bool.
+
+    Returns:
+        [R] float32, in the order of the marked patches.
+    """
+    counts = masks.sum(dim=1, keepdim=True, dtype=torch.float32).clamp(min=1)  # [n, 1]
+    return (masks / counts)[masks]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hvp.common.convert.upstream import Layout
     from hvp.common.evaluation.linear import LinearProtocol
 
-METHODS = ("dino", "ibot", "simsiam", "simclr")
+METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""
 
 
@@ -47,6 +47,9 @@ class Method:
 
     linear: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
     """How its paper trains a linear probe; left out, as DINO."""
+
+    linear_vit: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
+    """What differs in that for a ViT."""
 
 
 def get_method(name: str) -> Method:

@@ -13,10 +13,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from hvp.common.convert.report import Account, Converted
+from hvp.common.convert.report import Account, Became, Converted
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import Which, backbone_in, load_complete, misfits, read_content
 from hvp.common.networks import Encoder, encoder_from_state
+from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, SwiGLU
 from hvp.common.networks.resnet import ResNet
 from hvp.common.networks.vision_transformer import ConvStem, VisionTransformer
 from hvp.common.views.normalize import MEAN, STD
@@ -30,6 +31,15 @@ TIMM_VITS = {
     (1024, 24): "vit_large_patch16_224",
 }
 """timm's networks by width and depth."""
+
+TIMM_REGISTER_VITS = {
+    (384, 12): "vit_small_patch14_dinov2",
+    (768, 12): "vit_base_patch14_dinov2",
+    (1024, 24): "vit_large_patch14_dinov2",
+}
+"""timm's networks with LayerScale."""
+
+UNREAD = "stands for masked patches in pretraining; no feature depends on it"
 
 TORCHVISION_VITS = {
     (768, 12, 12, 16): "vit_b_16",
@@ -100,9 +110,10 @@ def export_backbone(path: Path, library: Library, which: Which | None = None) ->
         raise UserError(f"{path}: does not fit {library}'s network as this version of it is.{problem}")
 
     account = Account(content, str(path))
-    for reasons, became in ((export.changed, "changed"), (export.left_out, "left out")):
+    fates: tuple[tuple[Mapping[str, str], Became], ...] = ((export.changed, "changed"), (export.left_out, "left out"))
+    for reasons, became in fates:
         for key, why in reasons.items():
-            account.settle(became, only=[state[key]], why=why)  # type: ignore[arg-type]
+            account.settle(became, only=[state[key]], why=why)
     kept = [state[key] for key in state if key not in export.changed and key not in export.left_out]
     same_names = all(content.get(key) is tensor for key, tensor in export.state.items())
     account.settle("kept" if same_names else "renamed", only=kept, to="backbone")
@@ -151,27 +162,38 @@ def _num_heads(encoder: VisionTransformer) -> int:
 
 
 def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
-    """timm's ViTs and ResNet-50 have our names."""
-    if isinstance(encoder, VisionTransformer):
-        model = TIMM_VITS.get((encoder.embed_dim, encoder.num_blocks))
-        if model is None or isinstance(encoder.patch_embed, ConvStem):
-            return None
-        arguments: dict[str, Any] = {
-            "img_size": _image_size(encoder),
-            "patch_size": encoder.patch_size,
-            "num_heads": _num_heads(encoder),
-        }
+    """timm's ViTs and ResNet-50 have our names, but for registers."""
+    theirs = dict(state)
+    changed, left_out = {}, {}
+    arguments: dict[str, Any] = {"num_classes": 0}
+    model: str | None = None
+    if isinstance(encoder, VisionTransformer) and not isinstance(encoder.patch_embed, ConvStem):
+        arguments["img_size"] = _image_size(encoder)
+        arguments["patch_size"] = encoder.patch_size
+        arguments["num_heads"] = _num_heads(encoder)
+        models = TIMM_VITS
+        if isinstance(encoder, RegisterVisionTransformer):
+            left_out["mask_token"] = UNREAD
+            del theirs["mask_token"]
+            if "blocks.0.ls1.gamma" in state:
+                models = TIMM_REGISTER_VITS
+            if encoder.num_registers:
+                # timm gives [CLS] and registers no position: [CLS] takes its own along
+                arguments |= {"reg_tokens": encoder.num_registers, "no_embed_class": True}
+                theirs["reg_token"] = theirs.pop("register_tokens")
+                theirs["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+                theirs["pos_embed"] = state["pos_embed"][:, 1:]
+                changed["cls_token"] = "the position of [CLS] is added to it, as timm has it"
+                changed["pos_embed"] = "the position of [CLS] is part of cls_token, as timm has it"
+        if not any(isinstance(module, SwiGLU) for module in encoder.modules()):  # timm's giant has other widths
+            model = models.get((encoder.embed_dim, encoder.num_blocks))
     elif isinstance(encoder, ResNet) and encoder.embed_dim == 2048:
-        model, arguments = "resnet50", {}
-    else:
+        model = "resnet50"
+    if model is None:
         return None
-    arguments = {"num_classes": 0, **arguments}
     shown = "".join(f", {name}={value!r}" for name, value in arguments.items())
-    return Export(
-        dict(state),
-        {"model": model, "arguments": arguments, "call": f'timm.create_model("{model}"{shown})'},
-        lambda: timm.create_model(model, **arguments),
-    )
+    load = {"model": model, "arguments": arguments, "call": f'timm.create_model("{model}"{shown})'}
+    return Export(theirs, load, lambda: timm.create_model(model, **arguments), changed, left_out)
 
 
 def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:

@@ -85,13 +85,16 @@ class Layout:
     repository: str
     """Whose layout it is."""
     parts: Sequence[Part]
-    optimizer: Optimizer
-    scaler: str | None
+    optimizer: Optimizer | None
+    """None where the upstream saves one that no other trainer can go on with."""
+    scaler: str | None = None
     """Where the state of fp16's gradient scaler stands; None where the upstream has none."""
     always_scales: bool = False
     """The upstream reads a scaler's state always."""
     header: Mapping[str, Any] = field(default_factory=dict)
     """What else its checkpoints hold and its loaders may read."""
+    progress: Callable[[int, int], Mapping[str, int]] = lambda epoch, step: {"epoch": epoch}
+    """What its checkpoints say of (epochs, steps) that are done."""
     unread: Sequence[str] = ("args",)
     """Entries of it that nothing here depends on."""
     notes: Sequence[str] = ()
@@ -125,9 +128,12 @@ def to_upstream(checkpoint: Mapping[str, Any], layout: Layout, source: str) -> C
         for key, value in state.items():
             theirs[(WRAPPER if part.wrapped else "") + part.their_key(key)] = value
         account.settle("kept" if all(key in theirs for key in state) else "renamed", (part.ours,), to=part.theirs)
-    content["optimizer"] = _to_their_optimizer(_optimizer(checkpoint, source), layout.optimizer, source)
-    account.settle(_as_numbered(layout.optimizer), ("optimizer",), to="optimizer")
-    content["epoch"] = checkpoint["epoch"]
+    if layout.optimizer is None:
+        account.settle("left out", ("optimizer",), why="the upstream's trainer cannot go on with it")
+    else:
+        content["optimizer"] = _to_their_optimizer(_optimizer(checkpoint, source), layout.optimizer, source)
+        account.settle(_as_numbered(layout.optimizer), ("optimizer",), to="optimizer")
+    content |= layout.progress(checkpoint["epoch"], checkpoint["step"])
     content |= layout.header
     notes = list(layout.notes)
     scaler = checkpoint["precision"]["scaler"] or (_fresh_scaler() if layout.always_scales else {})
@@ -138,7 +144,7 @@ def to_upstream(checkpoint: Mapping[str, Any], layout: Layout, source: str) -> C
     account.settle("left out", ("processes",), why="random numbers: the upstream keeps none")
     steps = checkpoint["steps_per_epoch"]
     inside = checkpoint["step"] % steps
-    if inside:
+    if inside and layout.optimizer is not None:
         notes.append(
             f"step {checkpoint['step']} is {inside} of {steps} steps into epoch {checkpoint['epoch']}, but the "
             "upstream resumes whole epochs: it would repeat them"
@@ -164,6 +170,11 @@ def from_upstream(content: Mapping[str, Any], layout: Layout, source: str, *, fp
     """
     if content.get("format") == FORMAT:
         raise UserError(f"{source}: is a checkpoint of hvp already, and no upstream trainer's")
+    if layout.optimizer is None:
+        raise UserError(
+            f"{source}: no run can go on with a checkpoint of {layout.repository}: {'; '.join(layout.notes)}.\n"
+            "    To evaluate an encoder, give the file to `hvp eval` as it is."
+        )
     account = Account(content, source)
     result: dict[str, Any] = {}
     problems = []

@@ -28,13 +28,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.engine.batch_norm import has_batch_norm, shared_batch_norm
@@ -284,10 +285,15 @@ def unwrapped(module: ModuleT | DistributedDataParallel) -> ModuleT:
     return inside
 
 
-def averaging(module: nn.Module, on: bool) -> AbstractContextManager[Any]:
+@contextmanager
+def averaging(module: nn.Module, on: bool) -> Iterator[None]:
     """The context of a forward pass; `on` is False for all but the last part of an accumulated batch, whose gradients
-    then wait for the last one's to be averaged with."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) and not on else nullcontext()
+    then wait for the last one's to be averaged with. For modules of `data_parallel()`, and with sharded parts."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(on, recurse=False)
+    with module.no_sync() if isinstance(module, DistributedDataParallel) and not on else nullcontext():
+        yield
 
 
 def assert_equal_weights(module: nn.Module, world: World) -> None:

@@ -528,7 +528,10 @@ def versions() -> dict[str, str]:
 
 
 # What may differ between a run and its continuation without changing what is computed.
-FREE_TO_CHANGE = {"data.workers", "train.save_every", "train.keep_every", "train.log_every", "train.device"}
+FREE_TO_CHANGE = {
+    *("data.workers", "train.save_every", "train.keep_every", "train.log_every", "train.device"),
+    "train.sharding",
+}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -104,3 +104,9 @@ class ViewSelector:
             "kept_loss": kept.loss.mean().item(),
             "no_finite_loss": float(kept.fallback.sum()),
         }
+
+
+def of_kept(kept: Selection, candidates: Tensor) -> Tensor:
+    """What belongs to the two kept global crops, [2 B, ...], out of that of all global candidates, [G, B, ...]."""
+    images = torch.arange(len(kept.index), device=candidates.device)
+    return candidates[kept.index[:, :2].T, images].flatten(0, 1)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 LAST = "last.pt"
 
-Which = Literal["teacher", "student", "model"]
-"""The networks of a checkpoint: those of a method with a teacher, or the only one."""
+Which = Literal["teacher", "student", "base_encoder", "momentum_encoder", "model"]
+"""The networks of a checkpoint: those of a method with a teacher or a momentum encoder, or the only one."""
 
-ORDER: tuple[Which, ...] = ("teacher", "student", "model")
+ORDER: tuple[Which, ...] = ("teacher", "student", "base_encoder", "momentum_encoder", "model")
 """The first of these that a file holds is what an evaluation takes unasked."""
 
 EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a state dict."
@@ -32,14 +32,20 @@ EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a
 # Left by DistributedDataParallel.
 WRAPPER = "module."
 # Where a backbone stands within a network.
-BACKBONES = ("backbone.", "encoder.")
+BACKBONES = ("backbone.", "encoder.", "base_encoder.", "momentum_encoder.")
+# Encoders that one module holds, so that they lie in one state dict: MoCo v3's.
+ENCODERS: tuple[Which, ...] = ("base_encoder", "momentum_encoder")
 # What a network has beside its backbone during pretraining: heads, losses, a token for masked patches.
 HEADS = (
     *("head.", "projection_head.", "projector.", "encoder.fc.", "predictor."),
     *("dino_loss.", "masked_embed", "backbone.masked_embed"),
+    *("base_encoder.fc.", "base_encoder.head.", "momentum_encoder.fc.", "momentum_encoder.head."),
+    *("dino_head.", "ibot_head."),
 )
 # Names of the same layer elsewhere: HVP's own ResNet for CIFAR calls a block's projection so, torchvision's not.
 RENAMED = {".shortcut.": ".downsample."}
+# The upstream's DINOv2 names a block by its chunk, too: blocks.<chunk>.<block>.
+CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 # Upstream's checkpoints hold their arguments, and learning rates that are numpy numbers. These types are data and
 # nothing else; every other type in a file is refused. numpy 1 wrote the function's name in another module.
@@ -103,13 +109,14 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
     """The backbone's weights in a file, without running anything the file holds.
 
     Understood are this project's checkpoints; the upstream's training checkpoints (`student` and `teacher`, with or
-    without `module.`); state dicts, bare or under `state_dict` or `model` (SimSiam's and HVP's released ones), with or
-    without `module.` and `backbone.` or `encoder.`; and `.safetensors`. Keys of what sits on the backbone during
-    pretraining are left out and listed in `meta.dropped`.
+    without `module.`, or both in one `model`, or MoCo v3's two encoders under `state_dict`); state dicts, bare or under
+    `state_dict` or `model` (SimSiam's and HVP's released ones), with or without `module.` and `backbone.` or
+    `encoder.`; and `.safetensors`. Keys of what sits on the backbone during pretraining are left out and listed in
+    `meta.dropped`.
 
     Args:
         path: the file, or the folder of a run, whose last checkpoint is read.
-        which: the network; None takes the teacher where there is one, and else the only network.
+        which: the network; None takes the teacher or the base encoder where there is one, and else the only network.
 
     Raises:
         UserError: there is no such file, it is damaged, it holds no weights, or not the network asked for.
@@ -120,16 +127,20 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
 
 def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None) -> BackboneState:
     """As `read_backbone_state()`, of a file that is read already: the tensors are those of `content`."""
+    content = _with_networks(content)
     ours = content.get("format") == FORMAT
     if ours and content.get("version") != VERSION:
         raise UserError(
             f"{path}: this checkpoint has version {content.get('version')}, but this hvp reads version {VERSION}."
             " Use the hvp that wrote it."
         )
-    networks = {name: content[name] for name in ORDER if content.get(name) is not None}
+    nested = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
+    whole = nested[0] if nested else content
+    encoders = _encoders(whole)
+    networks = encoders or {name: content[name] for name in ORDER if content.get(name) is not None}
     form: Literal["hvp", "upstream", "bare"]
     found: Which | Literal["bare"]
-    if ours or "teacher" in networks or "student" in networks:
+    if ours or encoders or "teacher" in networks or "student" in networks:
         form = "hvp" if ours else "upstream"
         found = which if which is not None else next(iter(networks), "model")
         if found not in networks:
@@ -145,8 +156,7 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
                 f"{path}: this file does not say which of its weights are the {which}'s. It has one network: ask for"
                 " none by name."
             )
-        nested = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
-        weights = nested[0] if nested else content
+        weights = whole
     if not _is_state(weights):
         raise UserError(f"{path}: this file holds {_kind(weights)}, no weights. {EXPECTED}")
     state, dropped = _backbone(path, weights)
@@ -202,12 +212,37 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_state(weights: object) -> bool:
+def _with_networks(content: dict[str, Any]) -> dict[str, Any]:
+    """The content, with student and teacher on their own where `model` holds both (the upstream's DINOv2)."""
+    model = content.get("model")
+    if not _is_state(model):
+        return content
+    networks = {
+        name: {key.removeprefix(f"{name}."): value for key, value in model.items() if key.startswith(f"{name}.")}
+        for name in ("student", "teacher")
+    }
+    found = {name: network for name, network in networks.items() if network}
+    return {**{key: value for key, value in content.items() if key != "model"}, **found} if found else content
+
+
+def _is_state(weights: object) -> TypeGuard[dict[str, Tensor]]:
     return (
         isinstance(weights, dict)
         and bool(weights)
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
     )
+
+
+def _encoders(weights: Mapping[Any, Any]) -> dict[Which, dict[str, Any]]:
+    """The encoders that one state dict holds, each with what is not another's; none where it holds a single network."""
+    owners = {
+        key: name for key in weights for name in ENCODERS if str(key).removeprefix(WRAPPER).startswith(f"{name}.")
+    }
+    return {
+        name: {key: value for key, value in weights.items() if owners.get(key, name) == name}
+        for name in ENCODERS
+        if name in owners.values()
+    }
 
 
 def _kind(content: object) -> str:
@@ -235,7 +270,7 @@ def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 def _own_name(name: str) -> str:
     for foreign, own in RENAMED.items():
         name = name.replace(foreign, own)
-    return name
+    return CHUNKED_BLOCK.sub(r"blocks.\1.", name)
 
 
 def load_encoder(path: Path, which: Which | None = None) -> tuple[nn.Module, BackboneMeta]:

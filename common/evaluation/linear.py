@@ -40,12 +40,15 @@ OptimizerName = Literal["sgd", "lars"]
 
 
 class LinearProtocol(TypedDict, total=False):
-    """How a method's paper trains the classifier; what is left out is as in LinearOptions. The fields are its own."""
+    """How a method's paper trains the classifier, and on which features; what is left out is as in LinearOptions, whose
+    fields these are, and as `probe_defaults()` has it."""
 
     epochs: int
     optimizer: OptimizerName
     base_lr: float
     batch_size: int
+    n_last_blocks: int
+    avgpool: bool
 
 
 @dataclass(frozen=True, kw_only=True)

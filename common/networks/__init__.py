@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hvp.common.networks.register_vision_transformer import register_vit_from_state
 from hvp.common.networks.resnet import ConvNet, convnet_from_state
 from hvp.common.networks.vision_transformer import VisionTransformer, vit_from_state
 
@@ -34,7 +35,7 @@ class Features(NamedTuple):
 def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
     """The encoder that a backbone's state dict belongs to, by names and shapes, weights not loaded; None if there is
     none here."""
-    vit = vit_from_state(state)
+    vit = register_vit_from_state(state) or vit_from_state(state)
     return convnet_from_state(state) if vit is None else vit
 
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from hvp.common.errors import UserError
 
 # Width -> attention heads of the networks below. A state dict does not show its number of heads.
-NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12}
+NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
+# The same with fixed positions, by which vit_from_state() tells them.
+NUM_HEADS_FIXED_POSITIONS = NUM_HEADS | {384: 12}
 
 
 class VisionTransformer(nn.Module):
@@ -31,8 +33,10 @@ class VisionTransformer(nn.Module):
         patch_size: side of a patch in pixels.
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path_uniform: all blocks have that rate.
         conv_stem: embed patches by a stack of small convolutions instead of a single large one.
         mask_token: have `masked_embed`, which can stand for patches.
+        block: makes a block, with the arguments of timm's.
 
     Source: facebookresearch/dino vision_transformer.py VisionTransformer.
     """
@@ -49,8 +53,10 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
         conv_stem: bool = False,
         mask_token: bool = False,
+        block: Callable[..., nn.Module] = Block,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -68,10 +74,10 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.register_parameter("masked_embed", nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None)
         self.blocks = nn.ModuleList(
-            Block(
+            block(
                 embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=float(rate), norm_layer=norm_layer
             )
-            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu")
+            for rate in torch.linspace(drop_path_rate if drop_path_uniform else 0, drop_path_rate, depth, device="cpu")
         )
         self.norm = norm_layer(embed_dim)
 
@@ -291,6 +297,12 @@ def vit_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | None:
         An encoder of the right shape, or None when the weights are none of ours. Entries the encoder does not have are
         not looked at: loading strictly finds them.
     """
+    sizes = vit_sizes(state)
+    return None if sizes is None else VisionTransformer(**sizes)
+
+
+def vit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The sizes of a ViT as its constructor takes them, told from a backbone's state dict; None where it is no ViT."""
     pos_embed, proj = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if pos_embed is None or proj is None or pos_embed.ndim != 3 or proj.ndim != 4:
         return None
@@ -300,14 +312,49 @@ def vit_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | None:
         return None
     num_stages = sum(key.startswith("patch_embed.stages.") and key.endswith(".0.weight") for key in state)
     patch_size = 2**num_stages if num_stages else proj.shape[-1]
-    return VisionTransformer(
-        img_size=side * patch_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=sum(key.startswith("blocks.") and key.endswith(".norm1.weight") for key in state),
-        num_heads=NUM_HEADS[embed_dim],
-        conv_stem=num_stages > 0,
-    )
+    return {
+        "img_size": side * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": sum(key.startswith("blocks.") and key.endswith(".norm1.weight") for key in state),
+        "num_heads": (NUM_HEADS_FIXED_POSITIONS if _positions_are_fixed(pos_embed) else NUM_HEADS)[embed_dim],
+        "conv_stem": num_stages > 0,
+    }
+
+
+def sincos_positions(side: int, embed_dim: int) -> Tensor:
+    """A position embedding that is never trained: sines and cosines of a patch's row, then of its column.
+
+    With w_d = 10000 ** (-d / (D / 4)), patch (i, j) has the four quarters sin(i w), cos(i w), sin(j w), cos(j w). The
+    [CLS] token has zeros.
+
+    Args:
+        side: patches in a row, and rows.
+        embed_dim: D, a multiple of 4.
+
+    Returns:
+        [1, 1 + side ** 2, D] float32.
+
+    Raises:
+        ValueError: D is no multiple of 4.
+
+    Source: facebookresearch/moco-v3 vits.py build_2d_sincos_position_embedding, whose first half is the row's, too.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"sincos_positions: embed_dim is {embed_dim}, but it takes a multiple of 4")
+    frequency = 10000.0 ** -(torch.arange(embed_dim // 4) / (embed_dim // 4))
+    angle = torch.arange(side)[:, None] * frequency  # [side, D / 4]
+    axis = torch.cat((angle.sin(), angle.cos()), dim=1)  # [side, D / 2]
+    patches = torch.cat((axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)), dim=1)  # [side ** 2, D]
+    return F.pad(patches, (0, 0, 1, 0))[None]
+
+
+def _positions_are_fixed(pos_embed: Tensor) -> bool:
+    """Whether a position embedding is that of `sincos_positions()`, but for the rounding of half precision."""
+    if pos_embed.is_meta or pos_embed.shape[2] % 4:
+        return False
+    fixed = sincos_positions(math.isqrt(pos_embed.shape[1] - 1), pos_embed.shape[2])
+    return torch.allclose(pos_embed.detach().float().cpu(), fixed, rtol=0.0, atol=5e-3)
 
 
 def init_linear(module: nn.Module) -> None:

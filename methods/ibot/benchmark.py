@@ -23,12 +23,12 @@ from hvp.common.benchmark import (
     threads,
 )
 from hvp.common.engine.precision import Precision
-from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.selecting import ViewSelector, of_kept
 from hvp.common.hardviews import Selection, Slots, select
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.head import iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
-from hvp.methods.ibot.main_ibot import build_loss, build_masks, build_networks, of_kept, teacher_outputs
+from hvp.methods.ibot.main_ibot import build_loss, build_masks, build_networks, teacher_outputs
 from hvp.methods.ibot.score import Prototypes, loss_matrix, pair_losses
 
 NUM_GLOBAL, PATCHES = 4, 196

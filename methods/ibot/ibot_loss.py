@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvp.common.center import GlobalMean
-from hvp.common.cross_entropy import view_cross_entropy
+from hvp.common.cross_entropy import patch_weights, view_cross_entropy
 from hvp.common.engine.schedules import linear_then_constant
 
 NUM_GLOBAL_VIEWS = 2
@@ -167,16 +167,3 @@ class iBOTLoss(nn.Module):
         cls, patch = self._means
         self.center.lerp_(cls.take(), 1 - self.center_momentum)
         self.center2.lerp_(patch.take()[None], 1 - self.center_momentum2)
-
-
-def patch_weights(masks: Tensor) -> Tensor:
-    """What each masked patch counts in its image's mean: one over the number of masked patches there.
-
-    Args:
-        masks: [n, N] bool.
-
-    Returns:
-        [R] float32, in the order of the marked patches.
-    """
-    counts = masks.sum(dim=1, keepdim=True, dtype=torch.float32).clamp(min=1)  # [n, 1]
-    return (masks / counts)[masks]

@@ -25,9 +25,8 @@ from hvp.common.engine.precision import Precision
 from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.run import Run, Stateful
 from hvp.common.engine.schedules import warmup_cosine
-from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.selecting import ViewSelector, of_kept
 from hvp.common.engine.training import RunOptions, session
-from hvp.common.hardviews import Selection
 from hvp.common.networks.vision_transformer import VisionTransformer, build_vit
 from hvp.common.views.normalize import normalize
 from hvp.methods.ibot.config import IbotConfig
@@ -272,9 +271,3 @@ def teacher_outputs(head: iBOTHead, cls: Tensor, patches: Tensor, masks: Tensor)
         Logits of [CLS] [2 B, K], of the masked patches [R, K2], and their mean over all patches of a view [2 B, K2].
     """
     return head.last_layer(cls), head.last_layer2(patches[masks]), head.last_layer2(patches.mean(dim=1))
-
-
-def of_kept(kept: Selection, candidates: Tensor) -> Tensor:
-    """hvp: what belongs to the kept global crops, [2 B, ...], out of that of all candidates, [G, B, ...]."""
-    images = torch.arange(len(kept.index), device=candidates.device)
-    return candidates[kept.index[:, :2].T, images].flatten(0, 1)

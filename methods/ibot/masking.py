@@ -7,7 +7,6 @@ Drawn in the loader's workers, from (seed, epoch, image, view) alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,14 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvp.common.views.block_masks import between, mask_blocks, whole
 from hvp.common.views.loader import Key
 from hvp.common.views.randomness import uniform_stream
-
-MAX_ASPECT = 1 / 0.3
-"""Of a block: its height over its width, or its width over its height."""
-
-BLOCK_ATTEMPTS = 10
-"""Blocks that are tried in a row before a mask stays as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,45 +67,12 @@ class MaskSampler:
 
     def _mask(self, uniforms: Iterator[float], out: NDArray[np.bool_]) -> None:
         """Masks one view, `out` [rows, columns], which is all False."""
-        kind = _whole(next(uniforms), 0, len(self.ratios) - 1)
+        kind = whole(next(uniforms), 0, len(self.ratios) - 1)
         ratio, variation = self.ratios[kind], self.variations[kind]
-        target = out.size * _between(next(uniforms), ratio - variation, ratio + variation)
+        target = out.size * between(next(uniforms), ratio - variation, ratio + variation)
         if self.shape == "rand":
             # the patches with the smallest of independent numbers are a uniformly random subset
             order = np.argsort([next(uniforms) for _ in range(out.size)], kind="stable")
             out.reshape(-1)[order[: int(target)]] = True
         else:
-            _mask_blocks(uniforms, out, target)
-
-
-def _mask_blocks(uniforms: Iterator[float], out: NDArray[np.bool_], target: float) -> None:
-    """Adds rectangles until `target` patches are masked, or until no more find a place."""
-    rows, columns = out.shape
-    smallest = (min(rows, columns) // 3) ** 2
-    missing = target
-    failures = 0
-    while missing > 0 and failures < BLOCK_ATTEMPTS:
-        area = _between(next(uniforms), smallest, missing)
-        aspect = math.exp(_between(next(uniforms), -math.log(MAX_ASPECT), math.log(MAX_ASPECT)))
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        added = 0
-        if height < rows and width < columns:
-            top, left = _whole(next(uniforms), 0, rows - height), _whole(next(uniforms), 0, columns - width)
-            block = out[top : top + height, left : left + width]
-            added = block.size - int(block.sum())
-        if 0 < added <= missing:
-            block[:] = True
-            missing -= added
-            failures = 0
-        else:
-            failures += 1
-
-
-def _between(uniform: float, first: float, last: float) -> float:
-    """A number in [0, 1) as one between two others, in any order."""
-    return first + (last - first) * uniform
-
-
-def _whole(uniform: float, first: int, last: int) -> int:
-    """A number in [0, 1) as a whole one from `first` to `last`, both included."""
-    return first + int((last + 1 - first) * uniform)
+            mask_blocks(uniforms, out, target, smallest=(min(out.shape) // 3) ** 2)

@@ -6,17 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hvp.common.cross_entropy import logits_at_once, pair_cross_entropies
+from hvp.common.cross_entropy import Layer, masked_patch_losses, pair_cross_entropies
 from hvp.methods.ibot.head import MultiCropWrapper
 from hvp.methods.ibot.ibot_loss import iBOTLoss
-
-Layer = Callable[[Tensor], Tensor]
 
 
 class Prototypes(NamedTuple):
@@ -123,62 +120,3 @@ def loss_matrix(
     )
     losses.diagonal(dim1=1, dim2=2).copy_(ibot_loss.lambda2 * patch.unflatten(0, masks.shape[:2]).T)  # [B, G]
     return losses
-
-
-@torch.no_grad()
-def masked_patch_losses(
-    teacher: Tensor,
-    student: Tensor,
-    masks: Tensor,
-    center2: Tensor,
-    teacher_temp: float,
-    student_temp: float,
-    prototypes: tuple[Layer, Layer] | None = None,
-    patches_at_once: int | None = None,
-) -> Tensor:
-    """The mean cross-entropy over the masked patches of each view, a few patches at a time.
-
-    H(p, q) = logsumexp(s) - <p, s>, as for [CLS] tokens. Logits exist only for masked patches, and not for all of them
-    at once: [n, N, K2] of both networks would be 2 GB for 64 images of 4 views.
-
-    Args:
-        teacher: bottleneck embeddings of the masked patches, in the order of `masks`, [R, b], or their logits [R, K2]
-            when `prototypes` is left out; any float dtype, computed in float32.
-        student: the same of the student, which does not see these patches.
-        masks: [n, N] bool.
-        center2: K2 numbers in any shape, subtracted from the teacher's logits.
-        teacher_temp, student_temp: temperatures, greater than 0.
-        prototypes: the teacher's and the student's layer [., b] to [., K2], linear without bias; they run under the
-            caller's autocast, and their results are overwritten.
-        patches_at_once: patches whose logits exist at the same time; as many as fit the cache when left out.
-
-    Returns:
-        [n] float32 in nats; 0 for a view without a masked patch.
-    """
-    num_patches = len(teacher)
-    if len(student) != num_patches or int(masks.sum()) != num_patches:
-        raise ValueError(
-            f"masked_patch_losses: teacher {list(teacher.shape)}, student {list(student.shape)}, "
-            f"but {int(masks.sum())} patches are masked"
-        )
-    device = teacher.device
-    step = patches_at_once or max(logits_at_once(device) // (2 * center2.numel()), 1)
-    center2 = center2.reshape(-1).float()
-    # One-element tensors, not numbers: they promote half-precision inputs to float32 in the same pass.
-    sharpen_teacher = torch.full((1,), 1 / teacher_temp, device=device)
-    sharpen_student = torch.full((1,), 1 / student_temp, device=device)
-
-    per_patch = torch.zeros(masks.shape, device=device)
-    losses = torch.empty(num_patches, device=device)
-    for start in range(0, num_patches, step):
-        patches = slice(start, start + step)
-        t, s = teacher[patches], student[patches] * sharpen_student
-        if prototypes is not None:
-            t, s = prototypes[0](t), prototypes[1](s).float()  # [m, K2]
-        with torch.autocast(device.type, enabled=False):
-            s -= s.amax(dim=-1, keepdim=True)
-            p = (t - center2).mul_(sharpen_teacher).softmax(dim=-1)
-            product = p.mul_(s).sum(dim=-1)  # before s is overwritten
-            losses[patches] = s.exp_().sum(dim=-1).log_() - product
-    per_patch[masks] = losses
-    return per_patch.sum(dim=1) / masks.sum(dim=1).clamp(min=1)

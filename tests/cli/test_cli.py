@@ -102,6 +102,22 @@ def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
     assert (ran.code, "has no teacher. It has: model" in ran.err) == (2, True)
 
 
+@pytest.mark.parametrize(("arch", "base_lr"), [("convnet_micro", 0.1), ("vit_micro", 3.0)])
+def test_the_linear_protocol_may_differ_for_a_vit_and_say_which_features(hvp, tmp_path, arch, base_lr):
+    trained = ("pretrain", "mocov3", "--preset", "tiny", *SMALL, "--set", f"model.arch={arch}", "--out", "run")
+    assert hvp(*trained).code == 0
+    asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
+    ran = hvp(*asked)
+    assert ran.code == 0, ran.err
+    result = json.loads((tmp_path / "run" / "last-linear-base_encoder.json").read_text())
+    read = ("optimizer", "base_lr", "batch_size", "n_last_blocks", "avgpool")
+    assert [result["settings"][key] for key in read] == ["sgd", base_lr, 1024, 1, False]
+    if arch == "vit_micro":
+        assert hvp(*asked, "--n-last-blocks", "2", "--which", "momentum_encoder").code == 0
+        result = json.loads((tmp_path / "run" / "last-linear-momentum_encoder.json").read_text())
+        assert result["settings"]["n_last_blocks"] == 2
+
+
 def test_images_without_labels_are_enough(hvp, tmp_path):
     write_images(tmp_path / "pictures", 12)
     ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--data", "pictures", "--out", "run")

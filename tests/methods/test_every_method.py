@@ -45,12 +45,18 @@ OWN = {
     "dino": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1},
     "ibot": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1, "masks.pred_ratio_var": [0.0, 0.1]},
     "simclr": {"optim.warmup_epochs": 1},
+    "mocov3": {"optim.warmup_epochs": 1, "selection.hard_views": "hvp", "rescue.enabled": False},
+    "dinov2": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.3},
 }
 """What a method's `tiny` preset needs for so short a run."""
 
 MULTI_CROP = {"selection.global_candidates": 1, "selection.local_candidates": 2}
 TWO_VIEWS = {"selection.candidates": 2}
-AS_MANY_AS_KEPT = {"dino": MULTI_CROP, "ibot": MULTI_CROP, "simsiam": TWO_VIEWS, "simclr": TWO_VIEWS}
+AS_MANY_AS_KEPT = {
+    **dict.fromkeys(("dino", "ibot", "dinov2"), MULTI_CROP),
+    **dict.fromkeys(("simsiam", "simclr"), TWO_VIEWS),
+    "mocov3": {"selection.candidates": 1},
+}
 
 ABOUT = {"format", "version", "versions", "method", "config"}
 """What a checkpoint says of the run, rather than what training has made of it."""
@@ -345,11 +351,26 @@ def test_the_encoder_is_evaluated(name, hard):
 # Each process draws its own stochastic depth. SimSiam's preset has a learning rate that multiplies rounding tenfold in
 # a step; this is the usual one.
 NO_DROP_PATH = {"model.drop_path_rate": 0.0}
-ALIKE = {"dino": NO_DROP_PATH, "ibot": NO_DROP_PATH, "simsiam": {"optim.base_lr": 0.05}}
+# DINOv2 compares the images of a process for KoLeo, and draws whether and how much of a crop is masked among those of a
+# process; with every crop masked by a fixed share there is nothing to draw.
+ONE_MASK = {"ibot.mask_sample_probability": 1.0, "ibot.mask_ratio_min_max": [0.3, 0.3]}
+ALIKE = {
+    "dino": NO_DROP_PATH,
+    "ibot": NO_DROP_PATH,
+    "simsiam": {"optim.base_lr": 0.05},
+    "dinov2": {**NO_DROP_PATH, **ONE_MASK, "dino.koleo_loss_weight": 0.0},
+}
 # Sums of float32 numbers in another order, a few units of rounding, 1.2e-7 each, which the optimiser carries on. Where
 # a convolution meets ReLU, rounding may also move a value across its kink, and with it the gradient of one position.
 # SimSiam's losses are cosines near 0, so absolute. Another batch, view or combination moves the second digit.
-TOLERANCE = {"dino": {"rel": 1e-5}, "ibot": {"rel": 1e-5}, "simclr": {"rel": 1e-4}, "simsiam": {"abs": 1e-5}}
+TOLERANCE = {
+    "dino": {"rel": 1e-5},
+    "ibot": {"rel": 1e-5},
+    "dinov2": {"rel": 1e-5},
+    "simclr": {"rel": 1e-4},
+    "simsiam": {"abs": 1e-5},
+    "mocov3": {"rel": 1e-4},
+}
 
 
 def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):

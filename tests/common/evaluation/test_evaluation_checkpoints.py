@@ -111,6 +111,42 @@ def test_a_method_with_one_network(tmp_path: Path) -> None:
         read_backbone_state(tmp_path / "last.pt", "teacher")
 
 
+def two_encoders(prefix: str = "") -> dict[str, Tensor]:
+    """MoCo v3's state dict: two encoders, each with its projector, and a predictor."""
+    weights = {f"{prefix}predictor.0.weight": torch.ones(2, 2)}
+    for name, scale in (("base_encoder", 1.0), ("momentum_encoder", 2.0)):
+        for key, value in (WEIGHT | {"head.0.weight": torch.ones(2, 4), "fc.0.weight": torch.ones(2, 4)}).items():
+            weights[f"{prefix}{name}.{key}"] = value * scale
+    return weights
+
+
+@pytest.mark.parametrize(("which", "scale"), [(None, 1.0), ("base_encoder", 1.0), ("momentum_encoder", 2.0)])
+@pytest.mark.parametrize("form", ["hvp", "upstream", "safetensors"])
+def test_two_encoders_in_one_state_dict(form: str, which: Any, scale: float, tmp_path: Path) -> None:
+    path = tmp_path / f"weights.{form}"
+    if form == "hvp":
+        content = {"method": "mocov3", "config": {}, "epoch": 3, "step": 40, "model": two_encoders()}
+        save_checkpoint(path, content)
+    elif form == "upstream":
+        torch.save({"state_dict": two_encoders("module."), "arch": "vit_small", "epoch": 7}, path)
+    else:
+        save_file(two_encoders(), path)
+    read = read_backbone_state(path, which)
+    assert_weights(read.state, scale)
+    name = which or "base_encoder"
+    assert (read.meta.which, read.meta.format) == (name, "hvp" if form == "hvp" else "upstream")
+    assert set(read.meta.dropped) == {"predictor.0.weight", f"{name}.head.0.weight", f"{name}.fc.0.weight"}
+    with pytest.raises(UserError, match=r"has no teacher\. It has: base_encoder, momentum_encoder"):
+        read_backbone_state(path, "teacher")
+
+
+def test_one_encoder_of_two_is_what_the_file_has(tmp_path: Path) -> None:
+    save_file({f"momentum_encoder.{key}": value for key, value in WEIGHT.items()}, tmp_path / "weights.safetensors")
+    read = read_backbone_state(tmp_path / "weights.safetensors")
+    assert_weights(read.state, 1.0)
+    assert read.meta.which == "momentum_encoder"
+
+
 @pytest.mark.parametrize("arch", CONVNETS)
 @pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
 def test_convnets_are_loaded_and_probed(arch: str, prefix: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hvp.common.engine.distributed import World
 from hvp.common.errors import UserError
 from hvp.common.networks import encoder_from_state
 from hvp.common.networks.heads import DINOHead, WeightNormLinear
-from hvp.common.networks.vision_transformer import VisionTransformer
+from hvp.common.networks.resnet import CONVNETS
+from hvp.common.networks.vision_transformer import VisionTransformer, sincos_positions
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
 
@@ -143,6 +145,39 @@ def test_encoder_is_told_from_its_weights(arch: str, patch_size: int, img_size: 
         encoder.load_state_dict(backbone.state_dict())
         x = images(2, 24)
         assert torch.equal(encoder(x), backbone(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fixed_positions_tell_the_number_of_heads(dtype: torch.dtype) -> None:
+    """Networks of equal shapes with 6 and 12 heads: only those with fixed positions have 12."""
+    learned = VisionTransformer(embed_dim=384, depth=1, num_heads=6, img_size=64)
+    for positions, heads in ((learned.pos_embed, 6), (sincos_positions(4, 384), 12)):
+        encoder = encoder_from_state(learned.state_dict() | {"pos_embed": positions.to(dtype)})
+        assert isinstance(encoder, VisionTransformer)
+        assert encoder.blocks[0].attn.num_heads == heads
+
+
+def test_fixed_positions_are_sines_and_cosines_of_row_and_column() -> None:
+    table = sincos_positions(3, 8)
+    assert table.shape == (1, 10, 8)
+    assert not table[0, 0].any()
+    row, column = 2, 1
+    angles = [position * 10000 ** (-d / 2) for position in (row, column) for d in range(2)]
+    expected = torch.tensor([f(a) for pair in (angles[:2], angles[2:]) for f in (math.sin, math.cos) for a in pair])
+    torch.testing.assert_close(table[0, 1 + 3 * row + column], expected)
+    with pytest.raises(ValueError, match="embed_dim is 6"):
+        sincos_positions(3, 6)
+
+
+@pytest.mark.parametrize("arch", CONVNETS)
+def test_pooled_features_do_not_ask_what_stands_in_the_place_of_fc(arch: str) -> None:
+    network = CONVNETS[arch]().eval()
+    x = images(2, 32)
+    with torch.no_grad():
+        expected = network(x)
+        network.fc = nn.Linear(network.embed_dim, 3)
+        assert torch.equal(network.pooled(x), expected)
+        assert torch.equal(network(x), network.fc(expected))
 
 
 def test_weights_of_others_are_not_recognised(micro: VisionTransformer) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvp.common.config import read_yaml, resolve
 from hvp.common.engine.checkpoint import load_checkpoint
-from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.selecting import ViewSelector, of_kept
 from hvp.common.engine.training import build_loader, open_training_data
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
@@ -24,7 +24,6 @@ from hvp.methods.ibot.main_ibot import (
     build_loss,
     build_masks,
     build_networks,
-    of_kept,
     teacher_outputs,
     train_ibot,
 )

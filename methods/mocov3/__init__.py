@@ -1,0 +1,24 @@
+"""MoCo v3 (arXiv:2104.02057), with hard views and rescued easy samples."""
+
+from hvp.methods import Method
+from hvp.methods.mocov3.config import MoCoConfig
+from hvp.methods.mocov3.main_mocov3 import build_encoder, build_modules, train_mocov3
+from hvp.methods.mocov3.upstream import upstream_layout
+
+METHOD = Method(
+    "mocov3",
+    MoCoConfig,
+    train_mocov3,
+    build_encoder,
+    build_modules,
+    upstream_layout,
+    linear={
+        "epochs": 90,
+        "optimizer": "sgd",
+        "base_lr": 0.1,
+        "batch_size": 1024,
+        "n_last_blocks": 1,
+        "avgpool": False,
+    },
+    linear_vit={"base_lr": 3.0},
+)

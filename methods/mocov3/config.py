@@ -1,0 +1,160 @@
+"""The configuration of MoCo v3. Defaults are those of facebookresearch/moco-v3, main_moco.py, unless said otherwise."""
+
+from dataclasses import replace
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from hvp.common import sections
+from hvp.common.config import Fraction, Range, Section
+from hvp.common.hardviews import Slots
+from hvp.common.view_sections import ColorConfig
+from hvp.common.views import ViewSlot
+from hvp.methods.mocov3.vits import PATCH_SIZE
+
+# Networks whose patches are made by a single convolution.
+WITH_CONV1 = ("vit_small", "vit_base")
+
+
+class ModelConfig(Section):
+    """Encoders, projector and predictor."""
+
+    arch: Literal["resnet50", "vit_small", "vit_base", "vit_micro", "convnet_micro"] = "resnet50"
+    """Both encoders. ViT-S has 12 heads, patches are 16 pixels; `vit_micro` (patches of 8 pixels) and `convnet_micro`
+    are ours, for images of 32 pixels."""
+
+    stop_grad_conv1: bool = False
+    """Do not train the patch projection of `vit_small` or `vit_base`. Upstream: on in the ViTs' commands."""
+
+    dim: int = Field(256, ge=2)
+    """Width D of projections, queries and keys."""
+
+    mlp_dim: int = Field(4096, ge=1)
+    """Width of the hidden layers of projector and predictor."""
+
+    momentum: Fraction = 0.99
+    """Of the momentum encoder's moving average, in every step."""
+
+    momentum_cosine: bool = False
+    """Raise it to 1 in half a cosine over the run. Upstream: on in every command of its README."""
+
+
+class LossConfig(Section):
+    """InfoNCE."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Divides the cosines. Upstream: 1.0 for ResNet-50, 0.2 in the ViTs' commands."""
+
+
+class OptimConfig(Section):
+    """Optimiser and its schedule: a linear warm-up from 0, then half a cosine to 0, a function of the step."""
+
+    optimizer: Literal["lars", "adamw"] = "lars"
+    """LARS (trust 0.001, momentum 0.9) for ResNet-50, AdamW for ViTs."""
+
+    base_lr: float = Field(0.6, gt=0)
+    """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
+
+    warmup_epochs: int = Field(10, ge=0)
+    """Linear warm-up of the learning rate from 0, epochs."""
+
+    weight_decay: float = Field(1e-6, ge=0)
+    """With AdamW of everything that is trained; with LARS not of biases and batch norm."""
+
+
+class ViewsConfig(ColorConfig):
+    """The distributions of the two views, which differ in blur and solarisation (BYOL's)."""
+
+    crop_size: int = Field(224, ge=8)
+    """Height and width of a view, pixels."""
+
+    crop_scale: Range = (0.08, 1.0)
+    """Area of a view, as a fraction of the image's, (min, max). Upstream: from 0.2 in ResNet-50's commands."""
+
+    blur_view1: Fraction = 1.0
+    """Probability of blur (sigma 0.1 to 2 pixels) in the first view."""
+
+    blur_view2: Fraction = 0.1
+    """The same in the second."""
+
+    solarize: Fraction = 0.2
+    """Probability of solarisation (threshold 128) in the second view."""
+
+
+class SelectionConfig(sections.SelectionConfig):
+    """Which pair of the sampled views is trained on (HVP)."""
+
+    candidates: int = Field(2, ge=1)
+    """Views sampled of each of the two distributions. 2 makes HVP's 4 views in all."""
+
+    pairs: Literal["by_transform", "any"] = "by_transform"
+    """One view of each distribution, or any two."""
+
+
+class MoCoConfig(sections.RunConfig):
+    """hvp pretrain mocov3"""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    views: ViewsConfig = ViewsConfig()
+    selection: SelectionConfig = SelectionConfig()
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        model, train = self.model, self.train
+        if model.stop_grad_conv1 and model.arch not in WITH_CONV1:
+            raise ValueError(
+                f"model.stop_grad_conv1 = true, but model.arch = {model.arch} has no patch projection of one "
+                f"convolution. Set it to false, or take {' or '.join(WITH_CONV1)}"
+            )
+        patch_size = PATCH_SIZE.get(model.arch, 1)
+        if self.views.crop_size % patch_size:
+            raise ValueError(
+                f"views.crop_size = {self.views.crop_size} is not a multiple of {patch_size}, the patch size of "
+                f"model.arch = {model.arch}"
+            )
+        if self.optim.warmup_epochs > train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs = {self.optim.warmup_epochs} is longer than train.epochs = {train.epochs}"
+            )
+        if train.batch_size // train.accumulate < 2:
+            raise ValueError(
+                f"train.batch_size = {train.batch_size} in train.accumulate = {train.accumulate} parts leaves an image "
+                "without another one to tell it from: InfoNCE needs at least 2 a part"
+            )
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, by the linear scaling rule."""
+        return self.optim.base_lr * self.train.batch_size / 256
+
+    def view_slots(self) -> tuple[ViewSlot, ...]:
+        """What the loader samples for an image: views of the first distribution, then of the second."""
+        views, selection = self.views, self.selection
+        view1 = views.transform(views.crop_size, views.crop_scale, views.blur_view1, "bilinear")
+        view2 = replace(view1, blur=views.blur_view2, solarize=views.solarize)
+        num_views = selection.candidates if selection.hard_views == "hvp" else 1
+        return (
+            ViewSlot("view1", view1, candidates=num_views, kept=1),
+            ViewSlot("view2", view2, candidates=num_views, kept=1),
+        )
+
+    def combination_slots(self) -> Slots:
+        """Which pairs of those views `select()` compares."""
+        num_first, num_second = (slot.candidates for slot in self.view_slots())
+        if self.selection.pairs == "any":
+            return Slots.from_counts((num_first + num_second,), (2,))
+        return Slots.from_counts((num_first, num_second), (1, 1))
+
+    def notes(self) -> list[str]:
+        """That parts of a batch change the objective, where there are any."""
+        train = self.train
+        if train.accumulate == 1:
+            return []
+        return [
+            f"train.accumulate = {train.accumulate} changes the objective: a query has "
+            f"{train.batch_size // train.accumulate - 1} negatives, those of its part, instead of "
+            f"{train.batch_size - 1}"
+        ]
