@@ -19,8 +19,9 @@ from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.networks import Encoder
+from hvp.common.networks.register_vision_transformer import build_register_vit
 from hvp.common.networks.resnet import CONVNETS
-from hvp.common.networks.vision_transformer import build_vit
+from hvp.common.networks.vision_transformer import VisionTransformer, build_vit, sincos_positions
 
 HEAD = {"head.mlp.0.weight": torch.ones(2, 4)}
 
@@ -29,15 +30,26 @@ def randomised(encoder: Encoder) -> Encoder:
     """With weights that no two layers share, norms and their statistics included."""
     torch.manual_seed(0)
     with torch.no_grad():
-        for value in encoder.state_dict().values():
-            if value.is_floating_point():
+        for key, value in encoder.state_dict().items():
+            if value.is_floating_point() and not (key == "pos_embed" and not encoder.pos_embed.requires_grad):
                 value.uniform_(0.5, 1.5) if value.ndim == 1 else value.normal_(std=0.05)
     return encoder.eval()
+
+
+def with_fixed_positions() -> Encoder:
+    """As MoCo v3 trains it."""
+    encoder = VisionTransformer(img_size=32, embed_dim=384, depth=12, num_heads=12)
+    encoder.pos_embed = nn.Parameter(sincos_positions(2, 384), requires_grad=False)
+    return encoder
 
 
 ENCODERS: dict[str, Callable[[], Encoder]] = {
     "tiny": lambda: build_vit("vit_tiny", patch_size=16, img_size=64),
     "small, patches of 8": lambda: build_vit("vit_small", patch_size=8, img_size=32),
+    "small with fixed positions, twelve heads": lambda: with_fixed_positions(),
+    "LayerScale": lambda: build_register_vit("vit_small", patch_size=14, img_size=42),
+    "LayerScale, registers": lambda: build_register_vit("vit_small", patch_size=14, img_size=42, num_registers=4),
+    "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
     "resnet50": CONVNETS["resnet50"],
 }
 
@@ -45,7 +57,7 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
 def run_of(encoder: nn.Module, tmp_path: Path) -> Path:
     """A run's checkpoint that holds the encoder as a teacher's backbone."""
     weights = {f"backbone.{key}": value for key, value in encoder.state_dict().items()} | HEAD
-    student = {key: torch.zeros(1).expand(value.shape) for key, value in weights.items()}  # one number in the file
+    student = {key: torch.zeros(()).expand(value.shape) for key, value in weights.items()}  # one number in the file
     config = {"views": {"global_crops_size": 96}}
     content = {"method": "dino", "config": config, "epoch": 3, "step": 40, "student": student, "teacher": weights}
     save_checkpoint(tmp_path / "last.pt", {**content, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}})
@@ -67,8 +79,7 @@ def assert_equal_features(ours: Encoder, theirs: nn.Module, size: int) -> None:
         torch.testing.assert_close(theirs.eval()(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("name", "suffix"), [*((name, ".pth") for name in ENCODERS), ("tiny", ".safetensors")])
 def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
     encoder = randomised(ENCODERS[name]())
     source = run_of(encoder, tmp_path)
@@ -83,7 +94,9 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
     "build", [CONVNETS["resnet50"], lambda: build_vit("vit_base", patch_size=16, img_size=32)], ids=["resnet50", "vit"]
 )
 def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
-    encoder = randomised(build())
+    with torch.device("meta"):
+        encoder = build()
+    encoder = randomised(encoder.to_empty(device="cpu"))
     source = tmp_path / "weights.pth"
     torch.save(encoder.state_dict(), source)
     state, about = written(export_backbone(source, "torchvision"), source, tmp_path / "backbone.pth")
@@ -113,7 +126,9 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
         ("timm", CONVNETS["convnet_micro"]),
         ("timm", CONVNETS["resnet18_cifar"]),
         ("torchvision", lambda: build_vit("vit_micro", patch_size=8, img_size=32)),
+        ("timm", lambda: build_register_vit("vit_small", patch_size=16, img_size=32, swiglu=True)),
         ("torchvision", CONVNETS["resnet18_cifar"]),
+        ("torchvision", lambda: build_register_vit("vit_small", patch_size=16, img_size=32)),
         ("torchvision", lambda: build_vit("vit_small", patch_size=16, img_size=32)),
     ],
 )
@@ -122,6 +137,18 @@ def test_networks_that_the_library_lacks(library: Any, encoder: Callable[[], Enc
     with pytest.raises(UserError, match=rf"{library} has no network like this one .* Take --to safetensors"):
         export_backbone(source, library)
     assert export_backbone(source, "safetensors").content
+
+
+def test_what_timm_has_no_place_for_is_said(tmp_path: Path) -> None:
+    encoder = build_register_vit("vit_small", patch_size=14, img_size=28, num_registers=4)
+    torch.save(encoder.state_dict(), tmp_path / "weights.pth")
+    fates = export_backbone(tmp_path / "weights.pth", "timm").fates
+    assert {fate.why: (fate.became, fate.tensors) for fate in fates} == {
+        "the position of [CLS] is added to it, as timm has it": ("changed", 1),
+        "the position of [CLS] is part of cls_token, as timm has it": ("changed", 1),
+        "stands for masked patches in pretraining; no feature depends on it": ("left out", 1),
+        "": ("renamed", len(encoder.state_dict()) - 3),
+    }
 
 
 def test_every_tensor_and_the_source_are_described(tmp_path: Path) -> None:
