@@ -37,7 +37,7 @@ BACKBONES = ("backbone.", "encoder.", "base_encoder.", "momentum_encoder.")
 ENCODERS: tuple[Which, ...] = ("base_encoder", "momentum_encoder")
 # What a network has beside its backbone during pretraining: heads, losses, a token for masked patches.
 HEADS = (
-    *("head.", "projection_head.", "projector.", "encoder.fc.", "predictor."),
+    *("head.", "projection_head.", "projector.", "backbone.fc.", "encoder.fc.", "predictor."),
     *("dino_loss.", "masked_embed", "backbone.masked_embed"),
     *("base_encoder.fc.", "base_encoder.head.", "momentum_encoder.fc.", "momentum_encoder.head."),
     *("dino_head.", "ibot_head."),

@@ -71,13 +71,19 @@ def checkpoint_of(name: str, changes: dict[str, Any], seed: int, *, fp16: bool =
     }
 
 
+def random(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Weights of a modest size, and vectors that may be variances, or counts."""
+    if not dtype.is_floating_point:
+        return torch.randint(0, 99, size, dtype=dtype)
+    return torch.randn(size, dtype=dtype) * 0.05 if len(size) > 1 else torch.rand(size, dtype=dtype) + 0.5
+
+
 def random_like(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Random values of a state dict on the meta device; what is one tensor there is one here."""
     values: dict[int, torch.Tensor] = {}
     for tensor in state.values():
-        size, dtype = tensor.shape, tensor.dtype
-        random = torch.rand(size, dtype=dtype) if dtype.is_floating_point else torch.randint(0, 99, size, dtype=dtype)
-        values.setdefault(id(tensor), random)
+        if id(tensor) not in values:
+            values[id(tensor)] = random(tensor.shape, tensor.dtype)
     return {key: values[id(tensor)] for key, tensor in state.items()}
 
 

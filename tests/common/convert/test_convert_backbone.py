@@ -45,9 +45,8 @@ def with_fixed_positions() -> Encoder:
 
 ENCODERS: dict[str, Callable[[], Encoder]] = {
     "tiny": lambda: build_vit("vit_tiny", patch_size=16, img_size=64),
-    "small, patches of 8": lambda: build_vit("vit_small", patch_size=8, img_size=32),
+    "patches of 8": lambda: build_vit("vit_tiny", patch_size=8, img_size=32),
     "small with fixed positions, twelve heads": lambda: with_fixed_positions(),
-    "LayerScale": lambda: build_register_vit("vit_small", patch_size=14, img_size=42),
     "LayerScale, registers": lambda: build_register_vit("vit_small", patch_size=14, img_size=42, num_registers=4),
     "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
     "resnet50": CONVNETS["resnet50"],
