@@ -7,7 +7,7 @@ out.
 
 from functools import partial
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,12 @@ from hvp.common.benchmark import (
     threads,
 )
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.selecting import ViewSelector, of_kept
 from hvp.common.hardviews import Selection, Slots, select
 from hvp.common.networks.heads import DINOHead
+from hvp.common.views import ViewBatch
+from hvp.common.views.benchmark import rescue_row
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.losses import DINOv2Loss
 from hvp.methods.dinov2.main_dinov2 import build_loss, build_masks, build_networks, teacher_logits
@@ -139,6 +142,31 @@ def overhead_rows(rounds: int = 5, device: torch.device | None = None, batch: in
         return [overhead_row(step, case, None, rounds, device, equal=step.reuse_is_exact())]
 
 
+def rescue_rows(rounds: int = 3, device: torch.device | None = None) -> list[Row]:
+    """The training step with Rescue of a 64th of the batch over the step without: ViT-S in fp32 on small images on a
+    CPU, ViT-L in bf16 on a GPU. Strong views are loaded for it, common ones are there."""
+    device = device or torch.device("cpu")
+    gpu = device.type == "cuda"
+    arch, size = ("vit_large", 224) if gpu else ("vit_small", 96)
+    name: Literal["fp32", "bf16"] = "bf16" if gpu else "fp32"
+    batch = 64
+    values: dict[str, Any] = {
+        "model": {"arch": arch},
+        "train": {"batch_size": batch},
+        "rescue": {"enabled": True},
+    }
+    if not gpu:
+        values |= SIZES | {"views": {"global_crops_size": size, "local_crops_size": size // 2}}
+    with benchmark_settings(device):
+        config = DINOv2Config.model_validate(values)
+        step = _Step(config, batch, Precision(name, device))
+        case = (
+            f"DINOv2 step with Rescue (a 64th of {batch} images) over the step without, {arch}, {name}, {size} px, "
+            f"{device.type}"
+        )
+        return [rescue_row(step.rescue, config, step.student, case, rounds, device)]
+
+
 class _Step:
     """Forward and backward of one batch of noise, with and without selection."""
 
@@ -177,8 +205,11 @@ class _Step:
         return kept
 
     def vanilla(self) -> None:
+        self.rescue(None, None)
+
+    def rescue(self, rescuer: Rescuer | None, part: ViewBatch | None) -> None:
         first = self.selector.first_views[:2]
-        self._train(self.selector.first(self.crops), self.masks[first].flatten(0, 1), None)
+        self._train(self.selector.first(self.crops), self.masks[first].flatten(0, 1), None, rescuer, part)
 
     def reuse_is_exact(self) -> bool:
         """Whether reusing the teacher's outputs gives the selections and gradients of computing them again."""
@@ -191,11 +222,20 @@ class _Step:
         kept = self.hard(reuse=reuse)
         return kept.index, [p.grad for p in self.student.parameters() if p.grad is not None]
 
-    def _train(self, crops: list[Tensor], masks: Tensor, embedding: tuple[Tensor, Tensor] | None) -> None:
+    def _train(
+        self,
+        crops: list[Tensor],
+        masks: Tensor,
+        embedding: tuple[Tensor, Tensor] | None,
+        rescuer: Rescuer | None = None,
+        part: ViewBatch | None = None,
+    ) -> None:
         self.student.zero_grad(set_to_none=True)
         views = [crop.flatten(0, 1) for crop in crops]
         with self.precision.autocast():
             targets = teacher_logits(self.teacher, views[0], masks, embedding)
             out = self.student(views, masks)
-            losses = self.loss(out.cls, out.patch, out.features.backbone, *targets, masks, TEMP)
-        losses.loss.backward()
+            loss = self.loss(out.cls, out.patch, out.features.backbone, *targets, masks, TEMP).loss
+            if rescuer is not None and part is not None:
+                loss = loss + rescuer.loss(out.features, part)
+        loss.backward()

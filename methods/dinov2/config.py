@@ -162,6 +162,15 @@ class DINOv2Config(MultiCropConfig):
         self.check_patch_size(self.model.patch_size)
         return self
 
+    def notes(self) -> list[str]:
+        """What differs from the same run in one part."""
+        parts = self.train.accumulate
+        terms = ["KoLeo"] if self.dino.koleo_loss_weight else []
+        terms += ["Sinkhorn-Knopp"] if self.teacher.centering == "sinkhorn_knopp" else []
+        if parts == 1 or not terms:
+            return []
+        return [f"train.accumulate = {parts}: {' and '.join(terms)} will see the images of one part at a time"]
+
     def combination_slots(self) -> Slots:
         """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
         return self.slots_of_crops(diagonal=True)

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from hvp.common.benchmark import Row, benchmark_settings, interleaved, overhead_row, peak_memory_mb, ratio
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.rescuing import Rescuer
 from hvp.common.engine.selecting import ViewSelector
 from hvp.common.hardviews import Selection, Slots, select
+from hvp.common.views import ViewBatch
+from hvp.common.views.benchmark import rescue_row
 from hvp.methods.mocov3.config import MoCoConfig
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.main_mocov3 import build_model
@@ -89,6 +92,25 @@ def overhead_rows(rounds: int = 5, device: torch.device | None = None, batch: in
         return [overhead_row(step, case, 2.1, 10 * rounds if gpu else rounds, device)]
 
 
+def rescue_rows(rounds: int = 3, device: torch.device | None = None) -> list[Row]:
+    """The training step with Rescue of a 64th of the batch over the step without: ResNet-50 in fp32 on small images on
+    a CPU, in bf16 on a GPU. Strong views are loaded for it, common ones are there."""
+    device = device or CPU
+    gpu = device.type == "cuda"
+    name: Literal["fp32", "bf16"] = "bf16" if gpu else "fp32"
+    batch, size = (256, 224) if gpu else (128, 64)
+    config = MoCoConfig.model_validate(
+        {"views": {"crop_size": size}, "train": {"batch_size": batch}, "rescue": {"enabled": True}}
+    )
+    with benchmark_settings(device):
+        step = _Step(config, batch, size, Precision(name, device))
+        case = (
+            f"MoCo v3 step with Rescue (a 64th of {batch} images) over the step without, resnet50, {name}, {size} px, "
+            f"{device.type}"
+        )
+        return [rescue_row(step.rescue, config, step.model, case, 10 * rounds if gpu else rounds, device)]
+
+
 class _Step:
     """Forward and backward of one batch of noise, with and without selection."""
 
@@ -110,10 +132,15 @@ class _Step:
     def vanilla(self) -> None:
         self._train(self.selector.first(self.views))
 
-    def _train(self, views: list[Tensor]) -> None:
+    def rescue(self, rescuer: Rescuer | None, part: ViewBatch) -> None:
+        self._train(self.selector.first(self.views), rescuer, part)
+
+    def _train(self, views: list[Tensor], rescuer: Rescuer | None = None, part: ViewBatch | None = None) -> None:
         self.model.zero_grad(set_to_none=True)
         x1, x2 = views[0]
         with self.precision.autocast():
             out = self.model(x1, x2, 0.99)
             loss = contrastive_loss(out.q1, out.k2, TEMPERATURE) + contrastive_loss(out.q2, out.k1, TEMPERATURE)
+            if rescuer is not None and part is not None:
+                loss = loss + rescuer.loss(out.features, part)
         loss.backward()

@@ -312,7 +312,7 @@ def test_rescuing_more_images_than_there_are_is_refused(hvp, tmp_path):
 
 
 def test_one_image_for_batch_norm_is_refused_before_the_first_step(hvp, tmp_path):
-    ran = hvp("pretrain", "simsiam", "--preset", "tiny", *QUICK, "--rescue", "--set", "rescue.k=1", "--out", "run")
+    ran = hvp("pretrain", "simsiam", "--preset", "tiny", *SMALL, "--rescue", "--set", "rescue.k=1", "--out", "run")
     assert ran.code == 2
     assert "rescue.k = 1, but batch norm needs at least 2 strong views" in ran.err
     assert not (tmp_path / "run").exists()

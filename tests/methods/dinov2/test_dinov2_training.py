@@ -251,6 +251,13 @@ def test_a_run_too_short_or_a_part_too_small_is_told_before_it_starts(tmp_path):
         small(views__local_crops_size=20)
 
 
+def test_what_parts_change_is_said():
+    assert small().notes() == []
+    (note,) = small(train__accumulate=2).notes()
+    assert "KoLeo and Sinkhorn-Knopp will see" in note
+    assert small(train__accumulate=2, teacher__centering="centering", dino__koleo_loss_weight=0.0).notes() == []
+
+
 def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr("hvp.common.engine.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     hot = {"teacher__student_temp": 1e6, "teacher__teacher_temp": 1e6, "teacher__warmup_teacher_temp": 1e6}
