@@ -6,6 +6,7 @@ tensor is computed with: what is carried over is equal bit for bit.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,7 @@ def from_upstream(content: Mapping[str, Any], layout: Layout, source: str, *, fp
     for entry in dict.fromkeys(part.theirs for part in layout.parts):
         parts = [part for part in layout.parts if part.theirs == entry]
         raw = _network(content, entry, source)
-        theirs = {str(key).removeprefix(WRAPPER): value for key, value in raw.items()}
+        theirs = {key.removeprefix(WRAPPER): value for key, value in raw.items()}
         own = {part.their_key(key): value for part in parts for key, value in part.module.state_dict().items()}
         if problem := misfits(own, theirs):
             problems.append(f"{entry}:{problem}")
@@ -199,7 +200,7 @@ def from_upstream(content: Mapping[str, Any], layout: Layout, source: str, *, fp
         )
     result["optimizer"] = _to_our_optimizer(_optimizer(content, source), layout.optimizer, source)
     account.settle(_as_numbered(layout.optimizer), ("optimizer",), to="optimizer")
-    notes = []
+    notes = _decay_note(content["optimizer"], layout.optimizer)
     scaler = (content.get(layout.scaler) if layout.scaler else None) or {}
     result["precision"] = {"scaler": (scaler or _fresh_scaler()) if fp16 else {}, "skipped_steps": 0}
     if scaler and not fp16:
@@ -233,6 +234,8 @@ def write_run(path: Path, method: str, config: RunConfig, layout: Layout, out: P
     """
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out}: is not empty. Give another --out, or delete the run in it with --overwrite")
+    if out.resolve() in path.resolve().parents:
+        raise UserError(f"{path}: lies in {out}, which the new run would replace. Give another --out")
     read = read_content(path)
     converted = from_upstream(read, layout, str(path), fp16=config.train.precision == "fp16")
     parts = dict(converted.content)
@@ -290,8 +293,10 @@ def _entry(content: Mapping[str, Any], name: str, source: str) -> Mapping[str, A
 
 def _network(content: Mapping[str, Any], name: str, source: str) -> Mapping[str, Tensor]:
     entry = _entry(content, name, source)
-    if not all(isinstance(value, Tensor) for value in entry.values()):
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entry.items()):
         raise UserError(f"{source}: its entry {name} holds other things than weights")
+    if twice := [key for key in entry if f"{WRAPPER}{key}" in entry]:
+        raise UserError(f"{source}: its entry {name} holds {twice[0]} with and without {WRAPPER}")
     return entry
 
 
@@ -300,6 +305,14 @@ def _optimizer(content: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     if not isinstance(entry.get("state"), Mapping) or not isinstance(entry.get("param_groups"), list):
         raise UserError(f"{source}: its entry optimizer is no optimiser's state")
     return entry
+
+
+def _decay_note(state: Mapping[str, Any], optimizer: Optimizer) -> list[str]:
+    """Says where a weight decay that no schedule sets is another one."""
+    found, here = (groups[0].get("weight_decay") for groups in (state["param_groups"], optimizer.ours))
+    if here is None or found is None or math.isclose(found, here):
+        return []
+    return [f"the upstream trained with weight decay {found:g}, the run goes on with {here:g}"]
 
 
 def _as_numbered(optimizer: Optimizer) -> Became:

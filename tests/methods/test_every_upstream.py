@@ -1,6 +1,7 @@
 """What holds for every method's checkpoints in its upstream's layout: nothing is lost, and a run goes on."""
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,8 @@ def broken(content: dict[str, Any], how: str) -> dict[str, Any]:
         state = content["optimizer"]["state"]
         number = next(iter(state))
         content["optimizer"]["state"] = {**state, number: {**state[number], "exp_avg": torch.zeros(7)}}
+    elif how == "twice":
+        content["student"]["backbone.norm.weight"] = content["student"]["module.backbone.norm.weight"] + 1
     elif how == "no moments":
         content["optimizer"] = {"state": None}
     elif how == "ours":
@@ -243,6 +246,7 @@ def broken(content: dict[str, Any], how: str) -> dict[str, Any]:
         ("other groups", "its optimiser has groups of"),
         ("other betas", r"betas = \(0\.9, 0\.95\), but adamw has \(0\.9, 0\.999\) here"),
         ("moments of another shape", "exp_avg of parameter 0 is of another shape"),
+        ("twice", r"its entry student holds backbone\.norm\.weight with and without module\."),
         ("no moments", "its entry optimizer is no optimiser's state"),
         ("ours", "is a checkpoint of hvp already"),
     ],
@@ -297,6 +301,17 @@ def test_what_the_user_should_know_is_said() -> None:
     assert "left out, as nothing here reads it: total_time" in from_upstream(content, layout, "", fp16=False).notes
 
 
+def test_another_weight_decay_is_said() -> None:
+    """SimSiam's is constant; DINO's follows a schedule."""
+    for name, number in (("simsiam", 1), ("dino", 0)):
+        layout = get_method(name).upstream_layout(config_of(name, {"optim.weight_decay": 0.0005}))
+        notes = from_upstream(
+            to_upstream(checkpoint_of(name, {}, 10), layout, "").content, layout, "", fp16=False
+        ).notes
+        said = "the upstream trained with weight decay 0.01, the run goes on with 0.0005"
+        assert notes.count(said) == number
+
+
 def test_arguments_that_differ_are_listed() -> None:
     config = config_of("dino", {"optim.base_lr": 0.5, "views.global_crops_scale": [0.4, 1.0]})
     args = argparse.Namespace(lr=0.0005, epochs=2, global_crops_scale=(0.4, 1.0), output_dir="elsewhere")
@@ -315,7 +330,22 @@ def test_a_run_is_made_in_an_empty_folder_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 epochs are done, but train\.epochs = 2"):
         write_run(tmp_path / "longer.pth", "simsiam", config, layout, tmp_path / "run", overwrite=False)
     assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
+    run = tmp_path / "run"
+    write_run(tmp_path / "up.pth", "simsiam", config, layout, run, overwrite=False)
+    torch.save(content, run / "up.pth")
+    with pytest.raises(UserError, match=r"up\.pth: lies in .*, which the new run would replace"):
+        write_run(run / "up.pth", "simsiam", config, layout, run, overwrite=True)
+    assert (run / "up.pth").exists()
+    write_run(tmp_path / "up.pth", "simsiam", config, layout, run, overwrite=True)
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "last.pt",
+        "last.pt.meta.json",
+        "run.json",
+    ]
+    shutil.rmtree(run)
+    run.mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
     with pytest.raises(UserError, match="run: is not empty"):
         write_run(tmp_path / "up.pth", "simsiam", config, layout, tmp_path / "run", overwrite=False)

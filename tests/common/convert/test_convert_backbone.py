@@ -200,6 +200,26 @@ def test_the_network_asked_for(tmp_path: Path) -> None:
         export_backbone(source, "safetensors", "model")
 
 
+def test_one_of_two_encoders_in_one_state_dict(tmp_path: Path) -> None:
+    """As MoCo v3 saves them."""
+    encoder = randomised(CONVNETS["resnet50"]())
+    own, other = (f"module.{name}_encoder." for name in ("momentum", "base"))
+    weights = {f"{own}{key}": value for key, value in encoder.state_dict().items()}
+    weights |= {f"{other}{key}": value + 1 for key, value in encoder.state_dict().items()}
+    weights |= {f"{own}fc.0.weight": torch.ones(2, 2), "module.predictor.0.weight": torch.ones(2, 2)}
+    torch.save({"epoch": 3, "arch": "resnet50", "state_dict": weights}, tmp_path / "up.pth")
+    converted = export_backbone(tmp_path / "up.pth", "torchvision", "momentum_encoder")
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(converted.content[key], value)
+    count = len(encoder.state_dict())
+    assert [(fate.group, fate.became, fate.tensors) for fate in converted.fates] == [
+        ("state_dict.momentum_encoder", "renamed", count),
+        ("state_dict.base_encoder", "left out", count),
+        ("state_dict.momentum_encoder", "left out", 1),
+        ("state_dict.predictor", "left out", 1),
+    ]
+
+
 def test_incomplete_weights(tmp_path: Path) -> None:
     state = CONVNETS["resnet50"]().state_dict()
     del state["layer1.0.conv1.weight"]
