@@ -50,7 +50,9 @@ def convert(
     ] = None,
     which: Annotated[
         Which | None,
-        typer.Option(help="The network whose backbone it is.", show_default="the teacher, or the only one"),
+        typer.Option(
+            help="The network whose backbone it is.", show_default="the teacher, the base encoder, or the only one"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help=f"With --from: {', '.join(METHODS)}.", show_default=False)] = None,
     preset: Annotated[str | None, typer.Option(help="With --from: the run's preset.", show_default=False)] = None,

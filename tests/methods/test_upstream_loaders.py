@@ -1,7 +1,7 @@
 """Where clones are given, the upstream trainers' own code loads what `hvp convert` writes, and the way back works.
 
 HVP_UPSTREAMS names a folder of clones at the commits of the methods' READMEs, each under the method's name or its
-repository's; of automl/hvp the branch simclr, under `simclr` or `hvp-simclr`.
+repository's. SimCLR's is automl/hvp's branch simclr, as `hvp-simclr`: `simclr` may be another trainer's.
 """
 
 import os
@@ -21,7 +21,7 @@ from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.evaluation.checkpoints import load_encoder, read_content
 from hvp.methods import METHODS, get_method
 
-CLONES = {"mocov3": "moco-v3", "simclr": "hvp-simclr"}
+CLONES = {"mocov3": ("moco-v3", "mocov3"), "simclr": ("hvp-simclr",)}
 VIT = {"model.arch": "vit_small", "model.patch_size": 16, "views.global_crops_size": 224, "views.local_crops_size": 96}
 HEADS = {"model.head_hidden_dim": 2048, "model.head_bottleneck_dim": 256, "model.out_dim": K}
 REAL: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def clone_of(name: str) -> Path:
     folder = os.environ.get("HVP_UPSTREAMS")
     if not folder:
         pytest.skip("HVP_UPSTREAMS names no folder of clones")
-    for repository in (CLONES.get(name, name), name):
+    for repository in CLONES.get(name, (name,)):
         if (path := Path(folder).resolve() / repository).is_dir():
             return path
     pytest.skip(f"{folder} has no clone of {name}'s upstream")
