@@ -92,7 +92,7 @@ def knn(
             val,
             ks=k or KS,
             temperature=temperature,
-            resolution=resolution or _resolution(meta),
+            resolution=resolution or meta.image_size or 224,
             device=on,
             precision=precision.value,
             batch_size=batch_size,
@@ -179,7 +179,7 @@ def linear(
     options = LinearOptions(
         **protocol,
         augment=augment,
-        resolution=resolution or _resolution(meta),
+        resolution=resolution or meta.image_size or 224,
         precision=precision.value,
         workers=available_workers(workers, on),
         seed=seed,
@@ -217,13 +217,6 @@ def _open(
     train = open_dataset(data, "train", shapes=shapes, labels=True)
     val = open_dataset(data, "val", shapes=shapes, labels=True)
     return encoder, meta, train, val
-
-
-def _resolution(meta: "BackboneMeta") -> int:
-    """The side of the views that the encoder was pretrained on, where the file says it. Read from what is there rather
-    than by the method's configuration, whose other keys may have changed since."""
-    views = (meta.config or {}).get("views", {})
-    return int(views.get("global_crops_size", views.get("crop_size", 224)))
 
 
 def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:

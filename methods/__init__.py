@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hvp.common.convert.upstream import Layout
     from hvp.common.evaluation.linear import LinearProtocol
     from hvp.common.original import Original
 
@@ -41,6 +42,9 @@ class Method:
 
     build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]]"
     """build_modules(config, device): everything with weights or buffers that a checkpoint holds, freshly made."""
+
+    upstream_layout: "Callable[[Any], Layout]"
+    """upstream_layout(config): what the upstream's checkpoints call things."""
 
     linear: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
     """How its paper trains a linear probe; left out, as DINO."""

@@ -151,6 +151,13 @@ def read_run(out: Path) -> tuple[str, Path]:
     return method, out / CONFIG
 
 
+def describe_run(out: Path, method: str, config: RunConfig) -> None:
+    """Writes what `read_run()` reads, into a folder that is `claimed()`."""
+    about = {"method": method, "versions": versions()}
+    write_atomically(out / RUN, lambda file: file.write(json.dumps(about).encode()))
+    write_atomically(out / CONFIG, lambda file: file.write(to_yaml(config).encode()))
+
+
 class Run:
     """One training run; a context manager around the trainer's loop.
 
@@ -229,9 +236,7 @@ class Run:
         self.log: RunLog = NoLog()
         with world.agreeing():
             if world.leader:
-                about = {"method": method, "versions": _versions()}
-                write_atomically(out / RUN, lambda file: file.write(json.dumps(about).encode()))
-                write_atomically(out / CONFIG, lambda file: file.write(to_yaml(config).encode()))
+                describe_run(out, method, config)
                 self.log = RunLog(out, console, total_steps=self.total_steps, first_step=self.step)
         self.collapse = CollapseWatch(self.log.note)
 
@@ -372,7 +377,7 @@ class Run:
             "steps_per_epoch": self.steps_per_epoch,
             "log": {"loss_sum": self._loss_sum, "loss_count": self._loss_count},
             "processes": streams,
-            "versions": _versions(),
+            "versions": versions(),
             **{name: part.state_dict() for name, part in self._parts.items()},
         }
         with self.world.agreeing():
@@ -512,7 +517,8 @@ def _load_newest(out: Path, console: Console) -> dict[str, Any] | None:
         return content
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a run was made with."""
     return {"hvp": version("hvp"), "torch": str(torch.__version__), "python": platform.python_version()}
 
 

@@ -37,7 +37,7 @@ BACKBONES = ("backbone.", "encoder.", "base_encoder.", "momentum_encoder.")
 ENCODERS: tuple[Which, ...] = ("base_encoder", "momentum_encoder")
 # What a network has beside its backbone during pretraining: heads, losses, a token for masked patches.
 HEADS = (
-    *("head.", "projection_head.", "projector.", "encoder.fc.", "predictor."),
+    *("head.", "projection_head.", "projector.", "backbone.fc.", "encoder.fc.", "predictor."),
     *("dino_loss.", "masked_embed", "backbone.masked_embed"),
     *("base_encoder.fc.", "base_encoder.head.", "momentum_encoder.fc.", "momentum_encoder.head."),
     *("dino_head.", "ibot_head."),
@@ -77,6 +77,14 @@ class BackboneMeta:
     dropped: tuple[str, ...] = ()
     """Keys of the projection head, which were left out."""
 
+    @property
+    def image_size(self) -> int | None:
+        """Side of the views that the encoder was pretrained on, pixels; None where the file does not say it. Read from
+        what is there rather than by the method's configuration, whose other keys may have changed since."""
+        views = (self.config or {}).get("views", {})
+        size = views.get("global_crops_size", views.get("crop_size"))
+        return None if size is None else int(size)
+
     def summary(self) -> dict[str, Any]:
         """What an evaluation's result says of its checkpoint."""
         return {
@@ -113,8 +121,13 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
     Raises:
         UserError: there is no such file, it is damaged, it holds no weights, or not the network asked for.
     """
-    path = _file(path)
-    content = _with_networks(_load(path))
+    path = checkpoint_file(path)
+    return backbone_in(read_content(path), path, which)
+
+
+def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None) -> BackboneState:
+    """As `read_backbone_state()`, of a file that is read already: the tensors are those of `content`."""
+    content = _with_networks(content)
     ours = content.get("format") == FORMAT
     if ours and content.get("version") != VERSION:
         raise UserError(
@@ -162,7 +175,7 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
     return BackboneState(state, meta)
 
 
-def _file(path: Path) -> Path:
+def checkpoint_file(path: Path) -> Path:
     """The checkpoint itself, where a run's folder was given."""
     if not path.is_dir():
         if not path.exists():
@@ -174,8 +187,12 @@ def _file(path: Path) -> Path:
     return last
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The dict in a file; tensors on the CPU."""
+def read_content(path: Path) -> dict[str, Any]:
+    """The dict in a file, without running anything it holds; tensors on the CPU.
+
+    Raises:
+        UserError: it cannot be read, is damaged, holds other objects than plain data, or is no dict.
+    """
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -288,7 +305,17 @@ def load_complete(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         UserError: keys are missing, are left over, or have other shapes. A `pos_embed` for another grid is another
             shape: build the network for the grid that the checkpoint has.
     """
-    own = module.state_dict()
+    if problem := misfits(module.state_dict(), state):
+        raise UserError(
+            f"{what}: the checkpoint does not fit the network completely, and is not used.{problem}"
+            "\n    Check that the architecture and the patch size are the checkpoint's."
+        )
+    module.load_state_dict(dict(state))
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Lines that say which keys are missing from `state`, left over, or of another shape than in `own`; empty where it
+    fits."""
     missing = [key for key in own if key not in state]
     left_over = [key for key in state if key not in own]
     shapes = [
@@ -296,15 +323,13 @@ def load_complete(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    if missing or left_over or shapes:
-        raise UserError(
-            f"{what}: the checkpoint does not fit the network completely, and is not used."
-            f"\n    missing ({len(missing)}): {_first(missing)}"
-            f"\n    left over ({len(left_over)}): {_first(left_over)}"
-            f"\n    other shapes ({len(shapes)}): {_first(shapes)}"
-            "\n    Check that the architecture and the patch size are the checkpoint's."
-        )
-    module.load_state_dict(dict(state))
+    if not (missing or left_over or shapes):
+        return ""
+    return (
+        f"\n    missing ({len(missing)}): {_first(missing)}"
+        f"\n    left over ({len(left_over)}): {_first(left_over)}"
+        f"\n    other shapes ({len(shapes)}): {_first(shapes)}"
+    )
 
 
 def _first(names: Sequence[str], most: int = 8) -> str:

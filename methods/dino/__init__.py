@@ -3,5 +3,6 @@
 from hvp.methods import Method
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import build_encoder, build_modules, train_dino
+from hvp.methods.dino.upstream import upstream_layout
 
-METHOD = Method("dino", DinoConfig, train_dino, build_encoder, build_modules)
+METHOD = Method("dino", DinoConfig, train_dino, build_encoder, build_modules, upstream_layout)

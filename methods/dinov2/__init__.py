@@ -3,5 +3,6 @@
 from hvp.methods import Method
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.main_dinov2 import build_encoder, build_modules, train_dinov2
+from hvp.methods.dinov2.upstream import upstream_layout
 
-METHOD = Method("dinov2", DINOv2Config, train_dinov2, build_encoder, build_modules)
+METHOD = Method("dinov2", DINOv2Config, train_dinov2, build_encoder, build_modules, upstream_layout)

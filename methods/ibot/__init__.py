@@ -3,5 +3,6 @@
 from hvp.methods import Method
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.main_ibot import build_encoder, build_modules, train_ibot
+from hvp.methods.ibot.upstream import upstream_layout
 
-METHOD = Method("ibot", IbotConfig, train_ibot, build_encoder, build_modules)
+METHOD = Method("ibot", IbotConfig, train_ibot, build_encoder, build_modules, upstream_layout)

@@ -3,6 +3,7 @@
 from hvp.methods import Method
 from hvp.methods.mocov3.config import MoCoConfig
 from hvp.methods.mocov3.main_mocov3 import build_encoder, build_modules, train_mocov3
+from hvp.methods.mocov3.upstream import upstream_layout
 
 METHOD = Method(
     "mocov3",
@@ -10,6 +11,7 @@ METHOD = Method(
     train_mocov3,
     build_encoder,
     build_modules,
+    upstream_layout,
     linear={
         "epochs": 90,
         "optimizer": "sgd",

@@ -3,6 +3,7 @@
 from hvp.methods import Method
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.main_simclr import build_encoder, build_modules, train_simclr
+from hvp.methods.simclr.upstream import upstream_layout
 
 METHOD = Method(
     "simclr",
@@ -10,5 +11,6 @@ METHOD = Method(
     train_simclr,
     build_encoder,
     build_modules,
+    upstream_layout,
     linear={"epochs": 90, "optimizer": "sgd", "base_lr": 0.1, "batch_size": 4096},
 )

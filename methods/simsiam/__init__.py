@@ -3,6 +3,7 @@
 from hvp.methods import Method
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import build_encoder, build_modules, train_simsiam
+from hvp.methods.simsiam.upstream import upstream_layout
 
 METHOD = Method(
     "simsiam",
@@ -10,5 +11,6 @@ METHOD = Method(
     train_simsiam,
     build_encoder,
     build_modules,
+    upstream_layout,
     linear={"epochs": 90, "optimizer": "lars", "base_lr": 0.1, "batch_size": 4096},
 )

@@ -111,6 +111,16 @@ def test_a_method_with_one_network(tmp_path: Path) -> None:
         read_backbone_state(tmp_path / "last.pt", "teacher")
 
 
+def test_a_projector_in_the_place_of_the_backbones_classifier(tmp_path: Path) -> None:
+    """sthalles/SimCLR's trainer saves so."""
+    head = {"backbone.fc.0.weight": torch.ones(2, 4), "backbone.fc.2.bias": torch.ones(2)}
+    weights = {f"backbone.{key}": value for key, value in WEIGHT.items()} | head
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": weights}, tmp_path / "checkpoint_0200.pth.tar")
+    read = read_backbone_state(tmp_path / "checkpoint_0200.pth.tar")
+    assert_weights(read.state, 1.0)
+    assert read.meta.dropped == tuple(head)
+
+
 def two_encoders(prefix: str = "") -> dict[str, Tensor]:
     """MoCo v3's state dict: two encoders, each with its projector, and a predictor."""
     weights = {f"{prefix}predictor.0.weight": torch.ones(2, 2)}

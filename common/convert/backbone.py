@@ -1,0 +1,243 @@
+"""A backbone under the names of another library, which loads it strictly and computes the same features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from hvp.common.convert.report import Account, Became, Converted
+from hvp.common.errors import UserError
+from hvp.common.evaluation.checkpoints import Which, backbone_in, load_complete, misfits, read_content
+from hvp.common.networks import Encoder, encoder_from_state
+from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, SwiGLU
+from hvp.common.networks.resnet import ResNet
+from hvp.common.networks.vision_transformer import ConvStem, VisionTransformer
+from hvp.common.views.normalize import MEAN, STD
+
+Library = Literal["timm", "torchvision", "safetensors"]
+
+TIMM_VITS = {
+    (192, 12): "vit_tiny_patch16_224",
+    (384, 12): "vit_small_patch16_224",
+    (768, 12): "vit_base_patch16_224",
+    (1024, 24): "vit_large_patch16_224",
+}
+"""timm's networks by width and depth."""
+
+TIMM_REGISTER_VITS = {
+    (384, 12): "vit_small_patch14_dinov2",
+    (768, 12): "vit_base_patch14_dinov2",
+    (1024, 24): "vit_large_patch14_dinov2",
+}
+"""timm's networks with LayerScale."""
+
+UNREAD = "stands for masked patches in pretraining; no feature depends on it"
+
+TORCHVISION_VITS = {
+    (768, 12, 12, 16): "vit_b_16",
+    (768, 12, 12, 32): "vit_b_32",
+    (1024, 24, 16, 16): "vit_l_16",
+    (1024, 24, 16, 32): "vit_l_32",
+}
+"""torchvision's by width, depth, heads and patch size."""
+
+TORCHVISION_NAMES = {
+    "cls_token": "class_token",
+    "pos_embed": "encoder.pos_embedding",
+    "patch_embed.proj.": "conv_proj.",
+    "norm.": "encoder.ln.",
+    "blocks.": "encoder.layers.encoder_layer_",
+    ".norm1.": ".ln_1.",
+    ".norm2.": ".ln_2.",
+    ".attn.qkv.": ".self_attention.in_proj_",
+    ".attn.proj.": ".self_attention.out_proj.",
+    ".mlp.fc1.": ".mlp.0.",
+    ".mlp.fc2.": ".mlp.3.",
+}
+"""What of our names torchvision's ViTs call differently: beginnings, then what stands inside."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network of a library, and our weights by its names."""
+
+    state: dict[str, Tensor]
+    """Complete: it loads strictly."""
+    load: dict[str, Any]
+    """How to make the network, for `meta.json`: `call` is Python."""
+    build: Callable[[], nn.Module]
+    """Makes the network."""
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """Our keys whose tensors were computed with, and how."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Our keys that the network has no place for, and why that changes no feature."""
+
+
+def export_backbone(path: Path, library: Library, which: Which | None = None) -> Converted:
+    """The backbone in a file, for a library.
+
+    Args:
+        path: a checkpoint of ours or of an upstream trainer, or a state dict.
+        library: whose names the result has; `safetensors` keeps ours.
+        which: as for `read_backbone_state()`.
+
+    Raises:
+        UserError: as `read_backbone_state()`, the weights are incomplete, or the library has no such network.
+    """
+    content = read_content(path)
+    state, meta = (found := backbone_in(content, path, which)).state, found.meta
+    encoder = encoder_from_state(state)
+    if encoder is None:
+        raise UserError(f"{path}: its backbone is no ViT or ResNet as the methods here train them")
+    load_complete(encoder, state, str(path))
+    export = EXPORTS[library](encoder, state)
+    if export is None:
+        raise UserError(
+            f"{path}: {library} has no network like this one ({_kind(encoder)}). Take --to safetensors, which keeps "
+            "the names it has here and loads with hvp.common.evaluation.checkpoints.load_encoder()"
+        )
+    with torch.device("meta"):
+        theirs = export.build().state_dict()
+    if problem := misfits(theirs, export.state):
+        raise UserError(f"{path}: does not fit {library}'s network as this version of it is.{problem}")
+
+    account = Account(content, str(path))
+    fates: tuple[tuple[Mapping[str, str], Became], ...] = ((export.changed, "changed"), (export.left_out, "left out"))
+    for reasons, became in fates:
+        for key, why in reasons.items():
+            account.settle(became, only=[state[key]], why=why)
+    kept = [state[key] for key in state if key not in export.changed and key not in export.left_out]
+    same_names = all(content.get(key) is tensor for key, tensor in export.state.items())
+    account.settle("kept" if same_names else "renamed", only=kept, to="backbone")
+    account.settle("left out", why="not part of this backbone")
+    about = {
+        "layout": library,
+        "method": meta.method,
+        "which": meta.which,
+        "epoch": meta.epoch,
+        "step": meta.step,
+        "config": meta.config,
+        "backbone": {**_facts(encoder, meta.image_size), "load": export.load},
+    }
+    return Converted(export.state, account.close(), about)
+
+
+def _kind(encoder: Encoder) -> str:
+    return f"{type(encoder).__name__}, width {encoder.embed_dim}"
+
+
+def _facts(encoder: Encoder, image_size: int | None) -> dict[str, Any]:
+    """What a network's user must know besides its name."""
+    if isinstance(encoder, VisionTransformer):
+        feature, patch_size = "[CLS] token after the last norm", encoder.patch_size
+        image_size = _image_size(encoder)
+    else:
+        feature, patch_size = "mean over the last map", None
+    return {
+        "feature_width": encoder.embed_dim,
+        "feature": feature,
+        "img_size": image_size,
+        "patch_size": patch_size,
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+
+
+def _image_size(encoder: VisionTransformer) -> int:
+    """Side of the images whose position embedding is stored, pixels."""
+    return math.isqrt(encoder.pos_embed.shape[1] - 1) * encoder.patch_size
+
+
+def _num_heads(encoder: VisionTransformer) -> int:
+    heads: int = encoder.blocks[0].attn.num_heads  # type: ignore[union-attr, assignment]
+    return heads
+
+
+def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
+    """timm's ViTs and ResNet-50 have our names, but for registers."""
+    theirs = dict(state)
+    changed, left_out = {}, {}
+    arguments: dict[str, Any] = {"num_classes": 0}
+    model: str | None = None
+    if isinstance(encoder, VisionTransformer) and not isinstance(encoder.patch_embed, ConvStem):
+        arguments["img_size"] = _image_size(encoder)
+        arguments["patch_size"] = encoder.patch_size
+        arguments["num_heads"] = _num_heads(encoder)
+        models = TIMM_VITS
+        if isinstance(encoder, RegisterVisionTransformer):
+            left_out["mask_token"] = UNREAD
+            del theirs["mask_token"]
+            if "blocks.0.ls1.gamma" in state:
+                models = TIMM_REGISTER_VITS
+            if encoder.num_registers:
+                # timm gives [CLS] and registers no position: [CLS] takes its own along
+                arguments |= {"reg_tokens": encoder.num_registers, "no_embed_class": True}
+                theirs["reg_token"] = theirs.pop("register_tokens")
+                theirs["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+                theirs["pos_embed"] = state["pos_embed"][:, 1:]
+                changed["cls_token"] = "the position of [CLS] is added to it, as timm has it"
+                changed["pos_embed"] = "the position of [CLS] is part of cls_token, as timm has it"
+        if not any(isinstance(module, SwiGLU) for module in encoder.modules()):  # timm's giant has other widths
+            model = models.get((encoder.embed_dim, encoder.num_blocks))
+    elif isinstance(encoder, ResNet) and encoder.embed_dim == 2048:
+        model = "resnet50"
+    if model is None:
+        return None
+    shown = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    load = {"model": model, "arguments": arguments, "call": f'timm.create_model("{model}"{shown})'}
+    return Export(theirs, load, lambda: timm.create_model(model, **arguments), changed, left_out)
+
+
+def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
+    """torchvision's ResNet-50 has our names, its ViTs have their own. Its classifier becomes the identity."""
+    arguments: dict[str, Any] = {}
+    if isinstance(encoder, ResNet) and encoder.embed_dim == 2048:
+        model, classifier, renamed = "resnet50", "fc", dict(state)
+    elif type(encoder) is VisionTransformer and not isinstance(encoder.patch_embed, ConvStem):
+        sizes = (encoder.embed_dim, encoder.num_blocks, _num_heads(encoder), encoder.patch_size)
+        if sizes not in TORCHVISION_VITS:
+            return None
+        model, classifier = TORCHVISION_VITS[sizes], "heads"
+        arguments = {"image_size": _image_size(encoder)}
+        renamed = {_torchvision_name(key): value for key, value in state.items()}
+    else:
+        return None
+
+    def build() -> nn.Module:
+        network: nn.Module = getattr(torchvision.models, model)(**arguments)
+        setattr(network, classifier, nn.Identity())
+        return network
+
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    call = f"model = torchvision.models.{model}({shown}); model.{classifier} = torch.nn.Identity()"
+    return Export(renamed, {"model": model, "arguments": arguments, "call": call}, build)
+
+
+def _torchvision_name(key: str) -> str:
+    for ours, theirs in TORCHVISION_NAMES.items():
+        if key.startswith(ours) or ours.startswith("."):
+            key = key.replace(ours, theirs, 1)
+    return key
+
+
+def _as_ours(encoder: Encoder, state: Mapping[str, Tensor]) -> Export:
+    return Export(
+        dict(state),
+        {"call": "encoder, meta = hvp.common.evaluation.checkpoints.load_encoder(Path(FILE))"},
+        lambda: encoder,
+    )
+
+
+EXPORTS: dict[Library, Callable[[Encoder, Mapping[str, Tensor]], Export | None]] = {
+    "timm": _to_timm,
+    "torchvision": _to_torchvision,
+    "safetensors": _as_ours,
+}

@@ -1,0 +1,135 @@
+"""hvp convert"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hvp.common.engine.checkpoint import load_checkpoint
+
+SMALL = ("--data", "shapes", "--epochs", 2, "--batch-size", 8, "--workers", 0, "--set", "data.shapes.train=16")
+SMALLER = ("--set", "data.shapes.size=32", "--set", "train.keep_every=1", "--set", "model.drop_path_rate=0.0")
+
+
+@pytest.fixture
+def run(hvp: Callable[..., Any], tmp_path: Path) -> Path:
+    """Two epochs of DINO's tiny preset, each of two steps."""
+    ran = hvp(
+        *("pretrain", "dino", "--preset", "tiny", *SMALL, *SMALLER, "--set", "optim.warmup_epochs=1", "--out", "run")
+    )
+    assert ran.code == 0, ran.err
+    return tmp_path / "run"
+
+
+def test_there_and_back_and_on(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+    """The first epoch's checkpoint, as the upstream's trainer would leave it; the resumed run ends as the whole one."""
+    there = hvp("convert", run / "epoch0001.pt", "--to", "upstream", "--out", "up.pth")
+    assert there.code == 0, there.err
+    assert "random numbers: the upstream keeps none" in " ".join(there.out.split())
+    assert "wrote up.pth" in there.out
+    about = json.loads((tmp_path / "up.pth.meta.json").read_text())
+    assert (about["layout"], about["method"], about["epoch"], about["step"]) == ("facebookresearch/dino", "dino", 1, 2)
+    content = torch.load("up.pth", weights_only=True)
+    assert content["epoch"] == 1
+    # as the upstream's has them
+    content["args"] = argparse.Namespace(arch="vit_small", epochs=2)
+    for group in content["optimizer"]["param_groups"]:
+        group["lr"] = np.float64(group["lr"])
+    torch.save(content, "up.pth")
+
+    back = hvp(
+        "convert", "up.pth", "--from", "upstream", "--method", "dino", "--config", run / "config.yaml", "--out", "back"
+    )
+    assert back.code == 0, back.err
+    assert "note: the upstream trained with arch = vit_small, the run goes on with model.arch = vit_micro" in back.out
+    assert hvp("eval", "knn", "back", "--data", "shapes", "--workers", 0, "--k", 1).code == 0
+    resumed = hvp("resume", "back", "--workers", 0)
+    assert resumed.code == 0, resumed.err
+    whole, again = load_checkpoint(run / "last.pt"), load_checkpoint(tmp_path / "back" / "last.pt")
+    assert whole["step"] == again["step"] == 4
+    for part in ("student", "teacher", "dino_loss"):
+        for key, value in whole[part].items():
+            assert torch.equal(again[part][key], value), (part, key)
+
+
+def test_a_backbone(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+    ran = hvp("convert", "run", "--to", "safetensors", "--which", "student", "--out", "b.safetensors")
+    assert ran.code == 0, ran.err
+    assert "load with: " in ran.out
+    expected = load_checkpoint(run / "last.pt")["student"]
+    for key, value in load_file("b.safetensors").items():
+        assert torch.equal(expected[f"backbone.{key}"], value)
+    refused = hvp("convert", "run", "--to", "timm", "--out", "b.pth")
+    assert refused.code == 2
+    assert "timm has no network like this one" in refused.err
+    assert "--to safetensors" in refused.err
+    assert not (tmp_path / "b.pth").exists()
+
+
+def test_files_that_are_there_stay(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+    convert = ("convert", "run", "--to", "safetensors", "--out", "b.safetensors")
+    (tmp_path / "b.safetensors").write_text("mine")
+    refused = hvp(*convert)
+    assert refused.code == 2
+    assert "b.safetensors: exists" in refused.err
+    assert (tmp_path / "b.safetensors").read_text() == "mine"
+    assert hvp(*convert, "--overwrite").code == 0
+    assert load_file("b.safetensors")
+    before = (run / "last.pt").read_bytes()
+    same = hvp("convert", "run", "--to", "upstream", "--out", "run/last.pt", "--overwrite")
+    assert same.code == 2
+    assert "is the file to convert" in same.err
+    assert (run / "last.pt").read_bytes() == before
+    into = ("convert", "run/last.pt", "--from", "upstream", "--method", "dino", "--preset", "tiny", "--data", "shapes")
+    assert "is not empty" in hvp(*into, "--out", "run").err
+
+
+def test_files_that_do_not_fit(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+    assert hvp("convert", "run", "--to", "upstream", "--out", "up.pth").code == 0
+    back = ("convert", "up.pth", "--from", "upstream", "--out", "back", "--data", "shapes")
+    for arguments, said in [
+        (("--method", "simsiam", "--preset", "tiny"), "up.pth: has no state_dict; it has: student, teacher"),
+        (("--method", "dino", "--preset", "tiny", "--set", "model.out_dim=17"), "other shapes"),
+        (("--method", "dino", "--preset", "vits16-100ep"), "Give the preset or the configuration"),
+        (("--method", "dyno", "--preset", "tiny"), "unknown method dyno. Did you mean dino?"),
+        (
+            ("--method", "dino", "--preset", "tiny", "--set", "train.epochs=1"),
+            "2 epochs are done, but train.epochs = 1",
+        ),
+    ]:
+        ran = hvp(*back, *arguments)
+        assert ran.code == 2
+        assert said in ran.err
+        assert not (tmp_path / "back").exists()
+    whole = (tmp_path / "up.pth").read_bytes()
+    (tmp_path / "up.pth").write_bytes(whole[: len(whole) // 2])
+    assert "is no checkpoint, or only a part of one" in hvp(*back, "--method", "dino", "--preset", "tiny").err
+    assert "is truncated, or no checkpoint" in hvp("convert", "up.pth", "--to", "upstream", "--out", "b.pth").err
+    assert "there is no such file" in hvp("convert", "nowhere.pth", "--to", "timm", "--out", "b.pth").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give either --to"),
+        (("--to", "timm", "--from", "upstream"), "give either --to"),
+        (("--to", "timm", "--preset", "tiny"), "--preset belongs to --from upstream"),
+        (("--to", "upstream", "--which", "teacher"), "--which belongs to --to timm"),
+        (("--from", "upstream"), "--from upstream needs --method"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: tuple[str, ...], said: str, hvp: Callable[..., Any]) -> None:
+    ran = hvp("convert", "x.pth", "--out", "y.pth", *arguments)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_names_of_files(run: Path, hvp: Callable[..., Any]) -> None:
+    assert "must end in" in hvp("convert", "run", "--to", "safetensors", "--out", "b.pth").err
+    assert "must end in" in hvp("convert", "run", "--to", "upstream", "--out", "b.safetensors").err

@@ -1,0 +1,238 @@
+"""Backbones load strictly into timm's and torchvision's networks, and compute the same features there."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hvp.common.convert.backbone import export_backbone
+from hvp.common.convert.report import Converted, saver, write
+from hvp.common.engine.checkpoint import save_checkpoint
+from hvp.common.errors import UserError
+from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.networks import Encoder
+from hvp.common.networks.register_vision_transformer import build_register_vit
+from hvp.common.networks.resnet import CONVNETS
+from hvp.common.networks.vision_transformer import VisionTransformer, build_vit, sincos_positions
+
+HEAD = {"head.mlp.0.weight": torch.ones(2, 4)}
+
+
+def randomised(encoder: Encoder) -> Encoder:
+    """With weights that no two layers share, norms and their statistics included."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, value in encoder.state_dict().items():
+            if value.is_floating_point() and not (key == "pos_embed" and not encoder.pos_embed.requires_grad):
+                value.uniform_(0.5, 1.5) if value.ndim == 1 else value.normal_(std=0.05)
+    return encoder.eval()
+
+
+def with_fixed_positions() -> Encoder:
+    """As MoCo v3 trains it."""
+    encoder = VisionTransformer(img_size=32, embed_dim=384, depth=12, num_heads=12)
+    encoder.pos_embed = nn.Parameter(sincos_positions(2, 384), requires_grad=False)
+    return encoder
+
+
+ENCODERS: dict[str, Callable[[], Encoder]] = {
+    "tiny": lambda: build_vit("vit_tiny", patch_size=16, img_size=64),
+    "patches of 8": lambda: build_vit("vit_tiny", patch_size=8, img_size=32),
+    "small with fixed positions, twelve heads": lambda: with_fixed_positions(),
+    "LayerScale, registers": lambda: build_register_vit("vit_small", patch_size=14, img_size=42, num_registers=4),
+    "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
+    "resnet50": CONVNETS["resnet50"],
+}
+
+
+def run_of(encoder: nn.Module, tmp_path: Path) -> Path:
+    """A run's checkpoint that holds the encoder as a teacher's backbone."""
+    weights = {f"backbone.{key}": value for key, value in encoder.state_dict().items()} | HEAD
+    student = {key: torch.zeros(()).expand(value.shape) for key, value in weights.items()}  # one number in the file
+    config = {"views": {"global_crops_size": 96}}
+    content = {"method": "dino", "config": config, "epoch": 3, "step": 40, "student": student, "teacher": weights}
+    save_checkpoint(tmp_path / "last.pt", {**content, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}})
+    return tmp_path / "last.pt"
+
+
+def written(converted: Converted, source: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the description, read back."""
+    write(converted, source, out, saver(out, state_dict=True))
+    state = load_file(out) if out.suffix == ".safetensors" else torch.load(out, weights_only=True)
+    return state, json.loads(out.with_name(f"{out.name}.meta.json").read_text())
+
+
+def assert_equal_features(ours: Encoder, theirs: nn.Module, size: int) -> None:
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = ours(images)
+        assert expected.std() > 1e-2
+        torch.testing.assert_close(theirs.eval()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "suffix"), [*((name, ".pth") for name in ENCODERS), ("tiny", ".safetensors")])
+def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
+    encoder = randomised(ENCODERS[name]())
+    source = run_of(encoder, tmp_path)
+    state, about = written(export_backbone(source, "timm"), source, tmp_path / f"backbone{suffix}")
+    network = eval(about["backbone"]["load"]["call"], {"timm": timm})  # what the user is told to type
+    network.load_state_dict(state, strict=True)
+    assert network.num_features == about["backbone"]["feature_width"] == encoder.embed_dim
+    assert_equal_features(encoder, network, about["backbone"]["img_size"])
+
+
+@pytest.mark.parametrize(
+    "build", [CONVNETS["resnet50"], lambda: build_vit("vit_base", patch_size=16, img_size=32)], ids=["resnet50", "vit"]
+)
+def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
+    with torch.device("meta"):
+        encoder = build()
+    encoder = randomised(encoder.to_empty(device="cpu"))
+    source = tmp_path / "weights.pth"
+    torch.save(encoder.state_dict(), source)
+    state, about = written(export_backbone(source, "torchvision"), source, tmp_path / "backbone.pth")
+    scope: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
+    exec(about["backbone"]["load"]["call"], scope)  # what the user is told to type
+    scope["model"].load_state_dict(state, strict=True)
+    assert_equal_features(encoder, scope["model"], about["backbone"]["img_size"] or 64)
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet50"])
+def test_safetensors(name: str, tmp_path: Path) -> None:
+    encoder = randomised(ENCODERS[name]())
+    source = run_of(encoder, tmp_path)
+    state, about = written(export_backbone(source, "safetensors"), source, tmp_path / "backbone.safetensors")
+    assert sorted(state) == sorted(encoder.state_dict())
+    loaded, meta = load_encoder(tmp_path / "backbone.safetensors")
+    assert meta.dropped == ()
+    assert "load_encoder" in about["backbone"]["load"]["call"]
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    ("library", "encoder"),
+    [
+        ("timm", lambda: build_vit("vit_micro", patch_size=8, img_size=32)),
+        ("timm", CONVNETS["convnet_micro"]),
+        ("timm", CONVNETS["resnet18_cifar"]),
+        ("torchvision", lambda: build_vit("vit_micro", patch_size=8, img_size=32)),
+        ("timm", lambda: build_register_vit("vit_small", patch_size=16, img_size=32, swiglu=True)),
+        ("torchvision", CONVNETS["resnet18_cifar"]),
+        ("torchvision", lambda: build_register_vit("vit_small", patch_size=16, img_size=32)),
+        ("torchvision", lambda: build_vit("vit_small", patch_size=16, img_size=32)),
+    ],
+)
+def test_networks_that_the_library_lacks(library: Any, encoder: Callable[[], Encoder], tmp_path: Path) -> None:
+    source = run_of(encoder(), tmp_path)
+    with pytest.raises(UserError, match=rf"{library} has no network like this one .* Take --to safetensors"):
+        export_backbone(source, library)
+    assert export_backbone(source, "safetensors").content
+
+
+def test_what_timm_has_no_place_for_is_said(tmp_path: Path) -> None:
+    encoder = build_register_vit("vit_small", patch_size=14, img_size=28, num_registers=4)
+    torch.save(encoder.state_dict(), tmp_path / "weights.pth")
+    fates = export_backbone(tmp_path / "weights.pth", "timm").fates
+    assert {fate.why: (fate.became, fate.tensors) for fate in fates} == {
+        "the position of [CLS] is added to it, as timm has it": ("changed", 1),
+        "the position of [CLS] is part of cls_token, as timm has it": ("changed", 1),
+        "stands for masked patches in pretraining; no feature depends on it": ("left out", 1),
+        "": ("renamed", len(encoder.state_dict()) - 3),
+    }
+
+
+def test_every_tensor_and_the_source_are_described(tmp_path: Path) -> None:
+    encoder = build_vit("vit_tiny", patch_size=16, img_size=32)
+    source = run_of(encoder, tmp_path)
+    _, about = written(export_backbone(source, "timm"), source, tmp_path / "a.pth")
+    assert about["file"] == {"name": "a.pth", "sha256": hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()}
+    assert about["source"] == {"path": str(source), "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    assert {key: about[key] for key in ("method", "which", "epoch", "step", "layout")} == {
+        "method": "dino",
+        "which": "teacher",
+        "epoch": 3,
+        "step": 40,
+        "layout": "timm",
+    }
+    assert about["config"] == {"views": {"global_crops_size": 96}}
+    assert about["versions"]["timm"] == timm.__version__
+    assert {key: value for key, value in about["backbone"].items() if key != "load"} == {
+        "feature_width": 192,
+        "feature": "[CLS] token after the last norm",
+        "img_size": 32,
+        "patch_size": 16,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    count = len(encoder.state_dict())
+    assert {fate["group"]: (fate["became"], fate["tensors"]) for fate in about["tensors"]} == {
+        "teacher.backbone": ("renamed", count),
+        "teacher.head": ("left out", 1),
+        "student.backbone": ("left out", count),
+        "student.head": ("left out", 1),
+        "optimizer": ("left out", 1),
+    }
+
+
+def test_a_bare_backbone_keeps_its_names(tmp_path: Path) -> None:
+    encoder = randomised(CONVNETS["resnet50"]())
+    torch.save(encoder.state_dict(), tmp_path / "weights.pth")
+    fates = export_backbone(tmp_path / "weights.pth", "torchvision").fates
+    assert [(fate.group, fate.became, fate.tensors) for fate in fates] == [
+        ("weights", "kept", len(encoder.state_dict()))
+    ]
+
+
+def test_the_network_asked_for(tmp_path: Path) -> None:
+    source = run_of(randomised(CONVNETS["convnet_micro"]()), tmp_path)
+    student = export_backbone(source, "safetensors", "student").content
+    assert not any(value.any() for value in student.values())
+    with pytest.raises(UserError, match="has no model"):
+        export_backbone(source, "safetensors", "model")
+
+
+def test_one_of_two_encoders_in_one_state_dict(tmp_path: Path) -> None:
+    """As MoCo v3 saves them."""
+    encoder = randomised(CONVNETS["resnet50"]())
+    own, other = (f"module.{name}_encoder." for name in ("momentum", "base"))
+    weights = {f"{own}{key}": value for key, value in encoder.state_dict().items()}
+    weights |= {f"{other}{key}": value + 1 for key, value in encoder.state_dict().items()}
+    weights |= {f"{own}fc.0.weight": torch.ones(2, 2), "module.predictor.0.weight": torch.ones(2, 2)}
+    torch.save({"epoch": 3, "arch": "resnet50", "state_dict": weights}, tmp_path / "up.pth")
+    converted = export_backbone(tmp_path / "up.pth", "torchvision", "momentum_encoder")
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(converted.content[key], value)
+    count = len(encoder.state_dict())
+    assert [(fate.group, fate.became, fate.tensors) for fate in converted.fates] == [
+        ("state_dict.momentum_encoder", "renamed", count),
+        ("state_dict.base_encoder", "left out", count),
+        ("state_dict.momentum_encoder", "left out", 1),
+        ("state_dict.predictor", "left out", 1),
+    ]
+
+
+def test_incomplete_weights(tmp_path: Path) -> None:
+    state = CONVNETS["resnet50"]().state_dict()
+    del state["layer1.0.conv1.weight"]
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"missing \(1\): layer1\.0\.conv1\.weight"):
+        export_backbone(tmp_path / "weights.pth", "timm")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="is no ViT or ResNet"):
+        export_backbone(tmp_path / "weights.pth", "timm")
+
+
+def test_a_library_that_has_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = run_of(CONVNETS["resnet50"](), tmp_path)
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"does not fit timm's network as this version of it is\.\n +missing \(2\)"):
+        export_backbone(source, "timm")
