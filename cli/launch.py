@@ -101,6 +101,8 @@ def _for_the_queue(command: list[str], given: dict[str, Any], processes: int) ->
     flags = {key: given[name] for name, key in FLAGS.items()}
     file = None if given["config"] is None else Path(given["config"])
     train = resolve_flags(given["method"], given["preset"], file, flags, list(given["set_"] or [])).config.train
+    if given["engine"] == "upstream":
+        raise UserError("--engine upstream cannot be queued: the originals resume in ways of their own, or not at all")
     if given["dry_run"]:
         raise UserError("--dry-run trains nothing, so there is nothing to queue")
     if given["overwrite"]:

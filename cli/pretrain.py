@@ -1,5 +1,6 @@
 """hvp pretrain"""
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ FLAGS = {
     "save_every": "train.save_every",
 }
 """The configuration key that each option of `hvp pretrain` stands for."""
+
+
+class Engine(StrEnum):
+    hvp = "hvp"
+    upstream = "upstream"
 
 
 class HardViews(StrEnum):
@@ -103,6 +109,10 @@ def pretrain(
         int | None, typer.Option(help="Steps between two checkpoints; 0: one an epoch.", metavar="STEPS")
     ] = None,
     devices: Devices = None,
+    engine: Annotated[Engine, typer.Option(help="Our trainer, or the original one with our patch.")] = Engine.hvp,
+    upstream: Annotated[
+        Path | None, typer.Option(help="With --engine upstream: your clone of the original.", metavar="DIR")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the folder first.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Resume although the configuration differs.")] = False,
@@ -124,10 +134,22 @@ def pretrain(
     """
     given = locals()
     from hvp.common.engine.memory import memory_advice
+    from hvp.common.errors import UserError
 
+    if engine == Engine.upstream:
+        refused = [name for name in ("resume", "overwrite", "force", "measure") if given[name]]
+        if refused:
+            raise UserError(f"--{refused[0]} belongs to our own engine. Leave it out, or leave out --engine upstream")
+        if upstream is None:
+            raise UserError(f"--engine upstream needs --upstream DIR, your clone; see `hvp patch check {method}`")
+    elif upstream is not None:
+        raise UserError("--upstream belongs to --engine upstream. Add that, or leave it out")
     flags = {key: given[name] for name, key in FLAGS.items()}
     with said_once():
         resolved = resolve_flags(method, preset, config, flags, set_ or [])
+    if upstream is not None:
+        _train_original(method, preset, resolved, upstream, out, devices, dry_run=dry_run)
+        return
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
     if measure and not dry_run:
@@ -156,7 +178,7 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
 
     started = environment_world().size
     if devices is not None and devices > 1 and started == 1:
-        code = launch(devices, sys.argv[1:])
+        code = launch(devices, ["-m", "hvp.cli.main", *sys.argv[1:]])
         if code:
             raise typer.Exit(code)
         return
@@ -167,6 +189,49 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
         last = get_method(method).train(config, out, console=Console(stderr=True), **options)
     if environment_world().leader:
         print(f"wrote {last}")
+
+
+def _train_original(
+    method: str,
+    preset: str | None,
+    resolved: "Resolved",
+    upstream: Path,
+    out: Path | None,
+    devices: int | None,
+    *,
+    dry_run: bool,
+) -> None:
+    """Starts the patched original, or says what would be started."""
+    from hvp.common.engine.distributed import environment_world
+    from hvp.common.errors import UserError
+    from hvp.common.original_job import plan
+    from hvp.common.patching import load_patch
+    from hvp.methods import get_original
+
+    with said_once():
+        if environment_world().size > 1:
+            raise UserError("--engine upstream starts the original's processes itself: start it once, with --devices")
+        if resolved.config.data.path is None and not dry_run:
+            raise UserError("no images: give --data DIR")
+        usual = run_folder(method, preset, resolved.config.train.seed)
+        out = out or usual.with_name(f"{usual.name}-upstream")  # beside a run of ours
+        job = plan(get_original(method), load_patch(method), resolved, upstream, out, devices or 1)
+    if dry_run:
+        print(job.shell)
+        if not job.copy.exists():
+            words = ["hvp", "patch", "apply", method, "--upstream", str(upstream), "--out", str(job.copy)]
+            print(f"\nThe copy is not there yet. A run writes it, and so does\n  {shlex.join(words)}")
+        print("\nValues that the original has no flag for:")
+        for value in sorted(job.unsaid, key=lambda value: not value.differs):
+            print(f"  {value}")
+        return
+    for remark in job.write_copy():
+        print(f"note: {remark}", file=sys.stderr)
+    for value in job.unsaid:
+        if value.differs:
+            print(f"note: {value}", file=sys.stderr)
+    if code := job.run():
+        raise typer.Exit(code)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,57 @@ class Original:
 
     notes: tuple[str, ...] = ()
     """What that means, in words."""
+
+    carried: Collection[str] = ()
+    """Our keys that `flags` says, whatever their value; besides `selection.hard_views` and `rescue.enabled`."""
+
+    fixed: Callable[[Any], Mapping[str, Any]] = lambda _: {}
+    """fixed(config): what the original does, by our key, where it has no flag or none for every value."""
+
+    only_ours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Values of a key that the original does not know."""
+
+    spawns: bool = False
+    """It is started once and starts a process for every GPU itself; otherwise the elastic launcher does."""
+
+
+OF_EVERY_ORIGINAL = {
+    "data.loader": "pil",
+    "data.on_bad_image": "error",
+    "train.accumulate": 1,
+    "train.device": "cuda",
+    "train.save_every": 0,
+    "selection.policy": "hardest",
+    "selection.search": "sampled",
+    "selection.comparisons": 128,
+    "selection.per_image": False,
+    "selection.mode": "train",
+    "selection.every": 1,
+    "selection.start": 0.0,
+}
+"""What the patched originals do, by our key, unless a flag says otherwise. Beginning of `Original.fixed`."""
+
+OF_MULTI_CROP = {
+    "views.jitter": 0.8,
+    "views.brightness": 0.4,
+    "views.contrast": 0.4,
+    "views.saturation": 0.2,
+    "views.hue": 0.1,
+    "views.grayscale": 0.2,
+    "views.global_crops_size": 224,
+    "views.local_crops_size": 96,
+    "views.blur_global1": 1.0,
+    "views.blur_global2": 0.1,
+    "views.blur_local": 0.5,
+    "views.solarize": 0.2,
+    "selection.global_pairs": "by_transform",
+    "model.head_hidden_dim": 2048,
+    "model.head_bottleneck_dim": 256,
+    "loss.student_temp": 0.1,
+    "loss.center_momentum": 0.9,
+    "train.log_every": 10,
+}
+"""The same of those with DINO's views and head."""
 
 
 COMPARED = {

@@ -24,6 +24,8 @@ from pydantic import Field, model_validator
 from hvp.common.config import Section, nearest
 from hvp.common.errors import UserError
 
+_LEFT_OUT = (".git", "__pycache__")  # of a clone, in its patched copy
+
 Span = Annotated[tuple[int, int], Field(strict=False)]  # TOML has arrays only
 
 
@@ -271,6 +273,29 @@ def apply_patch(patch: Patch, upstream: Path, out: Path) -> list[str]:
     return remarks
 
 
+def is_patched_copy(patch: Patch, upstream: Path, copy: Path) -> bool:
+    """Whether a folder holds what `apply_patch()` writes, whatever else it holds.
+
+    Raises:
+        UserError: the clone's files are not those that the patch is for, or something cannot be read.
+    """
+    contents = {file.path: file.after for file in patch_clone(patch, upstream)[0]}
+    try:
+        for folder, names, files_here in os.walk(upstream):
+            names[:] = [name for name in names if name not in _LEFT_OUT]
+            for name in files_here:
+                if (Path(folder) / name).is_symlink():
+                    continue
+                path = (Path(folder) / name).relative_to(upstream)
+                wanted = contents.get(path.as_posix())
+                wanted = (upstream / path).read_bytes() if wanted is None else wanted
+                if not (copy / path).is_file() or (copy / path).read_bytes() != wanted:
+                    return False
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    return True
+
+
 def diff_lines(file: PatchedFile) -> list[str]:
     """The unified diff of a file, as `git apply` and `patch -p1` take it; every line with its end."""
     before, after = (part.decode("utf-8").splitlines(keepends=True) for part in (file.before, file.after))
@@ -347,7 +372,7 @@ def _copy_tree(source: Path, target: Path, contents: dict[Path, bytes]) -> None:
         else:
             shutil.copy2(file, to)
 
-    ignored = shutil.ignore_patterns(".git", "__pycache__")
+    ignored = shutil.ignore_patterns(*_LEFT_OUT)
     shutil.copytree(source, target, symlinks=True, ignore=ignored, copy_function=copy, dirs_exist_ok=True)
     # A read-only clone makes no read-only copy. Folders first: what is in a closed one cannot be opened.
     for folder, _, names in os.walk(target):

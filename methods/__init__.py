@@ -66,14 +66,17 @@ def get_method(name: str) -> Method:
 
 
 def get_original(name: str) -> "Original":
-    """What is known of running a method's original beside ours.
+    """How a method's original is run, and compared with ours.
 
     Raises:
         UserError: nothing is known of it, or there is no such method.
     """
     known = [method for method in METHODS if (files("hvp.methods") / method / "original.py").is_file()]
     if name not in known:
-        raise UserError(f"{name} is not compared with its original. Those that are: {', '.join(known)}")
+        raise UserError(
+            f"{name} is not compared with its original, nor started by --engine upstream. Those that are: "
+            f"{', '.join(known)}"
+        )
     original: Original = import_module(f"hvp.methods.{name}.original").ORIGINAL
     return original
 

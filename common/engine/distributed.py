@@ -320,7 +320,7 @@ def digest(module: nn.Module) -> str:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `hvp ARGUMENTS` in several processes on this machine, by PyTorch's elastic launcher.
+    """Runs `python ARGUMENTS` in several processes on this machine, by PyTorch's elastic launcher.
 
     A signal that asks a run to stop is passed on, and the processes have the launcher's grace (30 seconds, or
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT) for their step and checkpoint.
@@ -352,7 +352,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             signals_to_handle=",".join(number.name for number in EXIT_CODES),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "hvp.cli.main", *arguments)
+            elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hvp.common.original import Original, as_flags, normalized_views
+from hvp.common.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
 from hvp.methods.dino.config import DinoConfig
 
 FLAGS = {
@@ -36,6 +36,7 @@ FLAGS = {
     "selection.comparisons": "--comparisons",
     "train.epochs": "--epochs",
     "train.seed": "--seed",
+    "train.keep_every": "--saveckp_freq",
 }
 """Our keys that are flags there."""
 
@@ -45,7 +46,14 @@ def flags(config: DinoConfig, data: str, processes: int) -> list[str]:
     words = ["--data_path", str(Path(data) / "train"), *as_flags(config, FLAGS, switches=False)]
     words += ["--batch_size_per_gpu", str(config.train.batch_size // processes)]
     words += ["--use_fp16", str(config.train.precision == "fp16").lower()]
+    words += [] if config.data.workers is None else ["--num_workers", str(config.data.workers)]
     return [*words, "--use_hvp", str(config.selection.hard_views == "hvp").lower()]
+
+
+def fixed(config: DinoConfig) -> dict[str, Any]:
+    """What the original does where it has no flag."""
+    precision = "fp16" if config.train.precision == "fp16" else "fp32"
+    return {**OF_EVERY_ORIGINAL, **OF_MULTI_CROP, "optim.clip_by": "tensor", "train.precision": precision}
 
 
 def vit_of_32_pixels(vit: Callable[..., nn.Module], **named: Any) -> nn.Module:
@@ -77,4 +85,7 @@ ORIGINAL = Original(
     batch=lambda batch: [normalized_views(batch), batch.index],
     replaced={"vision_transformer.vit_tiny": "hvp.methods.dino.original.vit_of_32_pixels"},
     notes=("its ViT is made for images of 32 pixels",),
+    carried=(*FLAGS, "data.path", "data.workers", "train.batch_size"),
+    fixed=fixed,
+    only_ours={"model.arch": ("vit_micro",)},
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hvp.common.original import Original, as_flags, normalized_views
+from hvp.common.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
 from hvp.common.views import ViewBatch
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.main_ibot import build_masks
@@ -47,6 +47,7 @@ FLAGS = {
     "selection.comparisons": "--comparisons",
     "train.epochs": "--epochs",
     "train.seed": "--seed",
+    "train.keep_every": "--saveckp_freq",
 }
 """Our keys that are flags there."""
 
@@ -58,7 +59,14 @@ def flags(config: IbotConfig, data: str, processes: int) -> list[str]:
     words += ["--norm_in_head", config.model.norm_in_head] if config.model.norm_in_head else []
     words += ["--batch_size_per_gpu", str(config.train.batch_size // processes)]
     words += ["--use_fp16", str(config.train.precision == "fp16").lower()]
+    words += [] if config.data.workers is None else ["--num_workers", str(config.data.workers)]
     return [*words, "--use_hvp", str(config.selection.hard_views == "hvp").lower()]
+
+
+def fixed(config: IbotConfig) -> dict[str, Any]:
+    """What the original does where it has no flag."""
+    precision = "fp16" if config.train.precision == "fp16" else "fp32"
+    return {**OF_EVERY_ORIGINAL, **OF_MULTI_CROP, "loss.center_momentum2": 0.9, "train.precision": precision}
 
 
 def vit_of_32_pixels(vit: Callable[..., nn.Module], **named: Any) -> nn.Module:
@@ -108,4 +116,7 @@ ORIGINAL = Original(
         "evaluation.unsupervised.unsup_cls.eval_pred": "hvp.methods.ibot.original.no_clusters",
     },
     notes=("its ViT is made for images of 32 pixels", "prototypes are not compared with labels for the log"),
+    carried=(*FLAGS, "model.norm_in_head", "data.path", "data.workers", "train.batch_size"),
+    fixed=fixed,
+    only_ours={"model.arch": ("vit_micro",)},
 )

@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from hvp.common.config import resolve
-from hvp.common.engine.rescuing import strong_transform
+from hvp.common.engine.distributed import World
+from hvp.common.engine.rescuing import images_to_rescue, strong_transform
 from hvp.common.engine.training import open_training_data
-from hvp.common.original import COMPARED, Original, as_flags, normalized_views
+from hvp.common.original import COMPARED, OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
 from hvp.common.views import normalize
 from hvp.common.views.strong import StrongViews
 from hvp.methods.mocov3.config import MoCoConfig
@@ -28,6 +29,7 @@ FLAGS = {
     "train.batch_size": "--batch-size",
     "train.epochs": "--epochs",
     "train.seed": "--seed",
+    "train.log_every": "--print-freq",
 }
 """Our keys that are flags there."""
 
@@ -44,10 +46,34 @@ def flags(config: MoCoConfig, data: str, processes: int) -> list[str]:
         "--dist-url",
         "tcp://localhost:10001",
     ]
-    if not config.rescue.enabled:
-        return words
-    rule = max(1, config.train.batch_size // 64)
-    return [*words, "--rescue-k", str(rule if config.rescue.k is None else config.rescue.k)]
+    words += [] if config.data.workers is None else ["--workers", str(config.data.workers * processes)]
+    rescued = images_to_rescue(config, World(size=processes)) * config.train.accumulate * processes
+    return [*words, "--rescue-k", str(rescued)]
+
+
+def fixed(config: MoCoConfig) -> dict[str, Any]:
+    """What the original does where it has no flag."""
+    return {
+        **OF_EVERY_ORIGINAL,
+        "rescue.feature": "projection",
+        "rescue.stop_gradient": False,
+        "rescue.direction": "pull",
+        "rescue.num_ops": 2,
+        "rescue.cutout": 0.5,
+        "views.crop_size": 224,
+        "views.crop_scale": (config.views.crop_scale[0], 1.0),
+        "views.jitter": 0.8,
+        "views.brightness": 0.4,
+        "views.contrast": 0.4,
+        "views.saturation": 0.2,
+        "views.hue": 0.1,
+        "views.grayscale": 0.2,
+        "views.blur_view1": 1.0,
+        "views.blur_view2": 0.1,
+        "views.solarize": 0.2,
+        "train.keep_every": 1,
+        "train.precision": "fp16",
+    }
 
 
 class OurImages:
@@ -100,4 +126,8 @@ ORIGINAL = Original(
         "the encoder is our convnet_micro; projector and predictor are its own",
         "strong views are made of our trainer's images",
     ),
+    carried=(*FLAGS, "data.path", "data.workers", "rescue.k"),
+    fixed=fixed,
+    only_ours={"model.arch": ("vit_micro", "convnet_micro")},
+    spawns=True,
 )

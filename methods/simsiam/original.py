@@ -1,6 +1,8 @@
 """SimSiam's original, facebookresearch/simsiam with our patch: its flags, and what it is compared on."""
 
-from hvp.common.original import Original, as_flags, normalized_views
+from typing import Any
+
+from hvp.common.original import OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
 from hvp.methods.simsiam.config import SimSiamConfig
 
 FLAGS = {
@@ -14,6 +16,7 @@ FLAGS = {
     "train.batch_size": "--batch-size",
     "train.epochs": "--epochs",
     "train.seed": "--seed",
+    "train.log_every": "--print-freq",
 }
 """Our keys that are flags there."""
 
@@ -30,7 +33,30 @@ def flags(config: SimSiamConfig, data: str, processes: int) -> list[str]:
         "--dist-url",
         "tcp://localhost:10001",
     ]
+    words += [] if config.data.workers is None else ["--workers", str(config.data.workers * processes)]
     return words + (["--use-hvp"] if config.selection.hard_views == "hvp" else [])
+
+
+def fixed(_: SimSiamConfig) -> dict[str, Any]:
+    """What the original does where it has no flag."""
+    return {
+        **OF_EVERY_ORIGINAL,
+        "model.zero_init_residual": True,
+        "model.projector_layers": 3,
+        "model.projector_bias": True,
+        "optim.optimizer": "sgd",
+        "views.crop_size": 224,
+        "views.crop_scale": (0.2, 1.0),
+        "views.jitter": 0.8,
+        "views.brightness": 0.4,
+        "views.contrast": 0.4,
+        "views.saturation": 0.4,
+        "views.hue": 0.1,
+        "views.grayscale": 0.2,
+        "views.blur": 0.5,
+        "train.keep_every": 1,
+        "train.precision": "fp32",
+    }
 
 
 ORIGINAL = Original(
@@ -48,4 +74,8 @@ ORIGINAL = Original(
     batch=lambda batch: [normalized_views(batch), batch.index],
     replaced={"torchvision.models.convnet_micro": "hvp.common.original.small_encoder"},
     notes=("the encoder is our convnet_micro; projector and predictor are its own",),
+    carried=(*FLAGS, "data.path", "data.workers"),
+    fixed=fixed,
+    only_ours={"model.arch": ("resnet18_cifar", "convnet_micro")},
+    spawns=True,
 )

@@ -105,7 +105,9 @@ def test_mistakes_are_one_message(hvp, clone, command, method, upstream, message
 def test_what_cannot_be_compared_is_one_message(hvp):
     ran = hvp("patch", "compare", "simclr", "--upstream", "anywhere")
     assert ran.code == 2
-    assert ran.err.startswith("hvp: simclr is not compared with its original. Those that are: dino, ")
+    assert ran.err.startswith(
+        "hvp: simclr is not compared with its original, nor started by --engine upstream. Those that are: dino, "
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,186 @@
+"""`hvp pretrain --engine upstream`, on stand-ins for the originals: scripts that write down how they were started."""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from upstreams import clone_of
+
+from hvp.common import patching
+
+TRAINER = """import json, os, sys
+rank = os.environ.get("RANK", "none")
+json.dump([sys.argv[1:], os.environ.get("CUDA_VISIBLE_DEVICES")], open(f"started-{rank}.json", "w"))
+sys.exit(7)
+"""
+METHODS = {"dino": "vits16-100ep", "ibot": "vits16-100ep", "simsiam": "rn50-100ep", "mocov3": "rn50-800ep"}
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """A stand-in for an upstream repository, whatever the method, with as many GPUs as anyone wants."""
+    folder = tmp_path / "standin"
+    folder.mkdir()
+    (folder / "train.py").write_text(TRAINER)
+    (folder / "utils.py").write_text("")
+    file = tmp_path / "patch.toml"
+    file.write_text(
+        'upstream = "https://github.com/owner/standin"\nlicence = "MIT"\nbrings = ["HVP"]\ntrainer = "train.py"\n'
+        f'commit = "{"0" * 40}"\n[[files]]\npath = "train.py"\n'
+        f'sha256 = "{hashlib.sha256(TRAINER.encode()).hexdigest()}"\n'
+        '[[files.changes]]\nwhat = "ours"\nafter = 1\nlines = "patched = True\\n"\n'
+    )
+    monkeypatch.setattr(patching, "patches", lambda: dict.fromkeys(METHODS, file))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    return folder
+
+
+def arguments(method: str, clone: Path, *more: object) -> list[object]:
+    return ["pretrain", method, "--preset", METHODS[method], "--engine", "upstream", "--upstream", clone, *more]
+
+
+def flag(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_a_dry_run_says_the_command_and_starts_nothing(hvp, clone, tmp_path):
+    ran = hvp(*arguments("dino", clone, "--out", "a run", "--devices", 2, "--set", "optim.base_lr=0.002", "--dry-run"))
+    assert ran.code == 0
+    words = shlex.split(ran.out.splitlines()[0])
+    run = tmp_path / "a run"
+    assert words[:3] == ["cd", str(run), "&&"]
+    assert words[4:9] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        str(run / "upstream" / "train.py"),
+    ]
+    assert [flag(words, name) for name in ("--lr", "--batch_size_per_gpu", "--use_hvp")] == ["0.002", "256", "true"]
+    assert "  data.loader = fast; the original: pil\n" in ran.out
+    assert "  optim.clip_by = tensor; the original: the same\n" in ran.out
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_value_is_a_flag_or_listed(hvp, clone, method):
+    """And what the original does in its stead is known of all of them."""
+    patch = clone.parent / "patch.toml"
+    patch.write_text(patch.read_text().replace('["HVP"]', '["HVP", "Rescue"]'))
+    ran = hvp(*arguments(method, clone, "--dry-run"))
+    listed = ran.out.partition("no flag for:\n")[2].splitlines()
+    assert listed
+    assert all("; the original: " in line for line in listed)
+
+
+def test_the_elastic_launcher_starts_the_patched_copy(hvp, clone, tmp_path):
+    ran = hvp(*arguments("dino", clone, "--out", "run", "--data", "data", "--devices", 2))
+    assert ran.code == 7, ran.err
+    assert "note: data.loader = fast; the original: pil\n" in ran.err
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.json")) == ["started-0.json", "started-1.json"]
+    assert str(tmp_path / "data" / "train") in (tmp_path / "run" / "started-1.json").read_text()
+    assert "patched = True" in (tmp_path / "run" / "upstream" / "train.py").read_text()
+    assert (clone / "train.py").read_text() == TRAINER
+
+
+def test_an_original_that_starts_its_own_processes_is_started_once(hvp, clone, tmp_path, monkeypatch):
+    def in_its_place(program: str, words: list[str], environment: dict[str, str]) -> None:
+        sys.exit(subprocess.run(words, executable=program, env=environment).returncode)
+
+    monkeypatch.setattr(os, "execve", in_its_place)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    ran = hvp(*arguments("simsiam", clone, "--out", "run", "--data", "data", "--devices", 2, "--workers", 3))
+    assert ran.code == 7, ran.err
+    started = (tmp_path / "run" / "started-none.json").read_text()
+    assert '"--workers", "6"' in started
+    assert '"3,5"' in started
+
+
+def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
+    assert hvp("patch", "apply", "dino", "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
+    assert "The copy is not there yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
+    (tmp_path / "run" / "upstream" / "utils.py").write_text("changed\n")
+    ran = hvp(*arguments("dino", clone, "--out", "run", "--data", "data"))
+    assert ran.code == 2
+    assert "run/upstream is not" in ran.err
+    assert (tmp_path / "run" / "upstream" / "utils.py").read_text() == "changed\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("dino", ["--resume"], "--resume belongs to our own engine"),
+        ("dino", ["--overwrite"], "--overwrite belongs to our own engine"),
+        ("dino", ["--force"], "--force belongs to our own engine"),
+        ("dino", ["--dry-run", "--measure"], "--measure belongs to our own engine"),
+        ("dino", ["--rescue"], "rescue.enabled is on, but the patched owner/standin brings HVP alone"),
+        ("dino", ["--loader", "fast"], "--loader: owner/standin has no flag for it (data.loader = fast; the"),
+        ("dino", ["--set", "optim.clip_by=global"], "no flag for it (optim.clip_by = global; the original: tensor)"),
+        ("dino", ["--set", "model.arch=vit_micro"], "model.arch = vit_micro is ours"),
+        ("dino", ["--devices", "3"], "train.batch_size = 512 does not divide among 3 processes"),
+        ("dino", ["--devices", "16"], "wants a GPU for each of 16 processes; here: 8"),
+        ("dino", ["--data", "shapes"], "--data shapes: owner/standin reads a folder of images"),
+        ("dino", ["--data", "data/train"], "data/train: owner/standin reads train/CLASS/ in it"),
+        ("dino", ["--out", "data"], "data holds something else than a run of owner/standin"),
+        ("dino", ["--upstream", "nowhere"], "nowhere is no folder. Get a clone: git clone"),
+        ("dino", ["--engine", "hvp"], "--upstream belongs to --engine upstream"),
+    ],
+)
+def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, method, more, message):
+    before = sorted(tmp_path.rglob("*"))
+    ran = hvp(*arguments(method, clone, *(["--data", "data"] if "--data" not in more else []), *more))
+    assert ran.code == 2
+    assert ran.err.startswith("hvp: ")
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_missing_is_one_message(hvp, clone):
+    assert "needs --upstream DIR" in hvp("pretrain", "dino", "--engine", "upstream").err
+    assert "no images: give --data DIR" in hvp(*arguments("dino", clone)).err
+    (clone / "train.py").write_text("another\n")
+    assert "train.py differs" in hvp(*arguments("dino", clone, "--dry-run")).err
+
+
+def test_a_method_whose_flags_are_not_known_is_one_message(hvp, clone):
+    ran = hvp("pretrain", "simclr", "--engine", "upstream", "--upstream", clone, "--dry-run")
+    assert ran.code == 2
+    assert "simclr is not compared with its original, nor started by --engine upstream" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_a_batch_system_does_not_queue_it(hvp, clone):
+    ran = hvp("launch", "slurm", "--", *arguments("dino", clone))
+    assert ran.code == 2
+    assert "--engine upstream cannot be queued" in ran.err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_original_understands_the_flags(hvp, tmp_path, method):
+    """On a real clone, where HVP_UPSTREAMS names one. Its own parser reads them: an unknown one is exit code 2."""
+    ran = hvp(*arguments(method, clone_of(patching.load_patch(method)), "--dry-run", "--devices", 8))
+    assert ran.code == 0, ran.err
+    words = shlex.split(ran.out.splitlines()[0])
+    trainer = next(word for word in words if word.endswith(".py"))
+    apply = next(line for line in ran.out.splitlines() if line.startswith("  hvp patch apply"))
+    assert hvp(*shlex.split(apply)[1:]).code == 0
+    script = (
+        "import argparse, runpy, sys\n"
+        "from hvp.common.original_on_cpu import substitute\n"
+        "substitute()\n"
+        "parse = argparse.ArgumentParser.parse_args\n"
+        "def parse_and_stop(*given):\n"
+        "    parse(*given)\n"
+        "    sys.exit(33)\n"
+        "argparse.ArgumentParser.parse_args = parse_and_stop\n"
+        "sys.argv = sys.argv[1:]\n"
+        f"sys.path.insert(0, {str(Path(trainer).parent)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = words[words.index(trainer) :]
+    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True)
+    assert done.returncode == 33, done.stderr
