@@ -136,16 +136,13 @@ def pretrain(
     from hvp.common.engine.memory import memory_advice
     from hvp.common.errors import UserError
 
-    if engine == Engine.upstream:
-        refused = [name for name in ("resume", "overwrite", "force", "measure") if given[name]]
-        if refused:
-            raise UserError(f"--{refused[0]} belongs to our own engine. Leave it out, or leave out --engine upstream")
-        if upstream is None:
-            raise UserError(f"--engine upstream needs --upstream DIR, your clone; see `hvp patch check {method}`")
-    elif upstream is not None:
-        raise UserError("--upstream belongs to --engine upstream. Add that, or leave it out")
     flags = {key: given[name] for name, key in FLAGS.items()}
     with said_once():
+        ours = [name for name in ("resume", "overwrite", "force", "measure") if given[name]]
+        if engine == Engine.upstream and ours:
+            raise UserError(f"--{ours[0]} belongs to our own engine. Leave it out, or leave out --engine upstream")
+        if (engine == Engine.upstream) != (upstream is not None):
+            raise UserError("--engine upstream and --upstream DIR, your clone of the original, belong together")
         resolved = resolve_flags(method, preset, config, flags, set_ or [])
     if upstream is not None:
         _train_original(method, preset, resolved, upstream, out, devices, dry_run=dry_run)
@@ -216,6 +213,8 @@ def _train_original(
         usual = run_folder(method, preset, resolved.config.train.seed)
         out = out or usual.with_name(f"{usual.name}-upstream")  # beside a run of ours
         job = plan(get_original(method), load_patch(method), resolved, upstream, out, devices or 1)
+    for remark in job.remarks:
+        print(f"note: {remark}", file=sys.stderr)
     if dry_run:
         print(job.shell)
         if not job.copy.exists():
@@ -225,8 +224,7 @@ def _train_original(
         for value in sorted(job.unsaid, key=lambda value: not value.differs):
             print(f"  {value}")
         return
-    for remark in job.write_copy():
-        print(f"note: {remark}", file=sys.stderr)
+    job.write_copy()
     for value in job.unsaid:
         if value.differs:
             print(f"note: {value}", file=sys.stderr)

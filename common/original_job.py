@@ -58,6 +58,8 @@ class Job:
     processes: int
     spawns: bool
     unsaid: list[Unsaid]
+    remarks: list[str]
+    """On the clone, for the user."""
 
     @property
     def copy(self) -> Path:
@@ -75,8 +77,8 @@ class Job:
             words = [sys.executable, *elastic, *trainer]
         return f"cd {shlex.quote(str(self.out))} && {shlex.join(words)}"
 
-    def write_copy(self) -> list[str]:
-        """Writes the patched copy, if it is not there; gives remarks for the user.
+    def write_copy(self) -> None:
+        """Writes the patched copy, if it is not there.
 
         Raises:
             UserError: it cannot be written, or there are too few GPUs to go on.
@@ -84,7 +86,8 @@ class Job:
         gpus = torch.cuda.device_count()
         if gpus < self.processes:  # without any, those that start their own processes would end at once, with code 0
             raise UserError(f"{self.patch.repository} wants a GPU for each of {self.processes} processes; here: {gpus}")
-        return [] if self.copy.exists() else apply_patch(self.patch, self.upstream, self.copy)
+        if not self.copy.exists():
+            apply_patch(self.patch, self.upstream, self.copy)
 
     def run(self) -> int:
         """Trains. An original that starts its own processes takes this one's place, and does not return.
@@ -136,7 +139,7 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
         if value.source.startswith("--") and value.there != value.value:
             raise UserError(f"{value.source}: {patch.repository} has no flag for it ({value}). Leave it out")
     share_of_batch(config.train.batch_size, 1, World(size=processes))
-    patch_clone(patch, upstream)
+    _, remarks = patch_clone(patch, upstream)
     out = out.absolute()
     copy = out / PATCHED
     if copy.exists():
@@ -145,7 +148,8 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else than a run of {patch.repository}. Give another --out")
     data = "DATA" if config.data.path is None else _image_folder(config.data.path, patch)
-    return Job(patch, upstream, out, original.flags(config, data, processes), processes, original.spawns, unsaid)
+    flags = original.flags(config, data, processes)
+    return Job(patch, upstream, out, flags, processes, original.spawns, unsaid, remarks)
 
 
 def _unsaid(original: Original, resolved: Resolved) -> list[Unsaid]:

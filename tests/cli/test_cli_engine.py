@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from upstreams import clone_of
 
 from hvp.common import patching
+from hvp.common.engine.signals import EXIT_CODES
 
 TRAINER = """import json, os, sys
 rank = os.environ.get("RANK", "none")
@@ -39,6 +41,15 @@ def clone(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     (tmp_path / "data" / "train").mkdir(parents=True)
     return folder
+
+
+@pytest.fixture
+def signals_restored():
+    """The launcher leaves its handlers behind."""
+    before = {number: signal.getsignal(number) for number in EXIT_CODES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def arguments(method: str, clone: Path, *more: object) -> list[object]:
@@ -76,7 +87,7 @@ def test_every_value_is_a_flag_or_listed(hvp, clone, method):
     assert all("; the original: " in line for line in listed)
 
 
-def test_the_elastic_launcher_starts_the_patched_copy(hvp, clone, tmp_path):
+def test_the_elastic_launcher_starts_the_patched_copy(hvp, clone, tmp_path, signals_restored):
     ran = hvp(*arguments("dino", clone, "--out", "run", "--data", "data", "--devices", 2))
     assert ran.code == 7, ran.err
     assert "note: data.loader = fast; the original: pil\n" in ran.err
@@ -126,7 +137,7 @@ def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, t
         ("dino", ["--data", "data/train"], "data/train: owner/standin reads train/CLASS/ in it"),
         ("dino", ["--out", "data"], "data holds something else than a run of owner/standin"),
         ("dino", ["--upstream", "nowhere"], "nowhere is no folder. Get a clone: git clone"),
-        ("dino", ["--engine", "hvp"], "--upstream belongs to --engine upstream"),
+        ("dino", ["--engine", "hvp"], "--engine upstream and --upstream DIR, your clone of the original, belong"),
     ],
 )
 def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, method, more, message):
@@ -140,7 +151,7 @@ def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, m
 
 
 def test_what_is_missing_is_one_message(hvp, clone):
-    assert "needs --upstream DIR" in hvp("pretrain", "dino", "--engine", "upstream").err
+    assert "--upstream DIR, your clone of the original, belong" in hvp("pretrain", "dino", "--engine", "upstream").err
     assert "no images: give --data DIR" in hvp(*arguments("dino", clone)).err
     (clone / "train.py").write_text("another\n")
     assert "train.py differs" in hvp(*arguments("dino", clone, "--dry-run")).err
