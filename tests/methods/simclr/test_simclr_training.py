@@ -138,5 +138,5 @@ def test_values_that_do_not_fit_are_refused(values, message):
 @pytest.mark.parametrize("preset", presets("simclr"))
 def test_presets_resolve(preset):
     config = resolve(SimclrConfig, [("preset", read_yaml(get_preset("simclr", preset)))]).config
-    assert config.combination_slots().num_combinations == 6
+    assert config.combination_slots().num_combinations == (6 if config.selection.hard_views == "hvp" else 1)
     assert config.notes() == []
