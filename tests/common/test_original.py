@@ -88,6 +88,7 @@ def side_by_side(folder: Path, script: str) -> Comparison:
     return compare(get_method("simsiam"), original, patch, folder)
 
 
+@pytest.mark.slow
 def test_a_faithful_original_agrees(tmp_path):
     found = side_by_side(tmp_path / "standin", SCRIPT)
     assert found.agrees
@@ -96,6 +97,7 @@ def test_a_faithful_original_agrees(tmp_path):
     assert found.parameters < 1e-3
 
 
+@pytest.mark.slow
 def test_an_original_that_trains_otherwise_does_not_agree(tmp_path):
     found = side_by_side(tmp_path / "standin", SCRIPT.replace("args.lr * 8", "args.lr * 9"))
     assert not found.agrees

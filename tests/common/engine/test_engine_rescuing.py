@@ -148,6 +148,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_each_process_rescues_its_own_images(tmp_path):
     """As the parts of a batch do, when one process goes through it in two."""
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))

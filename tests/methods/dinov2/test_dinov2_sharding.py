@@ -21,6 +21,9 @@ from hvp.methods.dinov2 import main_dinov2
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.main_dinov2 import train_dinov2
 
+# tests/common/engine/test_engine_sharding.py has the mechanism; whole runs take a minute.
+pytestmark = pytest.mark.slow
+
 # What makes two processes do what one does: see test_every_method.py.
 SMALL = {
     "data.workers": 0,
