@@ -26,7 +26,7 @@ def list_patches(
     markdown: Annotated[bool, typer.Option("--markdown", help="Every change, as in patches/README.md.")] = False,
 ) -> None:
     """List the patches: for which repository and commit, what they bring, and how many lines."""
-    from hvp.common.patching import load_patch, markdown_table, patches
+    from hvp.common.originals.patching import load_patch, markdown_table, patches
 
     if markdown:
         print(markdown_table(), end="")
@@ -42,7 +42,7 @@ def list_patches(
 @app.command()
 def check(method: MethodArgument, upstream: UpstreamOption) -> None:
     """Say whether a clone can be patched."""
-    from hvp.common.patching import load_patch, patch_clone
+    from hvp.common.originals.patching import load_patch, patch_clone
 
     patch = load_patch(method)
     found, remarks = patch_clone(patch, upstream)
@@ -58,7 +58,7 @@ def apply(
     out: Annotated[Path, typer.Option(help="A new folder for the patched copy.", show_default=False)],
 ) -> None:
     """Write a patched copy of a clone, which itself stays as it is."""
-    from hvp.common.patching import apply_patch, load_patch
+    from hvp.common.originals.patching import apply_patch, load_patch
 
     patch = load_patch(method)
     _remark(apply_patch(patch, upstream, out))
@@ -74,7 +74,7 @@ def diff(
     stat: Annotated[bool, typer.Option("--stat", help="Only count the lines of each file.")] = False,
 ) -> None:
     """Show what the patch changes in a clone, as a unified diff."""
-    from hvp.common.patching import diff_lines, load_patch, patch_clone
+    from hvp.common.originals.patching import diff_lines, load_patch, patch_clone
 
     patch = load_patch(method)
     found, remarks = patch_clone(patch, upstream)
@@ -101,9 +101,9 @@ def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
 
     Takes a minute or two on the CPU, at a tiny size. Exit code 1 if they differ by more than rounding.
     """
-    from hvp.common.original import LOSS_TOLERANCE, LR_TOLERANCE, PARAMETER_TOLERANCE, compare
-    from hvp.common.original_on_cpu import SUBSTITUTED
-    from hvp.common.patching import load_patch
+    from hvp.common.originals.comparison import LOSS_TOLERANCE, LR_TOLERANCE, PARAMETER_TOLERANCE, compare
+    from hvp.common.originals.on_cpu import SUBSTITUTED
+    from hvp.common.originals.patching import load_patch
     from hvp.methods import get_method, get_original
 
     original, patch = get_original(method), load_patch(method)

@@ -201,8 +201,8 @@ def _train_original(
     """Starts the patched original, or says what would be started."""
     from hvp.common.engine.distributed import environment_world
     from hvp.common.errors import UserError
-    from hvp.common.original_job import plan
-    from hvp.common.patching import load_patch
+    from hvp.common.originals.job import plan
+    from hvp.common.originals.patching import load_patch
     from hvp.methods import get_original
 
     with said_once():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hvp.common.convert.upstream import Layout
     from hvp.common.evaluation.linear import LinearProtocol
-    from hvp.common.original import Original
+    from hvp.common.originals.original import Original
 
 METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""

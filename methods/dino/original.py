@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hvp.common.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
+from hvp.common.originals.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
 from hvp.methods.dino.config import DinoConfig
 
 FLAGS = {

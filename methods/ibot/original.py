@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hvp.common.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
+from hvp.common.originals.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
 from hvp.common.views import ViewBatch
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.main_ibot import build_masks

@@ -8,7 +8,7 @@ from hvp.common.config import resolve
 from hvp.common.engine.distributed import World
 from hvp.common.engine.rescuing import images_to_rescue, strong_transform
 from hvp.common.engine.training import open_training_data
-from hvp.common.original import COMPARED, OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
+from hvp.common.originals.original import COMPARED, OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
 from hvp.common.views import normalize
 from hvp.common.views.strong import StrongViews
 from hvp.methods.mocov3.config import MoCoConfig
@@ -118,7 +118,7 @@ ORIGINAL = Original(
     parts={"model": "state_dict"},
     batch=lambda batch: [normalized_views(batch), batch.index],
     replaced={
-        "torchvision.models.convnet_micro": "hvp.common.original.small_encoder",
+        "torchvision.models.convnet_micro": "hvp.common.originals.original.small_encoder",
         "hvp.common.upstream.Rescuable": "hvp.methods.mocov3.original.OurImages",
         "torch.cuda.is_available": "hvp.methods.mocov3.original.is_available",
     },

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hvp.common.original import OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
+from hvp.common.originals.original import OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
 from hvp.methods.simsiam.config import SimSiamConfig
 
 FLAGS = {
@@ -72,7 +72,7 @@ ORIGINAL = Original(
     },
     parts={"model": "state_dict"},
     batch=lambda batch: [normalized_views(batch), batch.index],
-    replaced={"torchvision.models.convnet_micro": "hvp.common.original.small_encoder"},
+    replaced={"torchvision.models.convnet_micro": "hvp.common.originals.original.small_encoder"},
     notes=("the encoder is our convnet_micro; projector and predictor are its own",),
     carried=(*FLAGS, "data.path", "data.workers"),
     fixed=fixed,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from upstreams import clone_of
 
-from hvp.common import patching
+from hvp.common.originals import patching
 
 TRAINER = "first\nsecond\n"
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from hvp.common.patching import load_patch
+from hvp.common.originals.patching import load_patch
 from hvp.common.upstream import IndexedCollate, Rescuable, Views, outputs_of, step_generator
 from hvp.common.views import normalize
 from hvp.common.views.randomness import mix

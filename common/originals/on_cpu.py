@@ -1,6 +1,6 @@
 """Runs an original trainer's script on the CPU, in one process, with stand-ins for what a small machine has not:
 
-    python -m hvp.common.original_on_cpu SCRIPT [ARGUMENTS]
+    python -m hvp.common.originals.on_cpu SCRIPT [ARGUMENTS]
 
 SUBSTITUTED lists them. Where the environment variable HVP_GIVEN names a file of `Given`, the script also trains on the
 weights and batches in it, and what it does goes to the file that HVP_TAKEN names. `hvp patch compare` does this.

@@ -13,8 +13,8 @@ import torch
 from hvp.common.config import Resolved, leaf_keys
 from hvp.common.engine.distributed import World, launch, share_of_batch
 from hvp.common.errors import UserError
-from hvp.common.original import Original, value_of
-from hvp.common.patching import Patch, apply_patch, is_patched_copy, patch_clone
+from hvp.common.originals.original import Original, value_of
+from hvp.common.originals.patching import Patch, apply_patch, is_patched_copy, patch_clone
 
 PATCHED = "upstream"
 """The patched copy's name in a run's folder."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hvp.common.errors import UserError
-from hvp.common.original import Comparison, Original, as_flags, compare, normalized_views
-from hvp.common.patching import Patch
+from hvp.common.originals.comparison import Comparison, compare
+from hvp.common.originals.original import Original, as_flags, normalized_views
+from hvp.common.originals.patching import Patch
 from hvp.methods import get_method, get_original
 from hvp.methods.simsiam.config import SimSiamConfig
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from upstreams import clone_of
 
-from hvp.common import patching
 from hvp.common.errors import UserError
-from hvp.common.patching import (
+from hvp.common.originals import patching
+from hvp.common.originals.patching import (
     Change,
     Patch,
     apply_patch,
@@ -27,7 +27,7 @@ from hvp.common.patching import (
     patches,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRAINER = "import tools\n\n\ndef train(steps):\n    for step in range(steps):\n        tools.train(step)\n"
 EXPECTED = (
     "import tools\nimport extra\n\n\ndef train(steps):\n    for step in range(steps):\n        extra.train(step)\n"
@@ -328,7 +328,7 @@ def test_no_line_of_a_real_clone_stands_in_its_patch(method):
 def trainer_help(folder: Path, trainer: str) -> str:
     """What `trainer --help` prints. Packages that only the original needs are stood in for where they are missing."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "hvp.common.original_on_cpu", trainer, "--help"]
+    command = [sys.executable, "-m", "hvp.common.originals.on_cpu", trainer, "--help"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
