@@ -115,7 +115,10 @@ def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
     table.add_row("learning rate", f"{found.lr:.1e}", f"{LR_TOLERANCE:g}")
     table.add_row("final tensor", f"{found.parameters:.1e}", f"{PARAMETER_TOLERANCE:g}")
     Console().print(table)
-    print(f"The tensor that differs most is {found.worst}.")
+    if found.parameters:
+        print(f"The tensor that differs most is {found.worst}.")
+    same = "the same losses and tensors, bit for bit" if found.untouched else "NOT the same losses and tensors"
+    print(f"With our flags left out, the patched original and the untouched one: {same}.")
     print("In the original, at run time:")
     for line in (*SUBSTITUTED, *original.notes):
         print(f"  {line}")

@@ -40,6 +40,19 @@ class Views:
         return [transform(image) for transform, count in self.groups for _ in range(count)]
 
 
+def candidate_crops(transform: Any, num_global: int, num_local: int) -> Views:
+    """Candidates by the transforms of DINO's augmentation class, in the order of the crops that they may become.
+
+    Args:
+        transform: has `global_transfo1`, `global_transfo2` and `local_transfo`, as DINO's and iBOT's.
+        num_global: candidates for each of the two global crops.
+        num_local: candidates for the local crops, all together.
+    """
+    counts = num_global, num_global, num_local
+    transforms = transform.global_transfo1, transform.global_transfo2, transform.local_transfo
+    return Views(*zip(transforms, counts, strict=True))
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """What `select()` draws a step's combinations from: the same in all processes, after a resume, and in our trainers.
 

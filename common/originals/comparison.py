@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from hvp.common.config import resolve
 from hvp.common.engine.checkpoint import load_checkpoint
@@ -65,16 +65,21 @@ class Comparison:
     losses: list[tuple[float, float]]
     """Of both, ours first, step by step."""
 
+    untouched: bool
+    """Whether the patched original, with our flags left out, has the losses and final tensors of the untouched one, bit
+    for bit, over as many steps."""
+
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the differences."""
+        """Whether rounding explains the differences, and the patch changes nothing unasked."""
         losses, lrs = self.loss <= LOSS_TOLERANCE, self.lr <= LR_TOLERANCE
-        return losses and lrs and self.parameters <= PARAMETER_TOLERANCE
+        return self.untouched and losses and lrs and self.parameters <= PARAMETER_TOLERANCE
 
 
 def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Comparison:
     """Trains the patched original and our trainer on the CPU, from the same weights, on the same batches, and with the
-    same random combinations to choose from.
+    same random combinations to choose from; then, with what the patch brings left out, the patched original and the
+    untouched one.
 
     Args:
         ours: our trainer.
@@ -85,20 +90,24 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
     Raises:
         UserError: the clone cannot be patched, or the original ended with an error.
     """
-    config = resolve(ours.config, [("comparison", {**COMPARED, **original.compared})]).config
+    configured = {**COMPARED, **original.compared}
+    config = resolve(ours.config, [("comparison", configured)]).config
+    vanilla = {**configured, "selection.hard_views": "none", "rescue.enabled": False}
     device = torch.device("cpu")
     with seeded(config.train.seed, device):
         modules = ours.build_modules(config, device)
     start = {part: module.state_dict() for part, module in zip(original.parts, modules, strict=True)}
-    first, *_ = start.values()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        apply_patch(patch, clone, work / "patched")
+        patched = work / "patched"
+        apply_patch(patch, clone, patched)
+        runs = _Runs(original, patch, start, work)
         rows: list[Mapping[str, Any]] = []
         last = ours.train(config, work / "ours", console=Console(quiet=True), on_row=rows.append)
-        given = Given(first, _batches(original, config, device), dict(original.replaced))
-        taken = _run_original(original, patch, config, given, work)
+        taken = runs.run(patched, config)
         checkpoint = load_checkpoint(last)
+        without = resolve(ours.config, [("comparison", vanilla)]).config
+        untouched = _equal(*(runs.run(tree, without, ours=False) for tree in (patched, clone)))
     losses, lrs = ([float(row[key]) for row in rows] for key in ("loss", "lr"))
     if len(losses) != len(taken["losses"]):
         raise UserError(f"{patch.method}: {len(losses)} steps of ours, but {len(taken['losses'])} of the original")
@@ -110,35 +119,88 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
         parameters=difference,
         worst=worst,
         losses=list(zip(losses, taken["losses"], strict=True)),
+        untouched=untouched,
     )
 
 
-def _batches(original: Original, config: RunConfig, device: torch.device) -> list[list[list[Any]]]:
+def without_flags(words: Sequence[str], flags: Collection[str]) -> list[str]:
+    """A command line without some flags and their values, of which each has one at most."""
+    kept: list[str] = []
+    value_may_follow = False
+    for word in words:
+        if word in flags:
+            value_may_follow = True
+        elif not value_may_follow or word.startswith("--"):
+            kept.append(word)
+            value_may_follow = False
+        else:
+            value_may_follow = False
+    return kept
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of an original from the same weights."""
+
+    original: Original
+    patch: Patch
+    start: Mapping[str, Mapping[str, Tensor]]
+    work: Path
+
+    def run(self, tree: Path, config: RunConfig, *, ours: bool = True) -> dict[str, Any]:
+        """What a copy of the original does on the batches of our loader.
+
+        Args:
+            tree: the copy.
+            config: what it is told.
+            ours: with the flags of our patch; otherwise they are left out.
+
+        Returns:
+            As `Taken` has it.
+        """
+        original, work = self.original, self.work
+        data = work / "data" / "train" / "class"
+        data.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(data / "0.png")  # the original wants a folder; its batches are given
+        first, *_ = self.start.values()
+        given = Given(dict(first), _batches(original, config), dict(original.replaced))
+        torch.save(asdict(given), work / "given.pt")
+        files = {"HVP_GIVEN": str(work / "given.pt"), "HVP_TAKEN": str(work / "taken.pt")}
+        (work / "taken.pt").unlink(missing_ok=True)
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        written = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}  # the clone stays as it is
+        flags = original.flags(config, str(work / "data"), 1)
+        words = flags if ours else without_flags(flags, self.patch.flags)
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            done = subprocess.run(
+                [sys.executable, "-m", "hvp.common.originals.on_cpu", str(tree.resolve() / self.patch.trainer), *words],
+                cwd=folder,
+                env={**os.environ, **files, **launched, **written},
+                capture_output=True,
+                text=True,
+            )
+        if done.returncode or not (work / "taken.pt").exists():
+            which = "patched" if ours else "vanilla"
+            raise UserError(f"the {which} original ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        taken: dict[str, Any] = torch.load(work / "taken.pt")
+        return taken
+
+
+def _batches(original: Original, config: RunConfig) -> list[list[list[Any]]]:
     """What our trainer's loader gives, by epoch and step."""
     masks = original.masks and original.masks(config)
-    loader = build_loader(config, open_training_data(config), device, masks=masks)
+    loader = build_loader(config, open_training_data(config), torch.device("cpu"), masks=masks)
     try:
         return [[original.batch(part) for (part,) in loader.epoch(e)] for e in range(config.train.epochs)]
     finally:
         loader.close()
 
 
-def _run_original(original: Original, patch: Patch, config: RunConfig, given: Given, work: Path) -> dict[str, Any]:
-    data = work / "data" / "train" / "class"
-    data.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(data / "0.png")  # the original wants a folder; its batches are given
-    torch.save(asdict(given), work / "given.pt")
-    files = {"HVP_GIVEN": str(work / "given.pt"), "HVP_TAKEN": str(work / "taken.pt")}
-    patched = work / "patched"
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **files, **launched, "PYTHONPATH": str(patched)}
-    flags = original.flags(config, str(work / "data"), 1)
-    command = [sys.executable, "-m", "hvp.common.originals.on_cpu", patch.trainer, *flags]
-    done = subprocess.run(command, cwd=patched, env=environment, capture_output=True, text=True)
-    if done.returncode or not (work / "taken.pt").exists():
-        raise UserError(f"the patched original ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    taken: dict[str, Any] = torch.load(work / "taken.pt")
-    return taken
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs of an original are the same, bit for bit."""
+    pairs = [(one["checkpoint"][part], other["checkpoint"][part]) for part in one["checkpoint"]]
+    tensors = all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+    return tensors and one["losses"] == other["losses"] and one["lrs"] == other["lrs"]
 
 
 def _differences(

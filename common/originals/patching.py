@@ -8,6 +8,7 @@ patches/README.md describes the format.
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -134,6 +135,12 @@ class Patch(Section):
     def repository(self) -> str:
         """The upstream's owner and name."""
         return self.upstream.removeprefix("https://github.com/")
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flags that our lines add to the trainer's."""
+        lines = "".join(change.lines for file in self.files for change in file.changes)
+        return tuple(re.findall(r"""add_argument\(\s*["'](--[\w-]+)""", lines))
 
     @property
     def num_added(self) -> int:

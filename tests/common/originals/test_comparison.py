@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvp.common.errors import UserError
-from hvp.common.originals.comparison import Comparison, compare
+from hvp.common.originals.comparison import Comparison, compare, without_flags
 from hvp.common.originals.original import Original, as_flags, normalized_views
 from hvp.common.originals.patching import Patch
 from hvp.methods import get_method, get_original
@@ -58,8 +58,8 @@ SMALL = {
 }
 
 
-def side_by_side(folder: Path, script: str) -> Comparison:
-    """Our SimSiam beside a script, whose "patch" adds a comment."""
+def side_by_side(folder: Path, script: str, lines: str = "# patched\n") -> Comparison:
+    """Our SimSiam beside a script, whose "patch" adds lines at the top."""
     folder.mkdir()
     (folder / "train.py").write_text(script)
     patch = Patch.model_validate(
@@ -74,7 +74,7 @@ def side_by_side(folder: Path, script: str) -> Comparison:
                 {
                     "path": "train.py",
                     "sha256": hashlib.sha256(script.encode()).hexdigest(),
-                    "changes": [{"what": "a remark", "after": 0, "lines": "# patched\n"}],
+                    "changes": [{"what": "more or less", "after": 0, "lines": lines}],
                 }
             ],
         }
@@ -93,6 +93,7 @@ def side_by_side(folder: Path, script: str) -> Comparison:
 def test_a_faithful_original_agrees(tmp_path):
     found = side_by_side(tmp_path / "standin", SCRIPT)
     assert found.agrees
+    assert found.untouched
     assert found.steps == 4
     assert len({ours for ours, _ in found.losses}) == 4
     assert found.parameters < 1e-3
@@ -104,6 +105,17 @@ def test_an_original_that_trains_otherwise_does_not_agree(tmp_path):
     assert not found.agrees
     assert found.lr == pytest.approx(1 / 8)
     assert found.parameters > 0.05
+
+
+@pytest.mark.slow
+def test_a_patch_that_changes_something_unasked_does_not_agree(tmp_path):
+    """It undoes a fault of the script, so that both agree but for what the untouched one does."""
+    faulty = SCRIPT.replace("args.lr * 8", "args.lr * LR")
+    faulty = faulty.replace("def worker", "LR = globals().get('PATCHED', 9)\n\ndef worker")
+    found = side_by_side(tmp_path / "standin", faulty, "PATCHED = 8\n")
+    assert max(found.loss, found.lr) < 1e-6
+    assert not found.untouched
+    assert not found.agrees
 
 
 def test_an_original_that_fails_is_shown(tmp_path):
@@ -121,3 +133,9 @@ def test_values_become_flags():
 def test_a_method_without_comparison_is_one_message():
     with pytest.raises(UserError, match="nosuch is not compared with its original"):
         get_original("nosuch")
+
+
+def test_flags_are_left_out_with_their_values():
+    words = ["data", "--lr", "0.1", "--ours", "--also-ours", "3", "--epochs", "2", "--ours-too", "x", "key=value"]
+    left = ["data", "--lr", "0.1", "--epochs", "2", "key=value"]
+    assert without_flags(words, ("--ours", "--also-ours", "--ours-too")) == left
