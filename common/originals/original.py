@@ -3,8 +3,10 @@
 # V candidate views
 """
 
+import socket
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,6 +93,35 @@ OF_MULTI_CROP = {
 """The same of those with DINO's views and head."""
 
 
+MULTI_CROP_FLAGS = {
+    "model.arch": "--arch",
+    "model.patch_size": "--patch_size",
+    "model.out_dim": "--out_dim",
+    "model.norm_last_layer": "--norm_last_layer",
+    "model.momentum_teacher": "--momentum_teacher",
+    "loss.warmup_teacher_temp": "--warmup_teacher_temp",
+    "loss.teacher_temp": "--teacher_temp",
+    "loss.warmup_teacher_temp_epochs": "--warmup_teacher_temp_epochs",
+    "optim.optimizer": "--optimizer",
+    "optim.base_lr": "--lr",
+    "optim.min_lr": "--min_lr",
+    "optim.warmup_epochs": "--warmup_epochs",
+    "optim.weight_decay": "--weight_decay",
+    "optim.weight_decay_end": "--weight_decay_end",
+    "optim.clip_grad": "--clip_grad",
+    "optim.freeze_last_layer": "--freeze_last_layer",
+    "views.global_crops_scale": "--global_crops_scale",
+    "views.local_crops_number": "--local_crops_number",
+    "views.local_crops_scale": "--local_crops_scale",
+    "selection.global_candidates": "--global_candidates",
+    "selection.local_candidates": "--local_candidates",
+    "selection.comparisons": "--comparisons",
+    "train.epochs": "--epochs",
+    "train.seed": "--seed",
+    "train.keep_every": "--saveckp_freq",
+}
+"""Our keys that are flags of DINO's script, and of iBOT's, which began as a copy of it."""
+
 COMPARED = {
     "data.path": "shapes",
     "data.workers": 0,
@@ -124,6 +155,32 @@ def as_flags(config: Any, names: Mapping[str, str], *, switches: bool) -> list[s
     return words
 
 
+def multi_crop_flags(config: Any, names: Mapping[str, str], data: str, processes: int) -> list[str]:
+    """The command line of DINO's and iBOT's scripts, to be started once for every GPU.
+
+    Args:
+        config: what it says.
+        names: as for `as_flags()`.
+        data: folder of `train`.
+        processes: one a GPU.
+    """
+    words = ["--data_path", str(Path(data) / "train"), *as_flags(config, names, switches=False)]
+    words += ["--batch_size_per_gpu", str(config.train.batch_size // processes)]
+    words += ["--use_fp16", str(config.train.precision == "fp16").lower()]
+    words += [] if config.data.workers is None else ["--num_workers", str(config.data.workers)]
+    return [*words, "--use_hvp", str(config.selection.hard_views == "hvp").lower()]
+
+
+def spawning_flags(config: Any, processes: int) -> list[str]:
+    """By which SimSiam's and MoCo v3's scripts start a process for every GPU of this machine themselves. The port is
+    one that is free now, so that two runs do not meet; loader workers are given for all processes together."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    words = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0"]
+    words += ["--dist-url", f"tcp://localhost:{port}"]
+    return words if config.data.workers is None else [*words, "--workers", str(config.data.workers * processes)]
+
+
 def value_of(config: Any, key: str) -> Any:
     """The value of a dotted key."""
     for name in key.split("."):
@@ -136,6 +193,11 @@ def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Mod
     encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
     encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
     return encoder
+
+
+def vit_of_32_pixels(vit: Callable[..., nn.Module], **named: Any) -> nn.Module:
+    """DINO's and iBOT's network, whose size of images has no flag."""
+    return vit(img_size=[32], **named)
 
 
 def normalized_views(batch: ViewBatch) -> list[Tensor]:

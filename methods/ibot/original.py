@@ -1,77 +1,47 @@
 """iBOT's original, bytedance/ibot with our patch: its flags, and what it is compared on."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hvp.common.originals.original import OF_EVERY_ORIGINAL, OF_MULTI_CROP, Original, as_flags, normalized_views
+from hvp.common.originals.original import (
+    MULTI_CROP_FLAGS,
+    OF_EVERY_ORIGINAL,
+    OF_MULTI_CROP,
+    Original,
+    multi_crop_flags,
+    normalized_views,
+)
 from hvp.common.views import ViewBatch
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.main_ibot import build_masks
 
 FLAGS = {
-    "model.arch": "--arch",
-    "model.patch_size": "--patch_size",
+    **MULTI_CROP_FLAGS,
     "model.drop_path_rate": "--drop_path",
-    "model.out_dim": "--out_dim",
     "model.patch_out_dim": "--patch_out_dim",
     "model.shared_head": "--shared_head",
-    "model.norm_last_layer": "--norm_last_layer",
-    "model.momentum_teacher": "--momentum_teacher",
     "masks.pred_ratio": "--pred_ratio",
     "masks.pred_ratio_var": "--pred_ratio_var",
     "masks.pred_shape": "--pred_shape",
     "masks.pred_start_epoch": "--pred_start_epoch",
     "loss.lambda1": "--lambda1",
     "loss.lambda2": "--lambda2",
-    "loss.warmup_teacher_temp": "--warmup_teacher_temp",
-    "loss.teacher_temp": "--teacher_temp",
     "loss.warmup_teacher_patch_temp": "--warmup_teacher_patch_temp",
     "loss.teacher_patch_temp": "--teacher_patch_temp",
-    "loss.warmup_teacher_temp_epochs": "--warmup_teacher_temp_epochs",
-    "optim.optimizer": "--optimizer",
-    "optim.base_lr": "--lr",
-    "optim.min_lr": "--min_lr",
-    "optim.warmup_epochs": "--warmup_epochs",
-    "optim.weight_decay": "--weight_decay",
-    "optim.weight_decay_end": "--weight_decay_end",
-    "optim.clip_grad": "--clip_grad",
-    "optim.freeze_last_layer": "--freeze_last_layer",
-    "views.global_crops_scale": "--global_crops_scale",
-    "views.local_crops_number": "--local_crops_number",
-    "views.local_crops_scale": "--local_crops_scale",
-    "selection.global_candidates": "--global_candidates",
-    "selection.local_candidates": "--local_candidates",
-    "selection.comparisons": "--comparisons",
-    "train.epochs": "--epochs",
-    "train.seed": "--seed",
-    "train.keep_every": "--saveckp_freq",
 }
 """Our keys that are flags there."""
 
 
 def flags(config: IbotConfig, data: str, processes: int) -> list[str]:
     """The command line of main_ibot.py, to be started once for every GPU."""
-    words = ["--data_path", str(Path(data) / "train"), *as_flags(config, FLAGS, switches=False)]
+    words = multi_crop_flags(config, FLAGS, data, processes)
     words += ["--shared_head_teacher", str(config.model.shared_head).lower()]
-    words += ["--norm_in_head", config.model.norm_in_head] if config.model.norm_in_head else []
-    words += ["--batch_size_per_gpu", str(config.train.batch_size // processes)]
-    words += ["--use_fp16", str(config.train.precision == "fp16").lower()]
-    words += [] if config.data.workers is None else ["--num_workers", str(config.data.workers)]
-    return [*words, "--use_hvp", str(config.selection.hard_views == "hvp").lower()]
+    return words + (["--norm_in_head", config.model.norm_in_head] if config.model.norm_in_head else [])
 
 
 def fixed(config: IbotConfig) -> dict[str, Any]:
     """What the original does where it has no flag."""
     precision = "fp16" if config.train.precision == "fp16" else "fp32"
     return {**OF_EVERY_ORIGINAL, **OF_MULTI_CROP, "loss.center_momentum2": 0.9, "train.precision": precision}
-
-
-def vit_of_32_pixels(vit: Callable[..., nn.Module], **named: Any) -> nn.Module:
-    """The original's network, whose size of images has no flag."""
-    return vit(img_size=[32], **named)
 
 
 def no_clusters(_: object, *__: object, **___: object) -> tuple[float, float, float, float]:
@@ -112,7 +82,7 @@ ORIGINAL = Original(
     batch=batch_with_masks,
     masks=build_masks,
     replaced={
-        "models.vit_tiny": "hvp.methods.ibot.original.vit_of_32_pixels",
+        "models.vit_tiny": "hvp.common.originals.original.vit_of_32_pixels",
         "evaluation.unsupervised.unsup_cls.eval_pred": "hvp.methods.ibot.original.no_clusters",
     },
     notes=("its ViT is made for images of 32 pixels", "prototypes are not compared with labels for the log"),

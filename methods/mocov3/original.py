@@ -8,7 +8,14 @@ from hvp.common.config import resolve
 from hvp.common.engine.distributed import World
 from hvp.common.engine.rescuing import images_to_rescue, strong_transform
 from hvp.common.engine.training import open_training_data
-from hvp.common.originals.original import COMPARED, OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
+from hvp.common.originals.original import (
+    COMPARED,
+    OF_EVERY_ORIGINAL,
+    Original,
+    as_flags,
+    normalized_views,
+    spawning_flags,
+)
 from hvp.common.views import normalize
 from hvp.common.views.strong import StrongViews
 from hvp.methods.mocov3.config import MoCoConfig
@@ -37,16 +44,7 @@ FLAGS = {
 def flags(config: MoCoConfig, data: str, processes: int) -> list[str]:
     """The command line of main_moco.py, which starts a process for every GPU itself."""
     words = [data, *as_flags(config, FLAGS, switches=True), "--crop-min", str(config.views.crop_scale[0])]
-    words += [
-        "--multiprocessing-distributed",
-        "--world-size",
-        "1",
-        "--rank",
-        "0",
-        "--dist-url",
-        "tcp://localhost:10001",
-    ]
-    words += [] if config.data.workers is None else ["--workers", str(config.data.workers * processes)]
+    words += spawning_flags(config, processes)
     rescued = images_to_rescue(config, World(size=processes)) * config.train.accumulate * processes
     return [*words, "--rescue-k", str(rescued)]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hvp.common.originals.original import OF_EVERY_ORIGINAL, Original, as_flags, normalized_views
+from hvp.common.originals.original import OF_EVERY_ORIGINAL, Original, as_flags, normalized_views, spawning_flags
 from hvp.methods.simsiam.config import SimSiamConfig
 
 FLAGS = {
@@ -24,16 +24,7 @@ FLAGS = {
 def flags(config: SimSiamConfig, data: str, processes: int) -> list[str]:
     """The command line of main_simsiam.py, which starts a process for every GPU itself."""
     words = [data, *as_flags(config, FLAGS, switches=True)]
-    words += [
-        "--multiprocessing-distributed",
-        "--world-size",
-        "1",
-        "--rank",
-        "0",
-        "--dist-url",
-        "tcp://localhost:10001",
-    ]
-    words += [] if config.data.workers is None else ["--workers", str(config.data.workers * processes)]
+    words += spawning_flags(config, processes)
     return words + (["--use-hvp"] if config.selection.hard_views == "hvp" else [])
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,15 @@ def test_an_original_that_starts_its_own_processes_is_started_once(hvp, clone, t
     started = (tmp_path / "run" / "started-none.json").read_text()
     assert '"--workers", "6"' in started
     assert '"3,5"' in started
+
+
+@pytest.mark.parametrize("method", ["simsiam", "mocov3"])
+def test_the_processes_of_a_run_meet_at_a_free_port(hvp, clone, method):
+    with socket.create_server(("localhost", 0)) as taken:
+        ran = hvp(*arguments(method, clone, "--dry-run", "--no-rescue"))
+        port = int(flag(shlex.split(ran.out.splitlines()[0]), "--dist-url").rpartition(":")[2])
+        assert port != taken.getsockname()[1]
+    socket.create_server(("localhost", port)).close()
 
 
 def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
