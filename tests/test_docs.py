@@ -1,0 +1,49 @@
+"""What the documents say of files, sections and configuration keys, as far as it can be checked."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvp.common.config import leaf_keys
+from hvp.methods import METHODS, get_method
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(path for part in ("*.md", "docs/*.md", "methods/*/*.md", "patches/*.md") for path in ROOT.glob(part))
+
+
+def sections(document: Path) -> dict[str, str]:
+    """The text below each heading, by the heading's anchor."""
+    parts = re.split(r"(?m)^#+ (.+)$", document.read_text(encoding="utf-8"))
+    anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in parts[1::2]]
+    return dict(zip(anchors, parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (document.parent / path).resolve() if path else document
+        assert there.exists(), target
+        assert not anchor or anchor in sections(there), target
+
+
+def switches() -> Iterator[tuple[str, str]]:
+    """Every switch of docs/disagreements.md with a method that it is said to work for."""
+    for title, text in sections(ROOT / "docs" / "disagreements.md").items():
+        methods = [title] if title in METHODS else ["simclr", "mocov3", "dinov2"]
+        for row in re.findall(r"(?m)^\|.*\|$", text)[2:]:
+            for key in re.findall(r"`([a-z_0-9]+\.[a-z_0-9]+)`", row.rpartition("| ")[2]):
+                yield from ((method, key) for method in methods)
+
+
+@pytest.mark.parametrize(("method", "key"), sorted(set(switches())))
+def test_every_switch_is_one(method, key):
+    assert key in leaf_keys(get_method(method).config)
+
+
+def test_there_are_switches_for_every_method():
+    assert {method for method, _ in switches()} == set(METHODS)
