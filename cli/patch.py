@@ -64,7 +64,8 @@ def apply(
     _remark(apply_patch(patch, upstream, out))
     names = ", ".join(file.path for file in patch.files)
     print(f"Wrote {out}: {upstream} with {patch.num_added} lines of ours in {names}.")
-    print(f"Run {out / patch.trainer} as the original, in an environment that has hvp; --help shows our flags.")
+    needed = "".join(f", {name}" for name in patch.needs)
+    print(f"Run {out / patch.trainer} as the original, in an environment that has hvp{needed}; --help shows our flags.")
 
 
 @app.command()

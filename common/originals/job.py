@@ -81,8 +81,13 @@ class Job:
         """Writes the patched copy, if it is not there.
 
         Raises:
-            UserError: it cannot be written, or there are too few GPUs to go on.
+            UserError: it cannot be written, or there are too few GPUs or packages to go on.
         """
+        if missing := self.patch.missing:
+            raise UserError(
+                f"{self.patch.repository} needs {', '.join(missing)}, not installed here: "
+                f"pip install {' '.join(missing)}"
+            )
         gpus = torch.cuda.device_count()
         if gpus < self.processes:  # without any, those that start their own processes would end at once, with code 0
             raise UserError(f"{self.patch.repository} wants a GPU for each of {self.processes} processes; here: {gpus}")

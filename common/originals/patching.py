@@ -15,6 +15,7 @@ import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -129,12 +130,20 @@ class Patch(Section):
     trainer: str
     """The script with the flags."""
 
+    needs: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Packages that it imports and hvp does not, as pip calls them."""
+
     files: Annotated[tuple[ChangedFile, ...], Field(strict=False, min_length=1)]
 
     @property
     def repository(self) -> str:
         """The upstream's owner and name."""
         return self.upstream.removeprefix("https://github.com/")
+
+    @property
+    def missing(self) -> list[str]:
+        """Of the packages that it needs, those that are not installed here."""
+        return [name for name in self.needs if not _is_installed(name)]
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -329,6 +338,14 @@ def markdown_table() -> str:
                 lines.append(f"| {file.path} | {change.place} | {change.what} | +{change.num_added}{removed} |")
         sections.append("".join(f"{line}\n" for line in lines))
     return "\n".join(sections)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _with_lf(content: bytes) -> bytes:

@@ -120,6 +120,15 @@ def test_the_processes_of_a_run_meet_at_a_free_port(hvp, clone, method):
     socket.create_server(("localhost", port)).close()
 
 
+def test_packages_that_the_original_lacks_are_named_before_anything_is_written(hvp, clone, tmp_path):
+    patch = clone.parent / "patch.toml"
+    patch.write_text(patch.read_text().replace("trainer =", 'needs = ["torch", "no-such-package"]\ntrainer ='))
+    ran = hvp(*arguments("dino", clone, "--out", "run", "--data", "data"))
+    assert ran.code == 2
+    assert "owner/standin needs no-such-package, not installed here: pip install no-such-package" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
     assert hvp("patch", "apply", "dino", "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
     assert "The copy is not there yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
