@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hvp.common.engine.training import Masks
+from hvp.common.engine.training import Masks, build_strong_views, open_training_data
 from hvp.common.networks.resnet import CONVNETS
+from hvp.common.sections import RunConfig
 from hvp.common.views import ViewBatch, normalize
 
 
@@ -136,6 +137,26 @@ def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Mod
     encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
     encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
     return encoder
+
+
+class OurImages:
+    """A `Rescuable` over the images of our trainer, as the original's own are not read in a comparison.
+
+    Args:
+        config: of our trainer.
+        length: of the original's dataset.
+    """
+
+    def __init__(self, config: RunConfig, length: int) -> None:
+        self.length = length
+        self.strong = build_strong_views(config, open_training_data(config), 1)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def strong_views(self, epoch: int, index: Tensor) -> Tensor:
+        """As those of `Rescuable`."""
+        return normalize(self.strong([(epoch, number) for number in index.tolist()]))
 
 
 def normalized_views(batch: ViewBatch) -> list[Tensor]:
