@@ -91,18 +91,19 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
         modules = ours.build_modules(config, device)
     start = {part: module.state_dict() for part, module in zip(original.parts, modules, strict=True)}
     first, *_ = start.values()
+    weights = {original.named(key): tensor for key, tensor in first.items()}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         apply_patch(patch, clone, work / "patched")
         rows: list[Mapping[str, Any]] = []
         last = ours.train(config, work / "ours", console=Console(quiet=True), on_row=rows.append)
-        given = Given(first, _batches(original, config, device), dict(original.replaced))
+        given = Given(weights, _batches(original, config, device), dict(original.replaced), original.learner)
         taken = _run_original(original, patch, config, given, work)
         checkpoint = load_checkpoint(last)
     losses, lrs = ([float(row[key]) for row in rows] for key in ("loss", "lr"))
     if len(losses) != len(taken["losses"]):
         raise UserError(f"{patch.method}: {len(losses)} steps of ours, but {len(taken['losses'])} of the original")
-    difference, worst = max(_differences(checkpoint, taken["checkpoint"], start, original.parts))
+    difference, worst = max(_differences(original, checkpoint, taken["checkpoint"], start))
     return Comparison(
         steps=len(losses),
         loss=max(abs(a - b) / max(abs(a), 1) for a, b in zip(losses, taken["losses"], strict=True)),
@@ -142,14 +143,14 @@ def _run_original(original: Original, patch: Patch, config: RunConfig, given: Gi
 
 
 def _differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], start: Mapping[str, Any], parts: Mapping[str, str]
+    original: Original, ours: Mapping[str, Any], theirs: Mapping[str, Any], start: Mapping[str, Any]
 ) -> Iterator[tuple[float, str]]:
     """How far every tensor of the original's ended from ours, and its name."""
-    for part, name in parts.items():
+    for part, name in original.parts.items():
         state = {key.removeprefix("module."): value for key, value in theirs[name].items()}
-        if state.keys() != ours[part].keys():
-            raise UserError(f"{part}: only one of both has {', '.join(sorted(state.keys() ^ ours[part].keys()))}")
+        if alone := state.keys() ^ {original.named(key) for key in ours[part]}:
+            raise UserError(f"{part}: only one of both has {', '.join(sorted(alone))}")
         for key, value in ours[part].items():
-            here, there, before = (tensor.double() for tensor in (value, state[key], start[part][key]))
+            here, there, before = (tensor.double() for tensor in (value, state[original.named(key)], start[part][key]))
             floor = max(0.01 * here.norm(), 1e-4 * here.numel() ** 0.5)
             yield float((there - here).norm() / (here - before).norm().clamp(min=floor)), f"{part}.{key}"

@@ -20,7 +20,7 @@ class Original:
     """How one original is told what our configuration says, and compared with our trainer."""
 
     flags: Callable[[Any, str, int], list[str]]
-    """flags(config, data, processes): the original's command line for it."""
+    """flags(config, data, processes): the original's command line for it. UserError: it cannot do that."""
 
     compared: Mapping[str, Any]
     """The configuration that both are compared on, as far as it differs from COMPARED; by dotted key."""
@@ -30,6 +30,12 @@ class Original:
 
     batch: Callable[[ViewBatch], list[Any]]
     """A batch of ours as the original's loader gives it."""
+
+    named: Callable[[str], str] = lambda key: key
+    """The original's name of a tensor, by its key in a state dict of ours."""
+
+    learner: str | None = None
+    """As in `Given`."""
 
     masks: Callable[[Any], Masks] | None = None
     """masks(config): what the loader draws besides views."""
@@ -46,11 +52,17 @@ class Original:
     fixed: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """fixed(config): what the original does, by our key, where it has no flag or none for every value."""
 
+    otherwise: tuple[str, ...] = ()
+    """What else it does in another way than our trainer, where we have no key for it; in words."""
+
+    folders: Mapping[str, str] = field(default_factory=lambda: {"train": "train/CLASS/"})
+    """Folders that hold its images, one of them, and how they are called in a message."""
+
     only_ours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values of a key that the original does not know."""
 
     spawns: bool = False
-    """It is started once and starts a process for every GPU itself; otherwise the elastic launcher does."""
+    """It is started once and starts what processes it needs itself; otherwise the elastic launcher does."""
 
 
 OF_EVERY_ORIGINAL = {
@@ -132,9 +144,16 @@ def value_of(config: Any, key: str) -> Any:
     return config
 
 
-def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Module:
-    """Our `convnet_micro` with a last layer, for originals that take torchvision's encoders by name."""
-    encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
+def small_encoder(
+    _: object, *, num_classes: int, zero_init_residual: bool = False, pretrained: bool = False
+) -> nn.Module:
+    """Our `convnet_micro` with a last layer, for originals that take torchvision's encoders by name.
+
+    Args:
+        num_classes: width of the last layer.
+        zero_init_residual, pretrained: as torchvision's; there is nothing that they change.
+    """
+    encoder = CONVNETS["convnet_micro"]()
     encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
     return encoder
 
