@@ -111,7 +111,7 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
     losses, lrs = ([float(row[key]) for row in rows] for key in ("loss", "lr"))
     if len(losses) != len(taken["losses"]):
         raise UserError(f"{patch.method}: {len(losses)} steps of ours, but {len(taken['losses'])} of the original")
-    difference, worst = max(_differences(checkpoint, taken["checkpoint"], start, original.parts))
+    difference, worst = max(_differences(original, checkpoint, taken["checkpoint"], start))
     return Comparison(
         steps=len(losses),
         loss=max(abs(a - b) / max(abs(a), 1) for a, b in zip(losses, taken["losses"], strict=True)),
@@ -163,7 +163,8 @@ class _Runs:
         data.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(data / "0.png")  # the original wants a folder; its batches are given
         first, *_ = self.start.values()
-        given = Given(dict(first), _batches(original, config), dict(original.replaced))
+        weights = {original.named(key): tensor for key, tensor in first.items()}
+        given = Given(weights, _batches(original, config), dict(original.replaced), original.learner)
         torch.save(asdict(given), work / "given.pt")
         files = {"HVP_GIVEN": str(work / "given.pt"), "HVP_TAKEN": str(work / "taken.pt")}
         (work / "taken.pt").unlink(missing_ok=True)
@@ -204,14 +205,14 @@ def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], start: Mapping[str, Any], parts: Mapping[str, str]
+    original: Original, ours: Mapping[str, Any], theirs: Mapping[str, Any], start: Mapping[str, Any]
 ) -> Iterator[tuple[float, str]]:
     """How far every tensor of the original's ended from ours, and its name."""
-    for part, name in parts.items():
+    for part, name in original.parts.items():
         state = {key.removeprefix("module."): value for key, value in theirs[name].items()}
-        if state.keys() != ours[part].keys():
-            raise UserError(f"{part}: only one of both has {', '.join(sorted(state.keys() ^ ours[part].keys()))}")
+        if alone := state.keys() ^ {original.named(key) for key in ours[part]}:
+            raise UserError(f"{part}: only one of both has {', '.join(sorted(alone))}")
         for key, value in ours[part].items():
-            here, there, before = (tensor.double() for tensor in (value, state[key], start[part][key]))
+            here, there, before = (tensor.double() for tensor in (value, state[original.named(key)], start[part][key]))
             floor = max(0.01 * here.norm(), 1e-4 * here.numel() ** 0.5)
             yield float((there - here).norm() / (here - before).norm().clamp(min=floor)), f"{part}.{key}"

@@ -59,7 +59,7 @@ class Job:
     spawns: bool
     unsaid: list[Unsaid]
     remarks: list[str]
-    """On the clone, for the user."""
+    """On the original and the clone, for the user."""
 
     @property
     def copy(self) -> Path:
@@ -152,9 +152,9 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
             raise UserError(f"{copy} is not {upstream} with our patch. Delete it, or give another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else than a run of {patch.repository}. Give another --out")
-    data = "DATA" if config.data.path is None else _image_folder(config.data.path, patch)
+    data = "DATA" if config.data.path is None else _image_folder(config.data.path, original, patch)
     flags = original.flags(config, data, processes)
-    return Job(patch, upstream, out, flags, processes, original.spawns, unsaid, remarks)
+    return Job(patch, upstream, out, flags, processes, original.spawns, unsaid, [*original.otherwise, *remarks])
 
 
 def _unsaid(original: Original, resolved: Resolved) -> list[Unsaid]:
@@ -172,11 +172,12 @@ def _unsaid(original: Original, resolved: Resolved) -> list[Unsaid]:
     ]
 
 
-def _image_folder(path: str, patch: Patch) -> str:
+def _image_folder(path: str, original: Original, patch: Patch) -> str:
+    read = " or ".join(original.folders.values())
     if path == "shapes":
-        raise UserError(f"--data shapes: {patch.repository} reads a folder of images. Give one that has train/CLASS/")
-    if not (Path(path) / "train").is_dir():
-        raise UserError(f"{path}: {patch.repository} reads train/CLASS/ in it, and there is no such folder")
+        raise UserError(f"--data shapes: {patch.repository} reads a folder of images. Give one that has {read}")
+    if not any((Path(path) / folder).is_dir() for folder in original.folders):
+        raise UserError(f"{path}: {patch.repository} reads {read} in it, and there is no such folder")
     return str(Path(path).absolute())
 
 

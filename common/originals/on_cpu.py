@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -45,7 +45,7 @@ class Given:
     """What the script is to train on."""
 
     weights: dict[str, Tensor]
-    """State dict of the network that learns."""
+    """State dict of the network that learns, under the original's names."""
 
     batches: list[list[list[Any]]]
     """What the loader gives, by epoch and step."""
@@ -53,6 +53,9 @@ class Given:
     replaced: dict[str, str] = field(default_factory=dict)
     """Functions of the original's, by `module.function`, and what is called instead, which gets the original's function
     as its first argument: for sizes that there is no flag for."""
+
+    learner: str | None = None
+    """What gets the network that learns, as `model`, by `module.function`; None: DistributedDataParallel."""
 
 
 @dataclass
@@ -154,11 +157,23 @@ def train_on(given: Given) -> Taken:
     torch.save = lambda content, *_, **__: vars(taken).update(checkpoint=content)
     register_optimizer_step_pre_hook(lambda optimizer, *_: taken.lrs.append(float(optimizer.param_groups[0]["lr"])))
     for name, stand_in in given.replaced.items():
-        (owner, function), (home, ours) = (path.rsplit(".", 1) for path in (name, stand_in))
-        module = importlib.import_module(owner)
-        before = getattr(module, function, None)
-        setattr(module, function, partial(getattr(importlib.import_module(home), ours), before))
+        home, ours = stand_in.rsplit(".", 1)
+        _replace(name, getattr(importlib.import_module(home), ours))
+    if given.learner is not None:
+        _replace(given.learner, partial(_with_weights, given.weights))
     return taken
+
+
+def _replace(name: str, function: Callable[..., Any]) -> None:
+    """Puts a function in the place of the original's `module.function`, which it gets as its first argument."""
+    owner, attribute = name.rsplit(".", 1)
+    module = importlib.import_module(owner)
+    setattr(module, attribute, partial(function, getattr(module, attribute, None)))
+
+
+def _with_weights(weights: dict[str, Tensor], learner: Callable[..., Any], *, model: nn.Module, **named: Any) -> Any:
+    model.load_state_dict(weights)
+    return learner(model=model, **named)
 
 
 def main() -> None:

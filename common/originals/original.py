@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hvp.common.engine.training import Masks
+from hvp.common.engine.training import Masks, build_strong_views, open_training_data
 from hvp.common.networks.resnet import CONVNETS
+from hvp.common.sections import RunConfig
 from hvp.common.views import ViewBatch, normalize
 
 
@@ -21,7 +22,7 @@ class Original:
     """How one original is told what our configuration says, and compared with our trainer."""
 
     flags: Callable[[Any, str, int], list[str]]
-    """flags(config, data, processes): the original's command line for it."""
+    """flags(config, data, processes): the original's command line for it. UserError: it cannot do that."""
 
     compared: Mapping[str, Any]
     """The configuration that both are compared on, as far as it differs from COMPARED; by dotted key."""
@@ -31,6 +32,12 @@ class Original:
 
     batch: Callable[[ViewBatch], list[Any]]
     """A batch of ours as the original's loader gives it."""
+
+    named: Callable[[str], str] = lambda key: key
+    """The original's name of a tensor, by its key in a state dict of ours."""
+
+    learner: str | None = None
+    """As in `Given`."""
 
     masks: Callable[[Any], Masks] | None = None
     """masks(config): what the loader draws besides views."""
@@ -47,11 +54,17 @@ class Original:
     fixed: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """fixed(config): what the original does, by our key, where it has no flag or none for every value."""
 
+    otherwise: tuple[str, ...] = ()
+    """What else it does in another way than our trainer, where we have no key for it; in words."""
+
+    folders: Mapping[str, str] = field(default_factory=lambda: {"train": "train/CLASS/"})
+    """Folders that hold its images, one of them, and how they are called in a message."""
+
     only_ours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values of a key that the original does not know."""
 
     spawns: bool = False
-    """It is started once and starts a process for every GPU itself; otherwise the elastic launcher does."""
+    """It is started once and starts what processes it needs itself; otherwise the elastic launcher does."""
 
 
 OF_EVERY_ORIGINAL = {
@@ -188,9 +201,16 @@ def value_of(config: Any, key: str) -> Any:
     return config
 
 
-def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Module:
-    """Our `convnet_micro` with a last layer, for originals that take torchvision's encoders by name."""
-    encoder = CONVNETS["convnet_micro"](zero_init_residual=zero_init_residual)
+def small_encoder(
+    _: object, *, num_classes: int, zero_init_residual: bool = False, pretrained: bool = False
+) -> nn.Module:
+    """Our `convnet_micro` with a last layer, for originals that take torchvision's encoders by name.
+
+    Args:
+        num_classes: width of the last layer.
+        zero_init_residual, pretrained: as torchvision's; there is nothing that they change.
+    """
+    encoder = CONVNETS["convnet_micro"]()
     encoder.fc = nn.Linear(encoder.embed_dim, num_classes)
     return encoder
 
@@ -198,6 +218,26 @@ def small_encoder(_: None, num_classes: int, zero_init_residual: bool) -> nn.Mod
 def vit_of_32_pixels(vit: Callable[..., nn.Module], **named: Any) -> nn.Module:
     """DINO's and iBOT's network, whose size of images has no flag."""
     return vit(img_size=[32], **named)
+
+
+class OurImages:
+    """A `Rescuable` over the images of our trainer, as the original's own are not read in a comparison.
+
+    Args:
+        config: of our trainer.
+        length: of the original's dataset.
+    """
+
+    def __init__(self, config: RunConfig, length: int) -> None:
+        self.length = length
+        self.strong = build_strong_views(config, open_training_data(config), 1)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def strong_views(self, epoch: int, index: Tensor) -> Tensor:
+        """As those of `Rescuable`."""
+        return normalize(self.strong([(epoch, number) for number in index.tolist()]))
 
 
 def normalized_views(batch: ViewBatch) -> list[Tensor]:

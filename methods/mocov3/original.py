@@ -2,22 +2,18 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from hvp.common.config import resolve
 from hvp.common.engine.distributed import World
-from hvp.common.engine.rescuing import images_to_rescue, strong_transform
-from hvp.common.engine.training import open_training_data
+from hvp.common.engine.rescuing import images_to_rescue
 from hvp.common.originals.original import (
     COMPARED,
     OF_EVERY_ORIGINAL,
     Original,
+    OurImages,
     as_flags,
     normalized_views,
     spawning_flags,
 )
-from hvp.common.views import normalize
-from hvp.common.views.strong import StrongViews
 from hvp.methods.mocov3.config import MoCoConfig
 
 FLAGS = {
@@ -74,21 +70,9 @@ def fixed(config: MoCoConfig) -> dict[str, Any]:
     }
 
 
-class OurImages:
-    """A `Rescuable` over the images of our trainer, as the original's own are not read in a comparison."""
-
-    def __init__(self, _: type, dataset: Any, *__: object, **___: object) -> None:
-        config = resolve(MoCoConfig, [("comparison", {**COMPARED, **ORIGINAL.compared})]).config
-        source = open_training_data(config)
-        self.length = len(dataset)
-        self.strong = StrongViews(source, strong_transform(config), seed=config.train.seed, threads=1)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def strong_views(self, epoch: int, index: Tensor) -> Tensor:
-        """As those of `Rescuable`."""
-        return normalize(self.strong([(epoch, number) for number in index.tolist()]))
+def our_images(_: type, dataset: Any, *__: object, **___: object) -> OurImages:
+    """For the `Rescuable`."""
+    return OurImages(resolve(MoCoConfig, [("comparison", {**COMPARED, **ORIGINAL.compared})]).config, len(dataset))
 
 
 def is_available(_: object) -> bool:
@@ -117,7 +101,7 @@ ORIGINAL = Original(
     batch=lambda batch: [normalized_views(batch), batch.index],
     replaced={
         "torchvision.models.convnet_micro": "hvp.common.originals.original.small_encoder",
-        "hvp.common.upstream.Rescuable": "hvp.methods.mocov3.original.OurImages",
+        "hvp.common.upstream.Rescuable": "hvp.methods.mocov3.original.our_images",
         "torch.cuda.is_available": "hvp.methods.mocov3.original.is_available",
     },
     notes=(

@@ -21,7 +21,13 @@ rank = os.environ.get("RANK", "none")
 json.dump([sys.argv[1:], os.environ.get("CUDA_VISIBLE_DEVICES")], open(f"started-{rank}.json", "w"))
 sys.exit(7)
 """
-METHODS = {"dino": "vits16-100ep", "ibot": "vits16-100ep", "simsiam": "rn50-100ep", "mocov3": "rn50-800ep"}
+METHODS = {
+    "dino": "vits16-100ep",
+    "ibot": "vits16-100ep",
+    "simsiam": "rn50-100ep",
+    "simclr": "rn50-100ep",
+    "mocov3": "rn50-800ep",
+}
 
 
 @pytest.fixture
@@ -176,10 +182,44 @@ def test_what_is_missing_is_one_message(hvp, clone):
     assert "train.py differs" in hvp(*arguments("dino", clone, "--dry-run")).err
 
 
-def test_a_method_whose_flags_are_not_known_is_one_message(hvp, clone):
-    ran = hvp("pretrain", "simclr", "--engine", "upstream", "--upstream", clone, "--dry-run")
+@pytest.mark.parametrize(
+    ("folder", "name", "size"), [("stl10_binary", "stl10", 96), ("cifar-10-batches-py", "cifar10", 32)]
+)
+def test_simclrs_images_are_told_by_their_folder(hvp, clone, tmp_path, folder, name, size):
+    (tmp_path / "data" / folder).mkdir()
+    ran = hvp(*arguments("simclr", clone, "--data", "data", "--set", "optim.base_lr=0.01", "--dry-run"))
+    assert ran.code == 0, ran.err
+    words = shlex.split(ran.out.splitlines()[0])
+    assert [flag(words, option) for option in ("-data", "-dataset-name")] == [str(tmp_path / "data"), name]
+    assert [flag(words, option) for option in ("--lr", "--rescue-k")] == ["0.16", "0"]
+    assert "--use-hvp" in words
+    assert f"  views.crop_size = 224; the original: {size}\n" in ran.out
+    assert "  optim.optimizer = lars; the original: adam\n" in ran.out
+    assert "note: the original does not normalise images\n" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("folders", "more", "message"),
+    [
+        (
+            [],
+            [],
+            "data: owner/standin reads STL-10 (stl10_binary/) or CIFAR-10 (cifar-10-batches-py/) in it, and there",
+        ),
+        ([], ["--data", "shapes"], "Give one that has STL-10 (stl10_binary/) or CIFAR-10 (cifar-10-batches-py/)\n"),
+        (["stl10_binary", "cifar-10-batches-py"], [], "data: stl10_binary and cifar-10-batches-py are both there"),
+        (["stl10_binary"], ["--devices", "2"], "--devices 2: sthalles/SimCLR trains on one GPU"),
+        (["stl10_binary"], ["--seed", "3"], "(train.seed = 3; the original: 0, but for strong views)"),
+        (["stl10_binary"], ["--batch-size", "200000"], "train.batch_size = 200000, but stl10 has 100000 images"),
+        (["stl10_binary"], ["--set", "optim.min_lr=0.1"], "(optim.min_lr = 0.1; the original: 4.8 for 11 epochs, then"),
+    ],
+)
+def test_what_simclr_cannot_do_is_one_message(hvp, clone, tmp_path, folders, more, message):
+    for folder in folders:
+        (tmp_path / "data" / folder).mkdir()
+    ran = hvp(*arguments("simclr", clone, *(["--data", "data"] if "--data" not in more else []), *more))
     assert ran.code == 2
-    assert "simclr is not compared with its original, nor started by --engine upstream" in ran.err
+    assert message in ran.err
     assert ran.err.count("\n") == 1
 
 
@@ -192,7 +232,8 @@ def test_a_batch_system_does_not_queue_it(hvp, clone):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_original_understands_the_flags(hvp, tmp_path, method):
     """On a real clone, where HVP_UPSTREAMS names one. Its own parser reads them: an unknown one is exit code 2."""
-    ran = hvp(*arguments(method, clone_of(patching.load_patch(method)), "--dry-run", "--devices", 8))
+    devices = 1 if method == "simclr" else 8
+    ran = hvp(*arguments(method, clone_of(patching.load_patch(method)), "--dry-run", "--devices", devices))
     assert ran.code == 0, ran.err
     words = shlex.split(ran.out.splitlines()[0])
     trainer = next(word for word in words if word.endswith(".py"))

@@ -3,6 +3,7 @@ for GPUs."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,10 +59,23 @@ SMALL = {
 }
 
 
-def side_by_side(folder: Path, script: str, lines: str = "# patched\n") -> Comparison:
+ALONE = """
+class Learner:
+    def __init__(self, *, model):
+        self.parameters, self.state_dict = model.parameters, model.state_dict
+        self.network = model["net"]
+
+    def __call__(self, *images):
+        return self.network(*images)
+"""
+"""What learns in a script without DistributedDataParallel."""
+
+
+def side_by_side(folder: Path, script: str, lines: str = "# patched\n", **more: Any) -> Comparison:
     """Our SimSiam beside a script, whose "patch" adds lines at the top."""
     folder.mkdir()
     (folder / "train.py").write_text(script)
+    (folder / "alone.py").write_text(ALONE)
     patch = Patch.model_validate(
         {
             "method": "simsiam",
@@ -85,6 +99,7 @@ def side_by_side(folder: Path, script: str, lines: str = "# patched\n") -> Compa
         compared=SMALL,
         parts={"model": "state_dict"},
         batch=lambda batch: [normalized_views(batch), batch.index],
+        **more,
     )
     return compare(get_method("simsiam"), original, patch, folder)
 
@@ -97,6 +112,15 @@ def test_a_faithful_original_agrees(tmp_path):
     assert found.steps == 4
     assert len({ours for ours, _ in found.losses}) == 4
     assert found.parameters < 1e-3
+
+
+@pytest.mark.slow
+def test_an_original_without_parallel_network_and_with_names_of_its_own_agrees(tmp_path):
+    parallel = "torch.nn.parallel.DistributedDataParallel(model, device_ids=[gpu])"
+    alone = SCRIPT.replace(parallel, "alone.Learner(model=torch.nn.ModuleDict({'net': model}))")
+    script = alone.replace("import argparse", "import alone, argparse")
+    found = side_by_side(tmp_path / "standin", script, learner="alone.Learner", named=lambda key: f"net.{key}")
+    assert found.agrees
 
 
 @pytest.mark.slow
