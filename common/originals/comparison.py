@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from hvp.common.benchmark import threads
 from hvp.common.config import resolve
 from hvp.common.engine.checkpoint import load_checkpoint
 from hvp.common.engine.run import seeded
@@ -97,7 +98,7 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
     with seeded(config.train.seed, device):
         modules = ours.build_modules(config, device)
     start = {part: module.state_dict() for part, module in zip(original.parts, modules, strict=True)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, threads(1):  # as many for both: sums are split between them
         work = Path(folder)
         patched = work / "patched"
         apply_patch(patch, clone, patched)
@@ -169,6 +170,7 @@ class _Runs:
         files = {"HVP_GIVEN": str(work / "given.pt"), "HVP_TAKEN": str(work / "taken.pt")}
         (work / "taken.pt").unlink(missing_ok=True)
         launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        launched |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         written = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}  # the clone stays as it is
         flags = original.flags(config, str(work / "data"), 1)
         words = flags if ours else without_flags(flags, self.patch.flags)
