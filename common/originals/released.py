@@ -166,7 +166,8 @@ def check_out(released: Released, clone: Path, out: Path) -> None:
     try:
         found = subprocess.run(["git", "-C", clone, "rev-parse", "--absolute-git-dir"], capture_output=True, text=True)
         if found.returncode:
-            raise UserError(f"{clone} is no git repository ({found.stderr.strip()}). Get a clone: {get}")
+            why = " ".join(found.stderr.split())
+            raise UserError(f"{clone} cannot be read as a git repository ({why}). Get a clone: {get}")
         git = ["git", f"--git-dir={found.stdout.strip()}"]
         known = subprocess.run([*git, "cat-file", "-e", f"{released.commit}^{{commit}}"], capture_output=True)
         if known.returncode:

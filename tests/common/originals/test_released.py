@@ -121,7 +121,9 @@ def test_a_checkout_inside_another_folder_of_the_repository_will_do(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pick.py", "select_crops.py"]
 
 
-@pytest.mark.parametrize(("name", "message"), [("nowhere", "is no folder"), ("plain", "is no git repository")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "is no folder"), ("plain", "cannot be read as a git repository")]
+)
 def test_what_is_no_clone_is_one_message(tmp_path, monkeypatch, name, message):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     (tmp_path / "plain").mkdir()
