@@ -175,3 +175,14 @@ def test_the_released_selection_agrees_with_ours(hvp, method):
     for name, images in (("random", 256), ("network", 64)):
         assert rows[name][0] == str(images)
         assert int(rows[name][1]) >= images - 1
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "wrong"),
+    [("simclr", "TEMPERATURE", 0.11), ("ibot", "WEIGHTS", {"lambda1": 1.0, "lambda2": 0.6}), ("dino", "EPOCH", 6)],
+)
+def test_a_loss_of_ours_with_another_value_is_seen(hvp, monkeypatch, method, name, wrong):
+    """The same, with ours alone set wrongly: their side runs in a process of its own."""
+    clone = clone_at(released.REPOSITORY, "hvpcode")
+    monkeypatch.setattr(f"hvp.methods.{method}.released.{name}", wrong)
+    assert hvp("patch", "compare", method, "--hvp-code", clone).code == 1
