@@ -3,12 +3,19 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from hvp.common.errors import UserError
+
+if TYPE_CHECKING:
+    from hvp.common.originals.original import Original
+    from hvp.common.originals.patching import Patch
+    from hvp.common.originals.released import Released
 
 app = typer.Typer(
     help="HVP and Rescue in the original trainers: a patch for a clone of each, which holds our lines only.",
@@ -97,17 +104,60 @@ def diff(
 
 
 @app.command()
-def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
-    """Train the patched original and our trainer side by side, from the same weights, on the same batches.
+def compare(
+    method: MethodArgument,
+    upstream: Annotated[
+        Path | None, typer.Option(help="Your clone of the original repository.", show_default=False)
+    ] = None,
+    hvp_code: Annotated[
+        Path | None, typer.Option(help="Your clone of automl/hvp, HVP's authors' code.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare with the original trainer, or with HVP's authors' code, or both. On the CPU, at a tiny size.
 
-    Takes a minute or two on the CPU, at a tiny size. Exit code 1 if they differ by more than rounding.
+    --upstream trains the patched original and our trainer side by side, from the same weights, on the same batches, in
+    a minute or two. --hvp-code lets the selection of HVP's authors' code and ours choose from the same network outputs,
+    in seconds. Exit code 1 if either differs by more than rounding.
     """
+    from hvp.common.originals.patching import load_patch
+    from hvp.methods import get_original, get_released
+
+    if upstream is None and hvp_code is None:
+        raise UserError("nothing to compare with. Give --upstream DIR, --hvp-code DIR, or both")
+    original = upstream and (get_original(method), load_patch(method), upstream)
+    released = hvp_code and (get_released(method), hvp_code)
+    agree = [_compare_selection(method, *released)] if released else []
+    agree += [_compare_training(method, *original)] if original else []
+    if not all(agree):
+        raise typer.Exit(1)
+
+
+def _compare_selection(method: str, released: "Released", clone: Path) -> bool:
+    from hvp.common.originals.released import NOTES, REPOSITORY, TOLERANCE, compare_selection
+    from hvp.methods import get_method
+
+    found = compare_selection(released, get_method(method), clone)
+    print(
+        f"{method}: our selection and that of {REPOSITORY} at {released.commit[:7]}, branch {released.branch}: "
+        f"{released.function}."
+    )
+    table = Table("", "images", "same views", "tied views", "close images", "loss differs by", box=None)
+    for name, part in found.items():
+        table.add_row(name, *map(str, (part.images, part.equal, part.ties, part.close)), f"{part.loss:.1e}")
+    Console().print(table)
+    print(f"Tied: other views were chosen, whose loss is the same up to rounding, {TOLERANCE:g}.")
+    print("Close: so is that of the two best combinations, whichever was chosen.")
+    print("There:")
+    for line in (*NOTES, *released.notes):
+        print(f"  {line}")
+    return all(part.agrees for part in found.values())
+
+
+def _compare_training(method: str, original: "Original", patch: "Patch", upstream: Path) -> bool:
     from hvp.common.originals.comparison import LOSS_TOLERANCE, LR_TOLERANCE, PARAMETER_TOLERANCE, compare
     from hvp.common.originals.on_cpu import SUBSTITUTED
-    from hvp.common.originals.patching import load_patch
-    from hvp.methods import get_method, get_original
+    from hvp.methods import get_method
 
-    original, patch = get_original(method), load_patch(method)
     found = compare(get_method(method), original, patch, upstream)
     brings = " and ".join(patch.brings)
     print(f"{method}: {found.steps} steps of ours and of {patch.repository} with our patch, both with {brings}.")
@@ -123,8 +173,7 @@ def compare(method: MethodArgument, upstream: UpstreamOption) -> None:
     print("In the original, at run time:")
     for line in (*SUBSTITUTED, *original.notes):
         print(f"  {line}")
-    if not found.agrees:
-        raise typer.Exit(1)
+    return found.agrees
 
 
 def _remark(remarks: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hvp.common.convert.upstream import Layout
     from hvp.common.evaluation.linear import LinearProtocol
     from hvp.common.originals.original import Original
+    from hvp.common.originals.released import Released
 
 METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""
@@ -79,6 +80,21 @@ def get_original(name: str) -> "Original":
         )
     original: Original = import_module(f"hvp.methods.{name}.original").ORIGINAL
     return original
+
+
+def get_released(name: str) -> "Released":
+    """A method's selection in the code of HVP's authors.
+
+    Raises:
+        UserError: they released none for it, or there is no such method.
+    """
+    known = [method for method in METHODS if (files("hvp.methods") / method / "released.py").is_file()]
+    if name not in known:
+        raise UserError(
+            f"HVP's authors released no code for {name}. They did for {', '.join(known)}: leave --hvp-code out"
+        )
+    released: Released = import_module(f"hvp.methods.{name}.released").RELEASED
+    return released
 
 
 def presets(method: str) -> dict[str, Traversable]:

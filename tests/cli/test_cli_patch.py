@@ -2,12 +2,15 @@
 
 import hashlib
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from upstreams import clone_of
+from released_standins import SIMSIAM, repository
+from upstreams import clone_at, clone_of
 
-from hvp.common.originals import patching
+from hvp.common.originals import patching, released
+from hvp.methods import get_released
 
 TRAINER = "first\nsecond\n"
 
@@ -117,3 +120,69 @@ def test_the_patched_original_agrees_with_our_trainer(hvp, method):
     ran = hvp("patch", "compare", method, "--upstream", clone_of(patching.load_patch(method)))
     assert ran.code == 0, ran.out + ran.err
     assert f"{method}: 20 steps of ours and of" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("simsiam", [], "nothing to compare with. Give --upstream DIR, --hvp-code DIR, or both\n"),
+        (
+            "mocov3",
+            ["--hvp-code", "."],
+            "HVP's authors released no code for mocov3. They did for dino, ibot, simsiam, sim",
+        ),
+        (
+            "dinov2",
+            ["--hvp-code", "."],
+            "HVP's authors released no code for dinov2. They did for dino, ibot, simsiam, sim",
+        ),
+        (
+            "simsiam",
+            ["--hvp-code", "nowhere"],
+            "nowhere is no folder. Get a clone: git clone https://github.com/automl/hvp",
+        ),
+    ],
+)
+def test_no_code_to_compare_with_is_one_message(hvp, method, options, message):
+    ran = hvp("patch", "compare", method, *options)
+    assert ran.code == 2
+    assert ran.err.startswith(f"hvp: {message}")
+    assert ran.err.count("\n") == 1
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize(("scale", "code"), [(1.0, 0), (1.001, 1)])
+def test_a_selection_is_compared(hvp, monkeypatch, tmp_path, scale, code):
+    commit, losses = repository(tmp_path / "clone", SIMSIAM), get_released("simsiam").pair_losses
+    there = replace(get_released("simsiam"), commit=commit, pair_losses=lambda batch: scale * losses(batch))
+    monkeypatch.setattr("hvp.methods.simsiam.released.RELEASED", there)
+    monkeypatch.setattr(released, "NUM_BATCHES", 1)
+    ran = hvp("patch", "compare", "simsiam", "--hvp-code", tmp_path / "clone")
+    assert ran.code == code
+    assert f"automl/hvp at {commit[:7]}, branch main: select_crops.select_crops_cross.\n" in ran.out
+    assert [line.split()[:5] for line in ran.out.splitlines() if line.startswith(" random")] == [
+        ["random", "outputs", "32", "32", "0"]
+    ]
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot", "simsiam", "simclr"])
+def test_the_released_selection_agrees_with_ours(hvp, method):
+    """On a real clone, where HVP_UPSTREAMS names one."""
+    ran = hvp("patch", "compare", method, "--hvp-code", clone_at(released.REPOSITORY, "hvpcode"))
+    assert ran.code == 0, ran.out + ran.err
+    rows = {line.split("outputs")[0].strip(): line.split("outputs")[1].split() for line in ran.out.splitlines()[2:4]}
+    assert rows.keys() == {"random", "network"}
+    for name, images in (("random", 256), ("network", 64)):
+        assert rows[name][0] == str(images)
+        assert int(rows[name][1]) >= images - 1
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "wrong"),
+    [("simclr", "TEMPERATURE", 0.11), ("ibot", "WEIGHTS", {"lambda1": 1.0, "lambda2": 0.6}), ("dino", "EPOCH", 6)],
+)
+def test_a_loss_of_ours_with_another_value_is_seen(hvp, monkeypatch, method, name, wrong):
+    """The same, with ours alone set wrongly: their side runs in a process of its own."""
+    clone = clone_at(released.REPOSITORY, "hvpcode")
+    monkeypatch.setattr(f"hvp.methods.{method}.released.{name}", wrong)
+    assert hvp("patch", "compare", method, "--hvp-code", clone).code == 1
