@@ -3,8 +3,9 @@
 # V candidate views
 """
 
+import importlib.util
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hvp.common.engine.training import Masks
+from hvp.common.errors import UserError
 from hvp.common.networks.resnet import CONVNETS
 from hvp.common.views import ViewBatch, normalize
 
@@ -29,7 +31,7 @@ class Original:
     parts: Mapping[str, str]
     """What a checkpoint of ours holds, and the name of it in the original's."""
 
-    batch: Callable[[ViewBatch], list[Any]]
+    batch: Callable[[ViewBatch], Any]
     """A batch of ours as the original's loader gives it."""
 
     masks: Callable[[Any], Masks] | None = None
@@ -37,6 +39,18 @@ class Original:
 
     replaced: Mapping[str, str] = field(default_factory=dict)
     """As in `Given`."""
+
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """As in `Given`."""
+
+    needs: tuple[str, ...] = ()
+    """Packages that it imports, that hvp does not need and that nothing stands in for."""
+
+    endless: bool = False
+    """Its loader does not end with an epoch."""
+
+    saved: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """saved(checkpoint): the original's checkpoint as `parts` calls it, with our keys in each part."""
 
     notes: tuple[str, ...] = ()
     """What that means, in words."""
@@ -47,8 +61,14 @@ class Original:
     fixed: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """fixed(config): what the original does, by our key, where it has no flag or none for every value."""
 
-    only_ours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    only_ours: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Values of a key that the original does not know."""
+
+    check_data: Callable[[Path, Path], None] | None = None
+    """check_data(data, clone): raises UserError if the original needs more of a folder than train/CLASS/."""
+
+    misleading: tuple[str, ...] = ()
+    """Environment variables that it must not see."""
 
     spawns: bool = False
     """It is started once and starts a process for every GPU itself; otherwise the elastic launcher does."""
@@ -179,6 +199,17 @@ def spawning_flags(config: Any, processes: int) -> list[str]:
     words = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0"]
     words += ["--dist-url", f"tcp://localhost:{port}"]
     return words if config.data.workers is None else [*words, "--workers", str(config.data.workers * processes)]
+
+
+def check_packages(repository: str, names: Iterable[str]) -> None:
+    """Refuses to start an original that would not find what it imports.
+
+    Raises:
+        UserError: one of the packages is not installed.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{repository} imports {', '.join(missing)}, not found here: pip install {' '.join(missing)}")
 
 
 def value_of(config: Any, key: str) -> Any:

@@ -1,6 +1,7 @@
 """`hvp pretrain --engine upstream`, on stand-ins for the originals: scripts that write down how they were started."""
 
 import hashlib
+import importlib.util
 import os
 import shlex
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from upstreams import clone_of
@@ -21,7 +23,13 @@ rank = os.environ.get("RANK", "none")
 json.dump([sys.argv[1:], os.environ.get("CUDA_VISIBLE_DEVICES")], open(f"started-{rank}.json", "w"))
 sys.exit(7)
 """
-METHODS = {"dino": "vits16-100ep", "ibot": "vits16-100ep", "simsiam": "rn50-100ep", "mocov3": "rn50-800ep"}
+METHODS = {
+    "dino": "vits16-100ep",
+    "ibot": "vits16-100ep",
+    "simsiam": "rn50-100ep",
+    "mocov3": "rn50-800ep",
+    "dinov2": "vitl16-100ep",
+}
 
 
 @pytest.fixture
@@ -120,6 +128,47 @@ def test_the_processes_of_a_run_meet_at_a_free_port(hvp, clone, method):
     socket.create_server(("localhost", port)).close()
 
 
+@pytest.fixture
+def packaged(clone) -> Path:
+    """The same with its trainer in a package, which it imports."""
+    (clone / "train.py").unlink()
+    (clone / "package").mkdir()
+    script = "import package\n" + TRAINER
+    (clone / "package" / "train.py").write_text(script)
+    file = clone.parent / "patch.toml"
+    text = file.read_text().replace('"train.py"', '"package/train.py"').replace('"HVP"', '"HVP", "Rescue"')
+    sums = (hashlib.sha256(content.encode()).hexdigest() for content in (TRAINER, script))
+    file.write_text(text.replace(*sums))
+    return clone
+
+
+def test_a_trainer_in_a_package_finds_it(hvp, packaged, tmp_path, monkeypatch, signals_restored):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    run = tmp_path / "run"
+    shell = hvp(*arguments("dino", packaged, "--out", "run", "--dry-run")).out.splitlines()[0]
+    assert f"&& env PYTHONPATH={run / 'upstream'}:elsewhere " in shell
+    ran = hvp(*arguments("dino", packaged, "--out", "run", "--data", "data"))
+    assert ran.code == 7, ran.err
+    assert (run / "started-0.json").exists()
+
+
+def test_the_batch_system_does_not_mislead_it(hvp, packaged, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = shlex.split(hvp(*arguments("dinov2", packaged, "--out", "run", "--dry-run")).out.splitlines()[0])
+    assert words[3:6] == ["env", "-u", "SLURM_JOB_ID"]
+
+
+def test_a_package_that_only_the_original_needs_is_named(hvp, packaged, tmp_path, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "omegaconf" else there(name))
+    np.save(tmp_path / "data" / "entries-TRAIN.npy", np.zeros(1_281_167, dtype=np.uint8))
+    ran = hvp(*arguments("dinov2", packaged, "--out", "run", "--data", "data"))
+    assert ran.code == 2
+    assert "owner/standin imports omegaconf" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
     assert hvp("patch", "apply", "dino", "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
     assert "The copy is not there yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
@@ -203,5 +252,7 @@ def test_the_original_understands_the_flags(hvp, tmp_path, method):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = words[words.index(trainer) :]
-    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True)
+    told = dict(word.split("=", 1) for word in words[: words.index(trainer)] if word.startswith("PYTHONPATH="))
+    environment = {**os.environ, **told}
+    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 33, done.stderr

@@ -8,6 +8,7 @@ import pytest
 from upstreams import clone_of
 
 from hvp.common.originals import patching
+from hvp.methods import get_original
 
 TRAINER = "first\nsecond\n"
 
@@ -111,9 +112,11 @@ def test_what_cannot_be_compared_is_one_message(hvp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dino", "ibot", "mocov3", "simsiam"])
+@pytest.mark.parametrize("method", ["dino", "dinov2", "ibot", "mocov3", "simsiam"])
 def test_the_patched_original_agrees_with_our_trainer(hvp, method):
     """On a real clone, where HVP_UPSTREAMS names one."""
+    for package in get_original(method).needs:
+        pytest.importorskip(package)
     ran = hvp("patch", "compare", method, "--upstream", clone_of(patching.load_patch(method)))
     assert ran.code == 0, ran.out + ran.err
     assert f"{method}: 20 steps of ours and of" in ran.out
