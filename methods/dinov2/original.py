@@ -29,6 +29,7 @@ from hvp.common.views import ViewBatch, normalize
 from hvp.common.views.strong import StrongViews
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.main_dinov2 import build_masks
+from hvp.methods.dinov2.schedules import Schedules
 from hvp.methods.dinov2.upstream import CHUNKS
 
 IMAGES = 1_281_167
@@ -80,7 +81,7 @@ def flags(config: DINOv2Config, data: str, processes: int) -> list[str]:
     """The command line of train.py, to be started once for every GPU: our flags, then its options.
 
     Raises:
-        UserError: the run is not a whole number of the original's epochs.
+        UserError: the run is not a whole number of the original's epochs, or shorter than its warm-up.
     """
     length, epochs = official_epochs(config)
     rescued = images_to_rescue(config, World(size=processes)) * config.train.accumulate
@@ -108,7 +109,7 @@ def official_epochs(config: DINOv2Config) -> tuple[int, int]:
     """How long an epoch of the original's is, in steps, and how many of them the run has.
 
     Raises:
-        UserError: not a whole number.
+        UserError: not a whole number, or fewer than those of the warm-up.
     """
     images = config.data.shapes.train if config.data.path == "shapes" else IMAGES
     steps_per_pass = images // config.train.batch_size
@@ -120,6 +121,7 @@ def official_epochs(config: DINOv2Config) -> tuple[int, int]:
             f"{config.train.batch_size}, and no whole number of optim.epoch_length = {length}, which is what the "
             "original counts in. Leave out optim.epoch_length, or change one of the others"
         )
+    Schedules(config, steps, steps_per_pass)  # which refuses a warm-up that is longer than the run
     return length, steps // length
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import yaml
 from upstreams import clone_of
 
-from hvp.common.config import read_yaml, resolve
+from hvp.common.config import flatten, read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.originals.comparison import compare
 from hvp.common.originals.patching import load_patch
@@ -52,6 +53,11 @@ def test_epochs_are_passes_where_no_length_is_given():
 def test_a_part_of_an_epoch_cannot_be_said():
     with pytest.raises(UserError, match=r"are 94375 steps .* no whole number of optim.epoch_length = 1250"):
         flags(config(train__epochs=151), "DATA", 8)
+
+
+def test_a_warm_up_longer_than_the_run_cannot_be_said():
+    with pytest.raises(UserError, match=r"optim.warmup_epochs = 10 are 12500 steps, but the run has 6250"):
+        flags(config(train__epochs=10), "DATA", 8)
 
 
 def test_precision_and_sharding_are_said_where_they_are_not_the_default():
@@ -151,19 +157,36 @@ def test_strong_views_are_those_of_our_trainers_epoch():
 # A real clone.
 
 
-def test_the_original_has_every_option():
-    """And its defaults are of the same kind."""
-    patch = load_patch("dinov2")
-    file = clone_of(patch) / "dinov2" / "configs" / "ssl_default_config.yaml"
-    for of in (config(data__workers=4), config(train__precision="fp32", train__sharding="ddp")):
-        for key, value in options(of).items():
-            section = yaml.safe_load(file.read_text())
-            for name in key.split("."):
-                section = section[name]
-            if isinstance(section, (int, float)):
-                float(yaml.safe_load(value))
-            elif isinstance(section, list):
-                assert len(yaml.safe_load(value)) == len(section)
+CONFIGS = [
+    {"data__workers": 4},
+    {"train__precision": "fp32", "train__sharding": "ddp", "model__num_register_tokens": 4},
+]
+
+
+def defaults() -> Path:
+    """The original's own configuration."""
+    return clone_of(load_patch("dinov2")) / "dinov2" / "configs" / "ssl_default_config.yaml"
+
+
+@pytest.mark.parametrize("values", CONFIGS)
+def test_the_original_has_every_option(values):
+    known = flatten(yaml.safe_load(defaults().read_text()))
+    assert options(config(**values)).keys() <= known.keys()
+
+
+@pytest.mark.parametrize("values", CONFIGS)
+def test_the_original_reads_every_value_as_what_it_is(values):
+    """By the package that it reads its configuration with; a key that it does not know would be an error."""
+    OmegaConf = pytest.importorskip("omegaconf").OmegaConf
+    known = OmegaConf.load(defaults())
+    OmegaConf.set_struct(known, True)
+    said = options(config(**values))
+    found = OmegaConf.merge(known, OmegaConf.from_cli([f"{key}={value}" for key, value in said.items()]))
+    for key in said:
+        now, before = (OmegaConf.select(where, key) for where in (found, known))
+        assert type(now) is type(before) or {type(now), type(before)} == {int, float}, key
+    assert (found.optim.min_lr, list(found.crops.global_crops_scale)) == (1e-6, [0.32, 1.0])
+    assert found.train.dataset_path == said["train.dataset_path"]
 
 
 BOTH = {
