@@ -232,4 +232,6 @@ def test_the_patched_original_agrees_otherwise_configured(also):
     ],
 )
 def test_an_original_that_is_told_otherwise_does_not_agree(said, instead):
-    assert not side_by_side({}, said, instead).agrees
+    found = side_by_side({}, said, instead)
+    assert found.untouched
+    assert not found.agrees
