@@ -5,5 +5,5 @@ original.py     what `methods/*/original.py` says of an original: its flags, and
 job.py          a configuration of ours as an original's command; `hvp pretrain --engine upstream`
 comparison.py   an original and our trainer on the same numbers; `hvp patch compare --upstream`
 released.py     the selection in HVP's authors' code and ours on the same outputs; `hvp patch compare --hvp-code`
-on_cpu.py       an original's script without what a small machine has not
+on_cpu.py       an original's script without what a small machine has not; xformers_on_cpu.py is xFormers for it
 """

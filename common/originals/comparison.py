@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from hvp.common.engine.training import build_loader, open_training_data
 from hvp.common.errors import UserError
 from hvp.common.originals.on_cpu import Given
 from hvp.common.originals.original import COMPARED, Original
-from hvp.common.originals.patching import Patch, apply_patch
+from hvp.common.originals.patching import Patch, apply_patch, check_packages
 from hvp.common.sections import RunConfig
 
 
@@ -89,8 +90,9 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
         clone: the untouched original.
 
     Raises:
-        UserError: the clone cannot be patched, or the original ended with an error.
+        UserError: the clone cannot be patched, a package is missing, or the original ended with an error.
     """
+    check_packages(patch.repository, original.needs)
     configured = {**COMPARED, **original.compared}
     config = resolve(ours.config, [("comparison", configured)]).config
     vanilla = {**configured, "selection.hard_views": "none", "rescue.enabled": False}
@@ -112,7 +114,7 @@ def compare(ours: Trainer, original: Original, patch: Patch, clone: Path) -> Com
     losses, lrs = ([float(row[key]) for row in rows] for key in ("loss", "lr"))
     if len(losses) != len(taken["losses"]):
         raise UserError(f"{patch.method}: {len(losses)} steps of ours, but {len(taken['losses'])} of the original")
-    difference, worst = max(_differences(original, checkpoint, taken["checkpoint"], start))
+    difference, worst = max(_differences(original, checkpoint, original.saved(taken["checkpoint"]), start))
     return Comparison(
         steps=len(losses),
         loss=max(abs(a - b) / max(abs(a), 1) for a, b in zip(losses, taken["losses"], strict=True)),
@@ -165,20 +167,24 @@ class _Runs:
         Image.new("RGB", (8, 8)).save(data / "0.png")  # the original wants a folder; its batches are given
         first, *_ = self.start.values()
         weights = {original.named(key): tensor for key, tensor in first.items()}
-        given = Given(weights, _batches(original, config), dict(original.replaced), original.learner)
+        given = Given(
+            weights, _batches(original, config), dict(original.replaced), original.learner, dict(original.packages)
+        )
         torch.save(asdict(given), work / "given.pt")
         files = {"HVP_GIVEN": str(work / "given.pt"), "HVP_TAKEN": str(work / "taken.pt")}
         (work / "taken.pt").unlink(missing_ok=True)
-        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        launched |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # it meets in a file
         launched |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         written = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}  # the clone stays as it is
         flags = original.flags(config, str(work / "data"), 1)
+        environment = {name: value for name, value in os.environ.items() if name not in original.misleading}
         words = flags if ours else without_flags(flags, self.patch.flags)
         with tempfile.TemporaryDirectory(dir=work) as folder:
             done = subprocess.run(
                 [sys.executable, "-m", "hvp.common.originals.on_cpu", str(tree.resolve() / self.patch.trainer), *words],
                 cwd=folder,
-                env={**os.environ, **files, **launched, **written},
+                env={**environment, **files, **launched, **written},
                 capture_output=True,
                 text=True,
             )
@@ -189,12 +195,13 @@ class _Runs:
         return taken
 
 
-def _batches(original: Original, config: RunConfig) -> list[list[list[Any]]]:
+def _batches(original: Original, config: RunConfig) -> list[list[Any]]:
     """What our trainer's loader gives, by epoch and step."""
     masks = original.masks and original.masks(config)
     loader = build_loader(config, open_training_data(config), torch.device("cpu"), masks=masks)
     try:
-        return [[original.batch(part) for (part,) in loader.epoch(e)] for e in range(config.train.epochs)]
+        batches = [[original.batch(part) for (part,) in loader.epoch(e)] for e in range(config.train.epochs)]
+        return [list(chain.from_iterable(batches))] if original.endless else batches
     finally:
         loader.close()
 

@@ -14,7 +14,7 @@ from hvp.common.config import Resolved, leaf_keys
 from hvp.common.engine.distributed import World, launch, share_of_batch
 from hvp.common.errors import UserError
 from hvp.common.originals.original import Original, value_of
-from hvp.common.originals.patching import Patch, apply_patch, is_patched_copy, patch_clone
+from hvp.common.originals.patching import Patch, apply_patch, check_packages, is_patched_copy, patch_clone
 
 PATCHED = "upstream"
 """The patched copy's name in a run's folder."""
@@ -57,6 +57,9 @@ class Job:
     flags: list[str]
     processes: int
     spawns: bool
+    misleading: tuple[str, ...]
+    """As in `Original`."""
+
     unsaid: list[Unsaid]
     remarks: list[str]
     """On the original and the clone, for the user."""
@@ -67,27 +70,34 @@ class Job:
         return self.out / PATCHED
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What its processes are told."""
+        if self.spawns:
+            return {"CUDA_VISIBLE_DEVICES": _gpus(self.processes, os.environ)}
+        if "/" not in self.patch.trainer:
+            return {}
+        others = os.environ.get("PYTHONPATH")  # a trainer within a package does not find it by itself
+        return {"PYTHONPATH": f"{self.copy}{os.pathsep}{others}" if others else str(self.copy)}
+
+    @property
     def shell(self) -> str:
         """The command, for a shell."""
         trainer = [str(self.copy / self.patch.trainer), *self.flags]
-        if self.spawns:
-            words = ["env", f"CUDA_VISIBLE_DEVICES={_gpus(self.processes, os.environ)}", sys.executable, *trainer]
-        else:
-            elastic = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-            words = [sys.executable, *elastic, *trainer]
+        elastic = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+        words = [sys.executable, *([] if self.spawns else elastic), *trainer]
+        changed = [word for name in self.misleading if name in os.environ for word in ("-u", name)]
+        changed += [f"{name}={value}" for name, value in self.environment.items()]
+        if changed:
+            words = ["env", *changed, *words]
         return f"cd {shlex.quote(str(self.out))} && {shlex.join(words)}"
 
     def write_copy(self) -> None:
         """Writes the patched copy, if it is not there.
 
         Raises:
-            UserError: it cannot be written, or there are too few GPUs or packages to go on.
+            UserError: it cannot be written, or there are too few GPUs, or packages, to go on.
         """
-        if missing := self.patch.missing:
-            raise UserError(
-                f"{self.patch.repository} needs {', '.join(missing)}, not installed here: "
-                f"pip install {' '.join(missing)}"
-            )
+        check_packages(self.patch.repository, self.patch.needs)
         gpus = torch.cuda.device_count()
         if gpus < self.processes:  # without any, those that start their own processes would end at once, with code 0
             raise UserError(f"{self.patch.repository} wants a GPU for each of {self.processes} processes; here: {gpus}")
@@ -106,8 +116,10 @@ class Job:
         os.chdir(self.out)
         trainer = [str(self.copy / self.patch.trainer), *self.flags]
         if self.spawns:
-            visible = {"CUDA_VISIBLE_DEVICES": _gpus(self.processes, os.environ)}
-            os.execve(sys.executable, [sys.executable, *trainer], {**os.environ, **visible})
+            os.execve(sys.executable, [sys.executable, *trainer], {**os.environ, **self.environment})
+        for name in self.misleading:
+            os.environ.pop(name, None)
+        os.environ.update(self.environment)
         return launch(self.processes, trainer)
 
 
@@ -153,8 +165,11 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else than a run of {patch.repository}. Give another --out")
     data = "DATA" if config.data.path is None else _image_folder(config.data.path, original, patch)
+    if original.check_data and config.data.path is not None:
+        original.check_data(Path(data), upstream)
     flags = original.flags(config, data, processes)
-    return Job(patch, upstream, out, flags, processes, original.spawns, unsaid, [*original.otherwise, *remarks])
+    remarks = [*original.otherwise, *remarks]
+    return Job(patch, upstream, out, flags, processes, original.spawns, original.misleading, unsaid, remarks)
 
 
 def _unsaid(original: Original, resolved: Resolved) -> list[Unsaid]:

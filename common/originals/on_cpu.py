@@ -13,6 +13,7 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -25,11 +26,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SUBSTITUTED = (
-    "CUDA calls do nothing: .cuda(), device='cuda', set_device(), synchronize(); there is one device",
-    "NCCL is Gloo, in a group of one; DistributedDataParallel and synchronised batch norm leave the network as it is",
+    "CUDA calls do nothing: .cuda(), .to('cuda'), device='cuda', set_device(), synchronize(); there is one device",
+    "NCCL is Gloo, in a group of one; DistributedDataParallel, FSDP and synchronised batch norm leave the network as "
+    "it is",
     "mixed precision is off",
     "the first weights and all batches, normalised, are those of our trainer",
     "torch.hub.list() is empty, so that no network is asked",
@@ -47,7 +50,7 @@ class Given:
     weights: dict[str, Tensor]
     """State dict of the network that learns, under the original's names."""
 
-    batches: list[list[list[Any]]]
+    batches: list[list[Any]]
     """What the loader gives, by epoch and step."""
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -56,6 +59,9 @@ class Given:
 
     learner: str | None = None
     """What gets the network that learns, as `model`, by `module.function`; None: DistributedDataParallel."""
+
+    packages: dict[str, str] = field(default_factory=dict)
+    """Packages that it imports, and the module that stands in for each, whether or not it is there."""
 
 
 @dataclass
@@ -66,7 +72,7 @@ class Taken:
     """Of every step."""
 
     lrs: list[float] = field(default_factory=list)
-    """Learning rate of the first parameter group in every step."""
+    """Learning rate of the first parameter group in every step, before a multiplier of its own."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
     """The last that it saved."""
@@ -101,10 +107,49 @@ class Alone(nn.Module):
         return self.module(*inputs, **named)
 
 
+class Unsharded(nn.Module):
+    """FullyShardedDataParallel of one process: all parameters are whole, and in their own precision."""
+
+    sharding_strategy = fsdp.ShardingStrategy.NO_SHARD
+    _streams = None  # which PyTorch 2.0 had, and DINOv2's untouched original hands from one to the other
+
+    def __init__(self, module: nn.Module, **_: object) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_fsdp_wrapped_module"), name)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self._fsdp_wrapped_module(*inputs, **named)
+
+    def state_dict(self, *inputs: Any, **named: Any) -> Any:
+        return self._fsdp_wrapped_module.state_dict(*inputs, **named)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """What a process holds."""
+        return list(self.parameters())
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+
+    @staticmethod
+    def fsdp_modules(module: nn.Module) -> list["Unsharded"]:
+        return [part for part in module.modules() if isinstance(part, Unsharded)]
+
+    @staticmethod
+    def state_dict_type(*_: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class GivenLoader:
     """A DataLoader that gives the given batches, an epoch at a time."""
 
-    batches: Iterator[list[list[Any]]]
+    batches: Iterator[list[Any]]
     num_steps = 0
 
     def __init__(self, dataset: Any, *, sampler: Any = None, **_: object) -> None:
@@ -125,12 +170,14 @@ def substitute() -> None:
         (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
         (torch, "tensor", lambda content, device=None, **named: tensor(content, **named)),
         (nn.Module, "cuda", lambda module, *_, **__: module),
+        (nn.Module, "to", staying(nn.Module.to)),
         (torch.cuda, "set_device", lambda *_: None),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "device_count", lambda: 1),
         (torch.hub, "list", lambda *_, **__: []),
         (mp, "spawn", lambda function, args, **_: function(0, *args)),
         (nn.parallel, "DistributedDataParallel", Alone),
+        (fsdp, "FullyShardedDataParallel", Unsharded),
         (nn.SyncBatchNorm, "convert_sync_batchnorm", lambda module: module),
         (torch.cuda.amp, "GradScaler", partial(torch.amp.GradScaler, "cpu", enabled=False)),
     ]
@@ -139,6 +186,11 @@ def substitute() -> None:
     stand_ins.append((dist, "init_process_group", lambda *_, **__: group_of_one()))
     for owner, name, stand_in in stand_ins:
         setattr(owner, name, stand_in)
+
+
+def staying(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`nn.Module.to` for one device: what goes to CUDA stays where it is."""
+    return lambda module, *where, **named: module if "cuda" in str(where[:1]) else to(module, *where, **named)
 
 
 def train_on(given: Given) -> Taken:
@@ -155,7 +207,14 @@ def train_on(given: Given) -> Taken:
     torch.utils.data.DataLoader = GivenLoader  # type: ignore[assignment,misc]
     torch.Tensor.backward = see_loss  # type: ignore[assignment]
     torch.save = lambda content, *_, **__: vars(taken).update(checkpoint=content)
-    register_optimizer_step_pre_hook(lambda optimizer, *_: taken.lrs.append(float(optimizer.param_groups[0]["lr"])))
+
+    def see_lr(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        first = optimizer.param_groups[0]
+        taken.lrs.append(float(first["lr"]) / first.get("lr_multiplier", 1))
+
+    register_optimizer_step_pre_hook(see_lr)
+    for package, module in given.packages.items():
+        sys.modules[package] = importlib.import_module(module)
     for name, stand_in in given.replaced.items():
         home, ours = stand_in.rsplit(".", 1)
         _replace(name, getattr(importlib.import_module(home), ours))
@@ -196,4 +255,6 @@ def _is_state(value: Any) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    from hvp.common.originals import on_cpu  # the module that others import, and not a second one called __main__
+
+    on_cpu.main()

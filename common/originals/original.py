@@ -30,7 +30,7 @@ class Original:
     parts: Mapping[str, str]
     """What a checkpoint of ours holds, and the name of it in the original's."""
 
-    batch: Callable[[ViewBatch], list[Any]]
+    batch: Callable[[ViewBatch], Any]
     """A batch of ours as the original's loader gives it."""
 
     named: Callable[[str], str] = lambda key: key
@@ -44,6 +44,18 @@ class Original:
 
     replaced: Mapping[str, str] = field(default_factory=dict)
     """As in `Given`."""
+
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """As in `Given`."""
+
+    needs: tuple[str, ...] = ()
+    """Packages of `Patch.needs` that a comparison needs, too; something stands in for the others."""
+
+    endless: bool = False
+    """Its loader does not end with an epoch."""
+
+    saved: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """saved(checkpoint): the original's checkpoint as `parts` calls it, with our keys in each part."""
 
     notes: tuple[str, ...] = ()
     """What that means, in words."""
@@ -60,8 +72,14 @@ class Original:
     folders: Mapping[str, str] = field(default_factory=lambda: {"train": "train/CLASS/"})
     """Folders that hold its images, one of them, and how they are called in a message."""
 
-    only_ours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    only_ours: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Values of a key that the original does not know."""
+
+    check_data: Callable[[Path, Path], None] | None = None
+    """check_data(data, clone): raises UserError if the original needs more of a folder than train/CLASS/."""
+
+    misleading: tuple[str, ...] = ()
+    """Environment variables that it must not see."""
 
     spawns: bool = False
     """It is started once and starts what processes it needs itself; otherwise the elastic launcher does."""
@@ -80,6 +98,11 @@ OF_EVERY_ORIGINAL = {
     "selection.mode": "train",
     "selection.every": 1,
     "selection.start": 0.0,
+    "rescue.feature": "projection",
+    "rescue.stop_gradient": False,
+    "rescue.direction": "pull",
+    "rescue.num_ops": 2,
+    "rescue.cutout": 0.5,
 }
 """What the patched originals do, by our key, unless a flag says otherwise. Beginning of `Original.fixed`."""
 

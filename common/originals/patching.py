@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
@@ -139,11 +139,6 @@ class Patch(Section):
     def repository(self) -> str:
         """The upstream's owner and name."""
         return self.upstream.removeprefix("https://github.com/")
-
-    @property
-    def missing(self) -> list[str]:
-        """Of the packages that it needs, those that are not installed here."""
-        return [name for name in self.needs if not _is_installed(name)]
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -312,6 +307,22 @@ def is_patched_copy(patch: Patch, upstream: Path, copy: Path) -> bool:
     return True
 
 
+def check_packages(repository: str, names: Iterable[str]) -> None:
+    """Refuses what would not find the packages that it imports, as pip calls them.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    missing = []
+    for name in names:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise UserError(f"{repository} needs {', '.join(missing)}, not installed here: pip install {' '.join(missing)}")
+
+
 def diff_lines(file: PatchedFile) -> list[str]:
     """The unified diff of a file, as `git apply` and `patch -p1` take it; every line with its end."""
     before, after = (part.decode("utf-8").splitlines(keepends=True) for part in (file.before, file.after))
@@ -338,14 +349,6 @@ def markdown_table() -> str:
                 lines.append(f"| {file.path} | {change.place} | {change.what} | +{change.num_added}{removed} |")
         sections.append("".join(f"{line}\n" for line in lines))
     return "\n".join(sections)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        distribution(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _with_lf(content: bytes) -> bytes:

@@ -49,11 +49,6 @@ def fixed(config: MoCoConfig) -> dict[str, Any]:
     """What the original does where it has no flag."""
     return {
         **OF_EVERY_ORIGINAL,
-        "rescue.feature": "projection",
-        "rescue.stop_gradient": False,
-        "rescue.direction": "pull",
-        "rescue.num_ops": 2,
-        "rescue.cutout": 0.5,
         "views.crop_size": 224,
         "views.crop_scale": (config.views.crop_scale[0], 1.0),
         "views.jitter": 0.8,

@@ -27,6 +27,7 @@ METHODS = {
     "simsiam": "rn50-100ep",
     "simclr": "rn50-100ep",
     "mocov3": "rn50-800ep",
+    "dinov2": "vitl16-100ep",
 }
 
 
@@ -133,6 +134,37 @@ def test_packages_that_the_original_lacks_are_named_before_anything_is_written(h
     assert ran.code == 2
     assert "owner/standin needs no-such-package, not installed here: pip install no-such-package" in ran.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def packaged(clone) -> Path:
+    """The same with its trainer in a package, which it imports."""
+    (clone / "train.py").unlink()
+    (clone / "package").mkdir()
+    script = "import package\n" + TRAINER
+    (clone / "package" / "train.py").write_text(script)
+    file = clone.parent / "patch.toml"
+    text = file.read_text().replace('"train.py"', '"package/train.py"').replace('"HVP"', '"HVP", "Rescue"')
+    sums = (hashlib.sha256(content.encode()).hexdigest() for content in (TRAINER, script))
+    file.write_text(text.replace(*sums))
+    return clone
+
+
+def test_a_trainer_in_a_package_finds_it(hvp, packaged, tmp_path, monkeypatch, signals_restored):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    run = tmp_path / "run"
+    shell = hvp(*arguments("dino", packaged, "--out", "run", "--dry-run")).out.splitlines()[0]
+    assert f"&& env PYTHONPATH={run / 'upstream'}:elsewhere " in shell
+    ran = hvp(*arguments("dino", packaged, "--out", "run", "--data", "data"))
+    assert ran.code == 7, ran.err
+    assert (run / "started-0.json").exists()
+
+
+def test_the_batch_system_does_not_mislead_it(hvp, packaged, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = shlex.split(hvp(*arguments("dinov2", packaged, "--out", "run", "--dry-run")).out.splitlines()[0])
+    assert words[3:6] == ["env", "-u", "SLURM_JOB_ID"]
 
 
 def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
@@ -253,5 +285,7 @@ def test_the_original_understands_the_flags(hvp, tmp_path, method):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = words[words.index(trainer) :]
-    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True)
+    told = dict(word.split("=", 1) for word in words[: words.index(trainer)] if word.startswith("PYTHONPATH="))
+    environment = {**os.environ, **told}
+    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 33, done.stderr

@@ -10,7 +10,7 @@ from released_standins import SIMSIAM, repository
 from upstreams import clone_at, clone_of
 
 from hvp.common.originals import patching, released
-from hvp.methods import get_released
+from hvp.methods import get_original, get_released
 
 TRAINER = "first\nsecond\n"
 
@@ -114,9 +114,11 @@ def test_what_cannot_be_compared_is_one_message(hvp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dino", "ibot", "mocov3", "simclr", "simsiam"])
+@pytest.mark.parametrize("method", ["dino", "dinov2", "ibot", "mocov3", "simclr", "simsiam"])
 def test_the_patched_original_agrees_with_our_trainer(hvp, method):
     """On a real clone, where HVP_UPSTREAMS names one."""
+    for package in get_original(method).needs:
+        pytest.importorskip(package)
     ran = hvp("patch", "compare", method, "--upstream", clone_of(patching.load_patch(method)))
     assert ran.code == 0, ran.out + ran.err
     assert f"{method}: 20 steps of ours and of" in ran.out

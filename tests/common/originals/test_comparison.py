@@ -147,6 +147,11 @@ def test_an_original_that_fails_is_shown(tmp_path):
         side_by_side(tmp_path / "standin", SCRIPT.replace("sgd.step()", "raise RuntimeError('no luck')"))
 
 
+def test_a_package_that_a_comparison_needs_is_named_at_once(tmp_path):
+    with pytest.raises(UserError, match="owner/standin needs no-such-package, not installed here: pip install"):
+        side_by_side(tmp_path / "standin", "raise AssertionError", needs=("torch", "no-such-package"))
+
+
 def test_values_become_flags():
     config = SimSiamConfig()
     names = {"optim.base_lr": "--lr", "optim.fix_pred_lr": "--fix", "views.crop_scale": "--scale"}
