@@ -176,7 +176,8 @@ class _Runs:
         launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         launched |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # it meets in a file
         launched |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        written = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}  # the clone stays as it is
+        found = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+        written = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": found}  # the clone stays as it is
         flags = original.flags(config, str(work / "data"), 1)
         environment = {name: value for name, value in os.environ.items() if name not in original.misleading}
         words = flags if ours else without_flags(flags, self.patch.flags)
