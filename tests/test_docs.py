@@ -47,3 +47,10 @@ def test_every_switch_is_one(method, key):
 
 def test_there_are_switches_for_every_method():
     assert {method for method, _ in switches()} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_readme_names_every_file_of_its_method(method):
+    folder = ROOT / "methods" / method
+    named = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8")))
+    assert {file.name for file in folder.glob("*.py")} - {"__init__.py"} <= named
