@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from hvp.common.evaluation.checkpoints import PLAIN_TYPES
 from hvp.common.views import ViewTransform, normalize
 from hvp.common.views.randomness import mix
 from hvp.common.views.strong import StrongTransform, StrongViews
@@ -51,6 +52,14 @@ def candidate_crops(transform: Any, num_global: int, num_local: int) -> Views:
     counts = num_global, num_global, num_local
     transforms = transform.global_transfo1, transform.global_transfo2, transform.local_transfo
     return Views(*zip(transforms, counts, strict=True))
+
+
+def allow_plain_checkpoints() -> None:
+    """Lets `torch.load()` read checkpoints that hold arguments and NumPy's numbers besides tensors.
+
+    DINO's and iBOT's do, and PyTorch after 2.5 refuses them. Nothing from a file is executed all the same.
+    """
+    torch.serialization.add_safe_globals(PLAIN_TYPES)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -60,6 +60,9 @@ class Job:
     misleading: tuple[str, ...]
     """As in `Original`."""
 
+    starts_over: str
+    """As in `Original`."""
+
     unsaid: list[Unsaid]
     remarks: list[str]
     """On the original and the clone, for the user."""
@@ -95,8 +98,15 @@ class Job:
         """Writes the patched copy, if it is not there.
 
         Raises:
-            UserError: it cannot be written, or there are too few GPUs, or packages, to go on.
+            UserError: it cannot be written, there are too few GPUs, or packages, to go on, or an earlier run is there,
+                which the original would start over.
         """
+        earlier = sorted(path.name for path in self.out.iterdir() if path != self.copy) if self.copy.exists() else []
+        if self.starts_over and earlier:
+            raise UserError(
+                f"{self.out} holds an earlier run ({', '.join(earlier[:3])}{', ...' if len(earlier) > 3 else ''}), and "
+                f"{self.patch.repository} would start over in its place. {self.starts_over}; or give another --out"
+            )
         check_packages(self.patch.repository, self.patch.needs)
         gpus = torch.cuda.device_count()
         if gpus < self.processes:  # without any, those that start their own processes would end at once, with code 0
@@ -168,8 +178,18 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
     if original.check_data and config.data.path is not None:
         original.check_data(Path(data), upstream)
     flags = original.flags(config, data, processes)
-    remarks = [*original.otherwise, *remarks]
-    return Job(patch, upstream, out, flags, processes, original.spawns, original.misleading, unsaid, remarks)
+    return Job(
+        patch=patch,
+        upstream=upstream,
+        out=out,
+        flags=flags,
+        processes=processes,
+        spawns=original.spawns,
+        misleading=original.misleading,
+        starts_over=original.starts_over,
+        unsaid=unsaid,
+        remarks=[*original.otherwise, *remarks],
+    )
 
 
 def _unsaid(original: Original, resolved: Resolved) -> list[Unsaid]:

@@ -81,6 +81,10 @@ class Original:
     misleading: tuple[str, ...] = ()
     """Environment variables that it must not see."""
 
+    starts_over: str = ""
+    """How to go on with an earlier run in its folder, as it starts over by itself; a sentence for the user. Empty: it
+    goes on."""
+
     spawns: bool = False
     """It is started once and starts what processes it needs itself; otherwise the elastic launcher does."""
 

@@ -88,5 +88,6 @@ ORIGINAL = Original(
     notes=("its ViT is made for images of 32 pixels", "prototypes are not compared with labels for the log"),
     carried=(*FLAGS, "model.norm_in_head", "data.path", "data.workers", "train.batch_size"),
     fixed=fixed,
+    starts_over="To go on, add --load_from CHECKPOINT, a file's name there, to the command that --dry-run prints",
     only_ours={"model.arch": ("vit_micro",)},
 )

@@ -105,6 +105,7 @@ ORIGINAL = Original(
     ),
     carried=(*FLAGS, "data.path", "data.workers", "rescue.k"),
     fixed=fixed,
+    starts_over="To go on, add --resume CHECKPOINT to the command that --dry-run prints",
     only_ours={"model.arch": ("vit_micro", "convnet_micro")},
     spawns=True,
 )

@@ -175,6 +175,7 @@ ORIGINAL = Original(
     ),
     carried=(*FLAGS, "model.arch", "optim.base_lr", "optim.lr_scaling", "data.path", "data.workers", "rescue.k"),
     fixed=fixed,
+    starts_over="It cannot go on with one",
     otherwise=(
         "the original does not normalise images",
         "the original's Adam has weight decay in its gradient, that of biases and norms included",

@@ -67,6 +67,7 @@ ORIGINAL = Original(
     notes=("the encoder is our convnet_micro; projector and predictor are its own",),
     carried=(*FLAGS, "data.path", "data.workers"),
     fixed=fixed,
+    starts_over="To go on, add --resume CHECKPOINT to the command that --dry-run prints",
     only_ours={"model.arch": ("resnet18_cifar", "convnet_micro")},
     spawns=True,
 )

@@ -14,7 +14,7 @@ import torch
 from upstreams import clone_of
 
 from hvp.common.engine.signals import EXIT_CODES
-from hvp.common.originals import patching
+from hvp.common.originals import job, patching
 
 TRAINER = """import json, os, sys
 rank = os.environ.get("RANK", "none")
@@ -148,6 +148,24 @@ def packaged(clone) -> Path:
     sums = (hashlib.sha256(content.encode()).hexdigest() for content in (TRAINER, script))
     file.write_text(text.replace(*sums))
     return clone
+
+
+@pytest.mark.parametrize(
+    ("method", "goes_on"), [("dino", True), ("ibot", False), ("simsiam", False), ("simclr", False), ("mocov3", False)]
+)
+def test_an_earlier_run_is_not_started_over(hvp, clone, tmp_path, monkeypatch, method, goes_on):
+    (tmp_path / "data" / "stl10_binary").mkdir()
+    assert hvp("patch", "apply", method, "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
+    (tmp_path / "run" / "checkpoint.pth").write_text("of weeks")
+    monkeypatch.setattr(job.Job, "run", lambda _: 7)
+    command = arguments(method, clone, "--out", "run", "--data", "data", "--no-rescue")
+    ran = hvp(*command)
+    if goes_on:
+        assert ran.code == 7
+        return
+    assert ran.code == 2
+    assert f"{tmp_path / 'run'} holds an earlier run (checkpoint.pth), and owner/standin would start over" in ran.err
+    assert hvp(*command, "--dry-run").code == 0
 
 
 def test_a_trainer_in_a_package_finds_it(hvp, packaged, tmp_path, monkeypatch, signals_restored):

@@ -1,5 +1,6 @@
 """What the patched originals import besides `select()` and `rescue()`."""
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,15 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from hvp.common.originals.patching import load_patch
-from hvp.common.upstream import IndexedCollate, Rescuable, Views, outputs_of, step_generator
+from hvp.common.upstream import (
+    IndexedCollate,
+    Rescuable,
+    Views,
+    allow_plain_checkpoints,
+    candidate_crops,
+    outputs_of,
+    step_generator,
+)
 from hvp.common.views import normalize
 from hvp.common.views.randomness import mix
 
@@ -22,6 +31,14 @@ from hvp.common.views.randomness import mix
 def test_views_come_in_the_order_of_the_candidates():
     views = Views((lambda image: f"{image} global", 2), (lambda image: f"{image} local", 1), (str.upper, 0))
     assert views("dog") == ["dog global", "dog global", "dog local"]
+
+
+def test_candidate_crops_are_of_the_transforms_of_the_crops_that_they_may_become():
+    class Augmentation:
+        global_transfo1, global_transfo2, local_transfo = "first {}".format, "second {}".format, "local {}".format
+
+    crops = candidate_crops(Augmentation(), 2, 3)("dog")
+    assert crops == ["first dog"] * 2 + ["second dog"] * 2 + ["local dog"] * 3
 
 
 def test_views_of_one_each_draw_the_same_numbers_as_a_plain_list():
@@ -126,3 +143,15 @@ def test_outputs_are_collected_with_gradient_until_closed():
     assert torch.equal(torch.stack(outputs), torch.stack([layer(x), layer(2 * x)]))
     outputs[0].sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_checkpoints_with_arguments_and_numbers_are_read(tmp_path):
+    content = {"args": argparse.Namespace(lr=0.1), "lr": np.float64(0.1), "weight": torch.ones(2)}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "checkpoint.pth")
+    try:
+        allow_plain_checkpoints()
+        assert torch.load(tmp_path / "checkpoint.pth")["args"].lr == 0.1
+    finally:
+        torch.serialization.clear_safe_globals()
