@@ -19,6 +19,9 @@ from hvp.common.originals.patching import Patch, apply_patch, check_packages, is
 PATCHED = "upstream"
 """The patched copy's name in a run's folder."""
 
+TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""PyTorch's environment variable for those who trust the files that they load."""
+
 
 @dataclass(frozen=True)
 class Unsaid:
@@ -61,7 +64,8 @@ class Job:
     """As in `Original`."""
 
     starts_over: str
-    """As in `Original`."""
+    saves_objects: bool
+    """Both as in `Original`."""
 
     unsaid: list[Unsaid]
     remarks: list[str]
@@ -99,13 +103,18 @@ class Job:
 
         Raises:
             UserError: it cannot be written, there are too few GPUs, or packages, to go on, or an earlier run is there,
-                which the original would start over.
+                which the original would start over or cannot load.
         """
         earlier = sorted(path.name for path in self.out.iterdir() if path != self.copy) if self.copy.exists() else []
         if self.starts_over and earlier:
             raise UserError(
                 f"{self.out} holds an earlier run ({', '.join(earlier[:3])}{', ...' if len(earlier) > 3 else ''}), and "
                 f"{self.patch.repository} would start over in its place. {self.starts_over}; or give another --out"
+            )
+        if self.saves_objects and earlier and os.environ.get(TRUST) != "1":
+            raise UserError(
+                f"{self.out} holds an earlier run. Its checkpoints hold Python objects, which PyTorch does not load "
+                f"unasked. If they are your own, go on with {TRUST}=1 in the environment; or give another --out"
             )
         check_packages(self.patch.repository, self.patch.needs)
         gpus = torch.cuda.device_count()
@@ -187,6 +196,7 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
         spawns=original.spawns,
         misleading=original.misleading,
         starts_over=original.starts_over,
+        saves_objects=original.saves_objects,
         unsaid=unsaid,
         remarks=[*original.otherwise, *remarks],
     )

@@ -85,6 +85,9 @@ class Original:
     """How to go on with an earlier run in its folder, as it starts over by itself; a sentence for the user. Empty: it
     goes on."""
 
+    saves_objects: bool = False
+    """Its checkpoints hold Python objects, which PyTorch loads only where `job.TRUST` says so."""
+
     spawns: bool = False
     """It is started once and starts what processes it needs itself; otherwise the elastic launcher does."""
 

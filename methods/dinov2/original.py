@@ -317,6 +317,7 @@ ORIGINAL = Original(
     ),
     fixed=fixed,
     check_data=check_data,
+    saves_objects=True,  # the shards of FSDP
     misleading=("SLURM_JOB_ID",),  # which it believes before what its launcher says
     only_ours={"model.arch": ("vit_micro",), "dino.loss_weight": (0.0,), "views.local_crops_number": (0,)},
 )

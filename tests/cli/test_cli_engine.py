@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from upstreams import clone_of
@@ -176,6 +177,19 @@ def test_a_trainer_in_a_package_finds_it(hvp, packaged, tmp_path, monkeypatch, s
     ran = hvp(*arguments("dino", packaged, "--out", "run", "--data", "data"))
     assert ran.code == 7, ran.err
     assert (run / "started-0.json").exists()
+
+
+def test_checkpoints_with_objects_are_loaded_by_those_who_trust_them(hvp, packaged, tmp_path, monkeypatch):
+    np.save(tmp_path / "data" / "entries-TRAIN.npy", np.zeros(1_281_167, dtype=np.uint8))
+    assert hvp("patch", "apply", "dinov2", "--upstream", packaged, "--out", tmp_path / "run" / "upstream").code == 0
+    (tmp_path / "run" / "model_final.rank_0.pth").write_text("of weeks")
+    monkeypatch.setattr(job.Job, "run", lambda _: 7)
+    command = arguments("dinov2", packaged, "--out", "run", "--data", "data")
+    ran = hvp(*command)
+    assert ran.code == 2
+    assert "go on with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment; or give another --out" in ran.err
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert hvp(*command).code == 7
 
 
 def test_the_batch_system_does_not_mislead_it(hvp, packaged, monkeypatch):
