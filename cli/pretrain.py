@@ -213,7 +213,7 @@ def _train_original(
         usual = run_folder(method, preset, resolved.config.train.seed)
         out = out or usual.with_name(f"{usual.name}-upstream")  # beside a run of ours
         job = plan(get_original(method), load_patch(method), resolved, upstream, out, devices or 1)
-    for remark in job.remarks:
+    for remark in (*job.original.otherwise, *job.remarks):
         print(f"note: {remark}", file=sys.stderr)
     if dry_run:
         print(job.shell)

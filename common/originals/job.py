@@ -50,6 +50,7 @@ class Unsaid:
 class Job:
     """A command of the patched original, checked and not started."""
 
+    original: Original
     patch: Patch
     upstream: Path
     """The clone."""
@@ -59,17 +60,9 @@ class Job:
 
     flags: list[str]
     processes: int
-    spawns: bool
-    misleading: tuple[str, ...]
-    """As in `Original`."""
-
-    starts_over: str
-    saves_objects: bool
-    """Both as in `Original`."""
-
     unsaid: list[Unsaid]
     remarks: list[str]
-    """On the original and the clone, for the user."""
+    """On the clone, for the user."""
 
     @property
     def copy(self) -> Path:
@@ -79,7 +72,7 @@ class Job:
     @property
     def environment(self) -> dict[str, str]:
         """What its processes are told."""
-        if self.spawns:
+        if self.original.spawns:
             return {"CUDA_VISIBLE_DEVICES": _gpus(self.processes, os.environ)}
         if "/" not in self.patch.trainer:
             return {}
@@ -91,8 +84,8 @@ class Job:
         """The command, for a shell."""
         trainer = [str(self.copy / self.patch.trainer), *self.flags]
         elastic = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        words = [sys.executable, *([] if self.spawns else elastic), *trainer]
-        changed = [word for name in self.misleading if name in os.environ for word in ("-u", name)]
+        words = [sys.executable, *([] if self.original.spawns else elastic), *trainer]
+        changed = [word for name in self.original.misleading if name in os.environ for word in ("-u", name)]
         changed += [f"{name}={value}" for name, value in self.environment.items()]
         if changed:
             words = ["env", *changed, *words]
@@ -106,12 +99,13 @@ class Job:
                 which the original would start over or cannot load.
         """
         earlier = sorted(path.name for path in self.out.iterdir() if path != self.copy) if self.copy.exists() else []
-        if self.starts_over and earlier:
+        if self.original.starts_over and earlier:
             raise UserError(
                 f"{self.out} holds an earlier run ({', '.join(earlier[:3])}{', ...' if len(earlier) > 3 else ''}), and "
-                f"{self.patch.repository} would start over in its place. {self.starts_over}; or give another --out"
+                f"{self.patch.repository} would start over in its place. {self.original.starts_over}; or give another "
+                "--out"
             )
-        if self.saves_objects and earlier and os.environ.get(TRUST) != "1":
+        if self.original.saves_objects and any(self.out.glob("*.pth")) and os.environ.get(TRUST) != "1":
             raise UserError(
                 f"{self.out} holds an earlier run. Its checkpoints hold Python objects, which PyTorch does not load "
                 f"unasked. If they are your own, go on with {TRUST}=1 in the environment; or give another --out"
@@ -134,9 +128,9 @@ class Job:
         """
         os.chdir(self.out)
         trainer = [str(self.copy / self.patch.trainer), *self.flags]
-        if self.spawns:
+        if self.original.spawns:
             os.execve(sys.executable, [sys.executable, *trainer], {**os.environ, **self.environment})
-        for name in self.misleading:
+        for name in self.original.misleading:
             os.environ.pop(name, None)
         os.environ.update(self.environment)
         return launch(self.processes, trainer)
@@ -188,17 +182,14 @@ def plan(original: Original, patch: Patch, resolved: Resolved, upstream: Path, o
         original.check_data(Path(data), upstream)
     flags = original.flags(config, data, processes)
     return Job(
+        original=original,
         patch=patch,
         upstream=upstream,
         out=out,
         flags=flags,
         processes=processes,
-        spawns=original.spawns,
-        misleading=original.misleading,
-        starts_over=original.starts_over,
-        saves_objects=original.saves_objects,
         unsaid=unsaid,
-        remarks=[*original.otherwise, *remarks],
+        remarks=remarks,
     )
 
 

@@ -182,9 +182,11 @@ def test_a_trainer_in_a_package_finds_it(hvp, packaged, tmp_path, monkeypatch, s
 def test_checkpoints_with_objects_are_loaded_by_those_who_trust_them(hvp, packaged, tmp_path, monkeypatch):
     np.save(tmp_path / "data" / "entries-TRAIN.npy", np.zeros(1_281_167, dtype=np.uint8))
     assert hvp("patch", "apply", "dinov2", "--upstream", packaged, "--out", tmp_path / "run" / "upstream").code == 0
-    (tmp_path / "run" / "model_final.rank_0.pth").write_text("of weeks")
     monkeypatch.setattr(job.Job, "run", lambda _: 7)
     command = arguments("dinov2", packaged, "--out", "run", "--data", "data")
+    (tmp_path / "run" / "config.yaml").write_text("of a run that stopped before its first checkpoint")
+    assert hvp(*command).code == 7
+    (tmp_path / "run" / "model_final.rank_0.pth").write_text("of weeks")
     ran = hvp(*command)
     assert ran.code == 2
     assert "go on with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment; or give another --out" in ran.err

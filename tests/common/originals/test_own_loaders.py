@@ -45,6 +45,9 @@ OF_ALL = {
     "train.precision": "fp32",
     "selection.hard_views": "hvp",
 }
+ADAMW = ("dino", "ibot")
+"""Whose optimiser counts its steps."""
+
 RUN = "from hvp.common.originals.on_cpu import main; main()"
 CUDA_SEEMS_THERE = """import torch
 torch.cuda.is_available = lambda: True
@@ -87,5 +90,6 @@ def test_the_patched_original_trains_on_its_own_loader(method, tmp_path):
     content = torch.load(checkpoint, weights_only=False)
     weights = content.get("student") or content["state_dict"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    steps = {int(state["step"]) for state in content["optimizer"]["state"].values() if "step" in state}
-    assert steps <= {2}
+    moments = content["optimizer"]["state"].values()
+    assert moments  # or no step was taken
+    assert {int(moment["step"]) for moment in moments if "step" in moment} == ({2} if method in ADAMW else set())
