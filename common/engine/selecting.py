@@ -74,6 +74,10 @@ class ViewSelector:
         finally:
             for network in networks:
                 network.train()
+            # Autocast keeps the weights it has cast for as long as its block lasts. Of casts made here, the training
+            # pass would take the gradient after that of everything else, too late for DDP to send any of it before the
+            # end; FSDP's hooks, which look for gradients at the end of each block, would not find it at all.
+            torch.clear_autocast_cache()
 
     def keep(self, views: list[Tensor], pair_loss: Tensor, step: int) -> Selection:
         """The views that the policy asks for.

@@ -1,11 +1,16 @@
 """Networks and optimisers of which every process holds a share (FSDP2), for those too large for one device.
 
-    shard(student.shards(), world, device)            # before the optimiser is made of its parameters
+    shard(student.shards(), world, device, dtype)     # before the optimiser is made of its parameters
     parts = {"student": Whole(student), "optimizer": Whole(optimizer)}
+    ...                                               # the step's forward and backward passes
+    release(student)                                  # before its parameters or gradients are read
 
-The step stays the data-parallel one: forward passes gather a unit's parameters when they need them, the backward pass
-averages gradients over the processes and leaves each its share. Numbers stay float32, and autocast does what it does
-without sharding. What a checkpoint holds is whole, so a run goes on with another number of processes, sharded or not.
+The step stays the data-parallel one. The first forward pass gathers a unit's parameters, in the number format of
+autocast, and they stay until `release()`, however many forward and backward passes the step has. The backward pass
+averages gradients over the processes, in float32, and leaves each its share. Shares, optimiser and checkpoints are
+float32; a checkpoint is whole, so a run goes on with another number of processes, sharded or not.
+
+Source: the sharding of facebookresearch/dinov2 (SHARD_GRAD_OP, half-precision parameters), by FSDP2.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -26,23 +31,29 @@ Unit = tuple[nn.Module, Sequence[str]]
 """A module, and its methods besides `forward` that read its parameters."""
 
 
-def shard(units: Iterable[Unit], world: World, device: torch.device) -> None:
+def shard(units: Iterable[Unit], world: World, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Gives every process its share of each unit's parameters, in place. Processes must hold equal weights.
 
     Args:
         units: inner ones first. A unit is gathered as a whole; parameters of inner units are theirs.
         world: the processes.
         device: where the parameters are.
+        dtype: number format of gathered parameters, that of autocast; None for float32.
     """
     mesh = init_device_mesh(device.type, (world.size,))
+    # Inputs are left to autocast, which keeps the sum of the residual branches in float32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for module, methods in units:
-        fully_shard(module, mesh=mesh)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        # A unit has several backward passes in a step: of global and local views, and of strong ones.
+        sharded.set_reshard_after_backward(False, recurse=False)
         for method in methods:
             register_fsdp_forward_method(module, method)
 
 
 def release(network: nn.Module) -> None:
-    """Frees what forward passes have gathered and no backward pass will free: a teacher's, before it is averaged."""
+    """Frees gathered parameters, so that the network has its shares again: before gradients are clipped, the optimiser
+    steps, or the network is averaged."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -110,7 +110,8 @@ class RegisterVisionTransformer(VisionTransformer):
         if masks is not None:
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1)
-        tokens = tokens + self.interpolate_pos_encoding(height, width)
+        # Positions in half precision, as sharding gathers them, would make a half-precision stream of all blocks.
+        tokens = tokens.float() + self.interpolate_pos_encoding(height, width)
         if self.register_tokens is None:
             return tokens
         return torch.cat((tokens[:, :1], self.register_tokens.expand(len(x), -1, -1), tokens[:, 1:]), dim=1)

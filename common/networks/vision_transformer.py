@@ -62,7 +62,7 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.num_blocks = depth
         self.patch_size = patch_size
-        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's annotation asks for a class, its code for less
+        norm_layer: Any = partial(FloatLayerNorm, eps=1e-6)  # timm's annotation asks for a class, its code for less
 
         # img_size=None: the convolution takes any size, and drops the remainder of one that is no multiple of a patch.
         self.patch_embed = (
@@ -171,6 +171,14 @@ class VisionTransformer(nn.Module):
         if avgpool:
             return torch.stack((layers[0][:, 0], layers[0][:, 1:].mean(dim=1)), dim=-1).flatten(1)
         return torch.cat([tokens[:, 0] for tokens in layers], dim=-1)
+
+
+class FloatLayerNorm(nn.LayerNorm):
+    """Layer norm in float32, whatever the format of its parameters. Autocast sees to that on a GPU, not on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to float32 of the same shape."""
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class ConvStem(nn.Module):

@@ -65,7 +65,7 @@ def train_dinov2(config: DINOv2Config, out: Path, **options: Unpack[RunOptions])
         if sharded:
             assert_equal_weights(student, s.world)
             for network in (student, teacher):
-                shard(network.shards(), s.world, s.device)
+                shard(network.shards(), s.world, s.device, s.precision.dtype)
         optimizer = build_optimizer(config.optim.optimizer, build_groups(config, student))
         parts: dict[str, Stateful] = {"student": student, "teacher": teacher, "optimizer": optimizer}
         if sharded:
@@ -238,13 +238,14 @@ def train_one_epoch(
             dinov2_loss.center_step(teacher_cls, teacher_patch)
             step_losses += torch.stack((loss, *losses[1:])).detach() / num_parts
 
+        release(student)
+        release(teacher)
         precision.unscale(optimizer)
         if optim.clip_grad:
             for module in student.children():  # backbone and heads, each by its own norm
                 nn.utils.clip_grad_norm_(module.parameters(), optim.clip_grad)
         loss_value = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
-        release(teacher)
         update_ema(local(teacher.parameters()), local(student.parameters()), momentum)
         dinov2_loss.update_center()
 

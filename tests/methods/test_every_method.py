@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.config import read_yaml, resolve
 from hvp.common.data import open_dataset
@@ -346,6 +348,48 @@ def test_the_encoder_is_evaluated(name, hard):
     sources = (open_dataset("shapes", split, shapes=shapes, labels=True) for split in ("train", "val"))
     result = evaluate_knn(encoder, *sources, ks=(5,), resolution=32, checkpoint=meta.summary())
     assert 0 <= result["results"][0]["top1"] <= 100
+
+
+def test_gradients_are_exchanged_while_the_backward_pass_goes_on(name, tmp_path, monkeypatch):
+    """In half precision with hard views and Rescue, as DDP does where neither is on: a bucket is sent once it is full.
+    In one process, whose exchange is noted and does nothing."""
+    events: list[str] = []
+
+    def exchanged(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        events.append("bucket")
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    def note_layer(_: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda _: events.append("layer"))
+
+    def data_parallel(module: torch.nn.Module, *_: Any) -> DistributedDataParallel:
+        for part in module.modules():
+            part.register_forward_hook(note_layer)
+        size = sum(p.nbytes for p in module.parameters() if p.requires_grad) / 2**20
+        model = DistributedDataParallel(module, bucket_cap_mb=size / 8, gradient_as_bucket_view=True)
+        model.register_comm_hook(None, exchanged)
+        return model
+
+    record = Run.record
+
+    def recorded(run: Run, loss: float, **values: Any) -> None:
+        events.append("step")
+        record(run, loss, **values)
+
+    monkeypatch.setattr(import_module(f"hvp.methods.{name}.main_{name}"), "data_parallel", data_parallel)
+    monkeypatch.setattr(Run, "record", recorded)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        train(name, tmp_path / "run", {**RESCUE, "train.precision": "bf16", "data.shapes.train": 16, "train.epochs": 1})
+    finally:
+        dist.destroy_process_group()
+    second = " ".join(events).split("step")[1].split()  # its buckets are in the order of the first step's gradients
+    layers, buckets = second.count("layer"), [i for i, event in enumerate(second) if event == "bucket"]
+    assert len(buckets) >= 4
+    assert layers - second[: buckets[len(buckets) // 2]].count("layer") > 0.1 * layers, "half of the gradients wait"
 
 
 # Each process draws its own stochastic depth. SimSiam's preset has a learning rate that multiplies rounding tenfold in

@@ -59,6 +59,7 @@ def _two(world: World, say: Callable[[Any], None]) -> None:
         with averaging(sharded, on=number == 1):
             loss = sharded(part).mean() / 2
         loss.backward()
+    release(sharded)
     say(gradients(sharded))
     optimizer.step()
     states = Whole(sharded, world).state_dict(), Whole(optimizer, world).state_dict()
@@ -68,6 +69,7 @@ def _two(world: World, say: Callable[[Any], None]) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer.zero_grad()
     scaler.scale(sharded(images()).mean()).backward()
+    release(sharded)
     if world.rank == 1:
         next(p.grad.to_local() for p in sharded.parameters() if p.grad.to_local().numel()).fill_(torch.inf)
     before = Whole(sharded, world).state_dict()
