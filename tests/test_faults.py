@@ -10,7 +10,7 @@
     both damaged; unknown version           the file; code 2               both, untouched
     another configuration                   every difference; code 2       the run, untouched; --force goes on
     a second run into the folder            process and machine; code 2    the first run, untouched
-    a loss that is not finite               step, rate, checkpoint; 2      weights of the step before; nonfinite.json
+    a loss or gradient that is not finite   step, rate, checkpoint; 2      weights of the step before; nonfinite.json
     full disk, at a checkpoint or a row     the file and why; code 2       the last good checkpoint
     the data set vanishes                   the image; code 2              the last good checkpoint
     a loader worker dies                    the worker; code 2             the last good checkpoint
@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from hvp.cli.main import main
 from hvp.common.engine import checkpoint, log
 from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
+from hvp.common.engine.precision import Precision
 from hvp.common.engine.run import Run
 
 HVP = str(Path(sys.executable).with_name("hvp"))
@@ -274,8 +276,8 @@ def test_a_second_run_into_the_folder_is_refused(hvp, run):
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
     check = Run.check
 
-    def checking(self: Run, loss: torch.Tensor, **values: float) -> float:
-        return check(self, loss * float("nan") if self.step == 3 else loss, **values)
+    def checking(self: Run, loss: torch.Tensor, *others: Any, **values: float) -> float:
+        return check(self, loss * float("nan") if self.step == 3 else loss, *others, **values)
 
     monkeypatch.setattr(Run, "check", checking)
     code, said = hvp(*QUICK, "--out", "run")
@@ -289,6 +291,29 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, t
     assert about["step"] == 4
     assert len({image["index"] for image in about["images"]}) == 8
     assert about["images"][0]["name"].startswith("shapes train ")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path, value):
+    unscale, steps = Precision.unscale, []
+
+    def unscaling(self: Precision, optimizer: torch.optim.Optimizer) -> None:
+        unscale(self, optimizer)
+        steps.append(optimizer)
+        if len(steps) == 4:
+            optimizer.param_groups[0]["params"][1].grad.view(-1)[0] = float(value)
+
+    monkeypatch.setattr(Precision, "unscale", unscaling)
+    code, said = hvp(*QUICK, "--out", "run")
+    assert code == 2
+    assert re.search(rf"step 4: the loss is \d\.\d+, but its gradient {value}, lr 0\.000\d+\. ", said)
+    assert "Last good checkpoint: run/last.pt, step 3" in said
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in state["student"].values())
+    about = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert about["gradient_norm"] == value
+    assert len(about["images"]) == 8
 
 
 def test_a_disk_that_fills_up_under_a_checkpoint(hvp, monkeypatch, tmp_path):

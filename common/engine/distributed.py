@@ -179,8 +179,11 @@ def _let_go() -> None:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(device: str = "auto") -> Iterator[World]:
     """The processes of this run, in touch with each other until the end of the block.
+
+    Args:
+        device: `cpu` leaves the GPUs of the machine alone; otherwise each process takes one where there are any.
 
     Raises:
         UserError: the environment is not complete, or the others cannot be reached.
@@ -192,7 +195,8 @@ def joined() -> Iterator[World]:
         return
     address, port = rendezvous(os.environ)
     # Numbers that live on the host go through gloo, so that agreeing on something never waits for a GPU.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    takes_gpu = device != "cpu" and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if takes_gpu else "gloo"
     try:
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
@@ -201,7 +205,8 @@ def joined() -> Iterator[World]:
     _GROUPS.append(dist.group.WORLD)
     try:
         with world.agreeing():
-            _take_gpu(world)
+            if takes_gpu:
+                _take_gpu(world)
         yield world
     except RuntimeError as error:
         # DistError, but for gloo, which raises plain RuntimeErrors
@@ -217,12 +222,13 @@ def joined() -> Iterator[World]:
 
 def _take_gpu(world: World) -> None:
     visible = torch.cuda.device_count()
-    if visible == 0:
-        return
     # a launcher may show each process its own GPU only
     number = 0 if visible == 1 and world.local_size == 1 else world.local_rank
     if number >= visible:
-        raise UserError(f"process {number} of this machine has no GPU: there are {visible}. Start fewer processes")
+        raise UserError(
+            f"process {number} of this machine has no GPU: there are {visible}. Start fewer processes, or use "
+            "--device cpu"
+        )
     torch.cuda.set_device(number)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 OptimizerName = Literal["adamw", "sgd", "lars"]
@@ -104,6 +105,28 @@ def build_optimizer(name: OptimizerName, groups: list[dict[str, Any]]) -> Optimi
     if name == "sgd":
         return SGD(groups, lr=0.0, momentum=0.9, fused=fused)
     raise ValueError(f"build_optimizer: unknown optimiser {name!r}")
+
+
+@torch.no_grad()
+def squared_gradient_norm(optimizer: Optimizer, num_processes: int = 1) -> Tensor:
+    """This process's part of the squared L2 norm of all gradients; over the processes, the parts add up to it.
+
+    Args:
+        optimizer: its parameters' gradients, averaged over the processes: whole in each, or a share in each (FSDP2).
+        num_processes: of the run.
+
+    Returns:
+        Scalar float64, on the gradients' device.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    shares = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    device = gradients[0].device if gradients else torch.device("cpu")
+    part = torch.zeros((), dtype=torch.float64, device=device)
+    for tensors, copies in ((whole, num_processes), (shares, 1)):
+        if tensors:
+            part += torch.stack(torch._foreach_norm(tensors)).double().square().sum() / copies
+    return part
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from hvp.common.engine.checkpoint import DamagedCheckpoint, load_checkpoint, sav
 from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World, available_cores
 from hvp.common.engine.log import NoLog, RunLog
+from hvp.common.engine.optimizers import squared_gradient_norm
 from hvp.common.engine.signals import EXIT_CODES, StopSignals
 from hvp.common.engine.timing import Stopwatch
 from hvp.common.errors import Stopped, UserError
@@ -167,8 +168,8 @@ class Run:
         for epoch in run.epochs:
             for step, parts in run.steps(epoch):            # fetches; counts the last step as done; saves; stops
                 ...                                         # forward, backward
-                loss = run.check(loss)                      # mean over processes; raises before weights are touched
-                ...                                         # optimiser step
+                loss = run.check(loss, optimizer)           # mean over processes; raises before weights are touched
+                ...                                         # clipping, optimiser step
                 run.record(loss, lr=lr)                     # log
 
     with everything that changes during training in `parts`, and random numbers drawn from PyTorch's generators or from
@@ -216,6 +217,8 @@ class Run:
         self.selecting = Stopwatch(device)
         self.skipped: list[str] = []
         """Images that this process could not decode and replaced, in the order in which they were met."""
+        self.grad_norm: float | None = None
+        """L2 norm of the step's gradients before clipping, over all parameters; None if it is not finite."""
         self._method = method
         self._config = config
         self._loader = loader
@@ -304,25 +307,30 @@ class Run:
                     self.world.leader,
                 )
 
-    def check(self, loss: Tensor, **values: float) -> float:
-        """The loss of the step, mean over the processes; to be asked for before the optimiser's step.
+    def check(self, loss: Tensor, optimizer: torch.optim.Optimizer, **values: float) -> float:
+        """The loss of the step, mean over the processes; to be asked for before clipping and the optimiser's step.
 
-        With several processes this is also where they agree on a signal.
+        Leaves the gradients' norm in `grad_norm`. With several processes this is also where they agree on a signal.
 
         Args:
             loss: scalar, mean over this process's images.
+            optimizer: its gradients are of their true size (`Precision.unscale()`).
             values: what else the message is to say of the step, such as the learning rate.
 
         Raises:
-            UserError: the loss of a process is not finite. Weights and checkpoints are those of the step before, and
-                the images are listed in `nonfinite.json`.
+            UserError: the loss of a process, or the norm of the gradients, is not finite. With fp16 a norm may be: the
+                gradient scaler leaves that step out. Weights and checkpoints are those of the step before, and the
+                images are listed in `nonfinite.json`.
         """
-        mine = loss.item()
+        square = squared_gradient_norm(optimizer, self.world.size)
+        mine, square_part = torch.stack((loss.detach().double(), square)).tolist()
         received = [float(self._signals.received is number) for number in EXIT_CODES]
-        total, *stops = self.world.sum([mine, *received])
+        total, squared_norm, *stops = self.world.sum([mine, square_part, *received])
         self._stop = next((number for number, count in zip(EXIT_CODES, stops, strict=True) if count), None)
-        if not math.isfinite(total):
-            self._report_nonfinite(mine, values)
+        finite = math.isfinite(squared_norm)
+        self.grad_norm = math.sqrt(squared_norm) if finite else None
+        if not math.isfinite(total) or (not finite and self._config.train.precision != "fp16"):
+            self._report_nonfinite(mine, squared_norm, values)
         return total / self.world.size
 
     def record(self, loss: float, **values: float | list[float]) -> None:
@@ -408,25 +416,35 @@ class Run:
             for name, value in row.items()
         }
 
-    def _report_nonfinite(self, mine: float, values: Mapping[str, float]) -> None:
-        """Names the step and its images, and ends the run in all processes."""
+    def _report_nonfinite(self, mine: float, squared_norm: float, values: Mapping[str, float]) -> None:
+        """Names the step and its images, and ends the run in all processes.
+
+        Gradients have been averaged, so that of a gradient alone all processes' images are listed.
+        """
         source = self._loader.source
         images = [
             {"rank": self.world.rank, "index": index, "name": source.describe(index)}
             for part in self._batches
             for index in part.index.tolist()
         ]
-        losses = self.world.gather((mine, [] if math.isfinite(mine) else images))
-        bad = [rank for rank, (loss, _) in enumerate(losses) if not math.isfinite(loss)]
+        losses = self.world.gather(mine)
+        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        listed_ranks = bad or range(self.world.size)
+        lists = self.world.gather(images if self.world.rank in listed_ranks else [])
         listed = self.out / "nonfinite.json"
         with self.world.agreeing():
-            where = f" on rank {', '.join(map(str, bad))}" if self.world.size > 1 else ""
+            where = f" on rank {', '.join(map(str, bad))}" if self.world.size > 1 and bad else ""
             shown = "".join(f", {name} {value:g}" for name, value in values.items())
+            norm = str(math.sqrt(squared_norm)) if squared_norm >= 0 else "nan"
+            what = (
+                f"the loss is {losses[bad[0]]}{where}" if bad else f"the loss is {losses[0]:g}, but its gradient {norm}"
+            )
             about = {
                 "step": self.step + 1,
-                "loss": [str(losses[rank][0]) for rank in bad],
+                "loss": [str(losses[rank]) for rank in listed_ranks],
+                "gradient_norm": norm,
                 **values,
-                "images": [image for rank in bad for image in losses[rank][1]],
+                "images": [image for of_rank in lists for image in of_rank],
             }
             try:
                 if self.world.leader:
@@ -441,7 +459,7 @@ class Run:
                 else f"Last good checkpoint: {good}, step {self._saved}"
             )
             raise UserError(
-                f"step {self.step + 1}: the loss is {losses[bad[0]][0]}{where}{shown}. {kept}. {images_are}.\n"
+                f"step {self.step + 1}: {what}{shown}. {kept}. {images_are}.\n"
                 "    Lower the learning rate or raise the precision. Resuming as it is repeats the step"
             )
 

@@ -114,7 +114,7 @@ def session(
     Raises:
         UserError: something that the caller can mend, before the first step where it can be known by then.
     """
-    with joined() as world, ExitStack() as held:
+    with joined(config.train.device) as world, ExitStack() as held:
         with world.agreeing():
             device = pick_device(config.train.device)
             precision = Precision(config.train.precision, device)

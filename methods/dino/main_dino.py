@@ -188,14 +188,13 @@ def train_one_epoch(
             dino_loss.center_step(teacher_output)
 
         precision.unscale(optimizer)
+        # before a loss or gradient that is not finite reaches the weights
+        loss_value = run.check(step_loss + step_rescue, optimizer, lr=lr, **precision.statistics())
         if optim.clip_grad:
             clip_gradients(student.parameters(), optim.clip_grad, by=optim.clip_by)
         if epoch < optim.freeze_last_layer:
             for parameter in last_layer:
                 parameter.grad = None
-        loss_value = run.check(
-            step_loss + step_rescue, lr=lr, **precision.statistics()
-        )  # before a bad loss reaches the weights
         precision.step(optimizer)
         update_ema(teacher.parameters(), student.parameters(), momentum)
         dino_loss.update_center()

@@ -241,10 +241,11 @@ def train_one_epoch(
         release(student)
         release(teacher)
         precision.unscale(optimizer)
+        # before a loss or gradient that is not finite reaches the weights
+        loss_value = run.check(step_losses[0], optimizer, lr=lr, **precision.statistics())
         if optim.clip_grad:
             for module in student.children():  # backbone and heads, each by its own norm
                 nn.utils.clip_grad_norm_(module.parameters(), optim.clip_grad)
-        loss_value = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
         update_ema(local(teacher.parameters()), local(student.parameters()), momentum)
         dinov2_loss.update_center()

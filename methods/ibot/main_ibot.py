@@ -224,12 +224,13 @@ def train_one_epoch(
             step_losses += torch.stack((loss, *losses[1:])).detach() / num_parts
 
         precision.unscale(optimizer)
+        # before a loss or gradient that is not finite reaches the weights
+        loss_value = run.check(step_losses[0], optimizer, lr=lr, **precision.statistics())
         if optim.clip_grad:
             clip_gradients(student.parameters(), optim.clip_grad)
         if epoch < optim.freeze_last_layer:
             for parameter in last_layers:
                 parameter.grad = None
-        loss_value = run.check(step_losses[0], lr=lr, **precision.statistics())  # before a bad loss reaches the weights
         precision.step(optimizer)
         update_ema(teacher.parameters(), averaged, momentum)
         ibot_loss.update_center()

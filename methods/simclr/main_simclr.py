@@ -133,9 +133,8 @@ def train_one_epoch(
             precision.backward(loss)
 
         precision.unscale(optimizer)
-        loss_value = run.check(
-            step_loss + step_rescue, lr=lr, **precision.statistics()
-        )  # before a bad loss reaches the weights
+        # before a loss or gradient that is not finite reaches the weights
+        loss_value = run.check(step_loss + step_rescue, optimizer, lr=lr, **precision.statistics())
         precision.step(optimizer)
 
         spread = feature_spread(z.detach().flatten(0, 1))

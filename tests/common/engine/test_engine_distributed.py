@@ -1,6 +1,7 @@
 """Several processes: what the environment says, what they agree on, and what the helpers do to modules."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from hvp.common.engine.distributed import (
     data_parallel,
     environment_world,
     first_host,
+    joined,
     rendezvous,
     share_of_batch,
     synchronised,
     unwrapped,
 )
-from hvp.common.errors import SharedError, UserError
+from hvp.common.errors import LostProcess, SharedError, UserError
 
 CPU = torch.device("cpu")
 
@@ -118,6 +120,28 @@ def test_a_mistake_of_one_process_is_raised_in_all(tmp_path):
             ("the disk is full", leader),
             "on",
         ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_processes_that_train_on_the_cpu_need_no_gpu(monkeypatch, device):
+    """On a machine with one GPU; the second process of two."""
+    backends: list[str] = []
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: backends.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(World, "agreeing", lambda _: nullcontext())
+    if device == "cpu":
+        with joined(device) as world:
+            assert world.rank == 1
+        assert backends == ["gloo"]
+    else:
+        with pytest.raises(LostProcess, match=r"no GPU: there are 1\. Start fewer processes, or use --device cpu"):
+            joined(device).__enter__()
 
 
 def _accumulate(world: World, say: Callable[[Any], None]) -> None:

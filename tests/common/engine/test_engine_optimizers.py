@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hvp.common.engine.optimizers import LARS, build_optimizer, clip_gradients, split_weight_decay
+from hvp.common.engine.optimizers import (
+    LARS,
+    build_optimizer,
+    clip_gradients,
+    split_weight_decay,
+    squared_gradient_norm,
+)
 
 
 def test_weight_decay_is_for_matrices() -> None:
@@ -155,3 +161,15 @@ def test_clipping_skips_parameters_without_gradient(by: str) -> None:
         torch.testing.assert_close(norms, torch.tensor([0.2, 20.0]))
         assert torch.equal(small.grad, torch.full((4,), 0.1))  # one short enough is not touched
     assert clip_gradients([without], 1.0, by=by).numel() == (0 if by == "tensor" else 1)
+
+
+def test_the_squared_norm_of_all_gradients_is_shared_out() -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    optimizer = build_optimizer("sgd", [{"params": parameters[:1]}, {"params": parameters[1:]}])
+    assert squared_gradient_norm(optimizer).item() == 0
+    parameters[0].grad, parameters[1].grad = torch.full((2, 3), 2.0), torch.full((4,), 3e15)
+    expected = 6 * 4 + 4 * 9e30
+    assert squared_gradient_norm(optimizer).item() == pytest.approx(expected, rel=1e-6)
+    assert squared_gradient_norm(optimizer, num_processes=2).item() == pytest.approx(expected / 2, rel=1e-6)
+    parameters[1].grad[0] = torch.nan
+    assert math.isnan(squared_gradient_norm(optimizer).item())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hvp.common.engine.distributed import World, averaging
-from hvp.common.engine.optimizers import build_optimizer
+from hvp.common.engine.optimizers import build_optimizer, squared_gradient_norm
 from hvp.common.engine.sharding import Whole, local, release, shard
 
 CPU = torch.device("cpu")
@@ -61,6 +61,7 @@ def _two(world: World, say: Callable[[Any], None]) -> None:
         loss.backward()
     release(sharded)
     say(gradients(sharded))
+    say(world.sum([squared_gradient_norm(optimizer, world.size).item()]))
     optimizer.step()
     states = Whole(sharded, world).state_dict(), Whole(optimizer, world).state_dict()
     say(states if world.leader else [value for value in states[0].values() if value is not None])
@@ -119,10 +120,16 @@ def test_gradients_of_parts_are_those_of_the_batch(said):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_of_shares_is_that_of_the_gradients(said):
+    whole, _ = stepped(net())
+    expected = sum(gradient.square().sum().item() for gradient in gradients(whole))
+    assert said[0][3] == said[1][3] == pytest.approx([expected], rel=1e-5)
+
+
 def test_the_leader_keeps_a_whole_state(said):
     network, optimizer = stepped(net())
-    state, moments = said[0][3]
-    assert said[1][3] == []
+    state, moments = said[0][4]
+    assert said[1][4] == []
     for name, value in network.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-4)
     expected = optimizer.state_dict()
@@ -133,12 +140,12 @@ def test_the_leader_keeps_a_whole_state(said):
 
 
 def test_an_overflow_anywhere_skips_the_step_everywhere(said):
-    assert said[0][4] == said[1][4] == (2.0, True)
+    assert said[0][5] == said[1][5] == (2.0, True)
 
 
 def test_a_whole_state_is_taken_over(said):
     network, optimizer = stepped(net())
-    state, moments = said[0][5]
+    state, moments = said[0][6]
     for name, value in network.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-7)
     for number, values in optimizer.state_dict()["state"].items():
