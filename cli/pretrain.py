@@ -294,7 +294,6 @@ def show(method: str, resolved: "Resolved") -> None:
 def consequences(config: Any) -> list[str]:
     """What a configuration amounts to: images, steps, learning rate, combinations, and the memory of the views."""
     from hvp.common.data import open_dataset
-    from hvp.common.engine.distributed import World
     from hvp.common.engine.rescuing import images_to_rescue
     from hvp.common.errors import UserError
 
@@ -317,8 +316,8 @@ def consequences(config: Any) -> list[str]:
     combinations = config.combination_slots().num_combinations
     sampled = config.selection.search == "sampled" and config.selection.comparisons < combinations
     lines.append(f"combinations: {f'{config.selection.comparisons} of ' if sampled else ''}{combinations}")
-    if rescued := images_to_rescue(config, World()):
-        lines.append(f"rescue:       the {rescued * train.accumulate} easiest of {train.batch_size} images, a step")
+    if rescued := images_to_rescue(config):
+        lines.append(f"rescue:       the {rescued} easiest of {train.batch_size} images, a step")
     pixels = sum(slot.candidates * slot.transform.size**2 * 3 for slot in slots)
     part = train.batch_size // train.accumulate
     lines.append(

@@ -68,8 +68,8 @@ class RescueConfig(Section):
     """Add the Rescue loss."""
 
     k: int | None = Field(None, ge=0)
-    """Images of a step that get a strong view, over all processes and parts; 0: none; null: batch_size / 64, the
-    paper's rule, rounded up to as many for each. Each process takes the easiest of its own images."""
+    """Images of a step that get a strong view, the easiest over all processes and parts; 0: none; null:
+    batch_size / 64, the paper's rule, rounded up."""
 
     s: float = Field(1.0, ge=0)
     """Weight of the Rescue loss. Paper: 0.05 (MoCo v3), 0.75 (SimCLR), 1 (DINOv2)."""
@@ -173,6 +173,11 @@ class RunConfig(Section, ABC):
 
     def notes(self) -> list[str]:
         """What whoever starts the run should know of its values; said when it starts, and by --dry-run."""
+        if self.rescue.enabled and self.rescue.k != 0 and self.train.accumulate > 1 and not self.rescue.stop_gradient:
+            return [
+                f"train.accumulate = {self.train.accumulate}: Rescue acts in the last part, with gradient through the "
+                "strong views alone (as rescue.stop_gradient)"
+            ]
         return []
 
     @model_validator(mode="after")

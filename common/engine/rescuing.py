@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hvp.common.engine.batch_norm import has_batch_norm, running_statistics_kept
-from hvp.common.engine.distributed import World, share_of_batch
+from hvp.common.engine.collectives import gathered
+from hvp.common.engine.distributed import World
 from hvp.common.errors import UserError
 from hvp.common.networks import Features
 from hvp.common.rescue import Rescued, rescue
@@ -32,30 +33,36 @@ class Rescuer:
         if rescuer.enabled:
             loss = loss + rescuer.loss(features, part)
 
+    The easiest images are chosen among those of all processes and parts of the batch. Every process makes and encodes
+    as many strong views, whoever the images belong to. With parts, all of this happens in the last one. The graphs of
+    the earlier ones are gone by then, so that the strong views alone have gradient, as with `rescue.stop_gradient`.
+
     Args:
         config: says how many images, and what to do with them.
         network: the one that is trained; its strong views go through it as they are, in training mode. Batch norm then
             takes the statistics of the strong views, but its running statistics remain those of common views.
         strong: makes the strong views; None where `config` does not rescue.
-        world: the processes, each of which rescues as many of its own images.
+        world: the processes.
         device: of the network.
 
     Raises:
-        UserError: rescue.k does not divide among processes and parts, or is 1 where batch norm needs 2.
+        UserError: rescue.k is 1 where batch norm needs 2.
     """
 
     def __init__(
         self, config: RunConfig, network: RescuedNetwork, strong: StrongViews | None, world: World, device: torch.device
     ) -> None:
         self.config: RescueConfig = config.rescue
-        self.k = images_to_rescue(config, world)
-        self.network, self.device = network, device
+        self.k = images_to_rescue(config)
+        self.network, self.world, self.device = network, world, device
+        self._num_parts = config.train.accumulate
         self._strong = strong
+        self._earlier: list[tuple[Tensor, Tensor, Tensor]] = []  # z_a, z_b and image index of the step's parts so far
         self._last: Rescued | None = None
-        if self.k * world.size == 1 and isinstance(network, torch.nn.Module) and has_batch_norm(network):
+        if self.k == world.size == 1 and isinstance(network, torch.nn.Module) and has_batch_norm(network):
             raise UserError(
-                "rescue.k = 1, but batch norm needs at least 2 strong views at a time. Raise rescue.k to "
-                f"{2 * config.train.accumulate}, or use --no-rescue"
+                "rescue.k = 1, but batch norm needs at least 2 strong views at a time. Raise rescue.k to 2, or use "
+                "--no-rescue"
             )
 
     @property
@@ -64,7 +71,8 @@ class Rescuer:
         return self.k > 0
 
     def loss(self, features: Features, part: ViewBatch) -> Tensor:
-        """The Rescue loss of a part of the batch, weighted, to be added to the method's own; called under autocast.
+        """What a part of the batch adds to its loss; called under autocast. The parts' mean is the step's Rescue loss,
+        weighted: all of it comes with the last part.
 
         Args:
             features: of both views that are trained on, each [2 B, .], view after view, with gradient.
@@ -76,58 +84,60 @@ class Rescuer:
         Raises:
             BadImage: an image cannot be read again.
         """
-        assert self._strong is not None
-        strong = self._strong
-        indices = part.index.tolist()
-
-        def views(chosen: Tensor) -> Tensor:
-            pixels = strong([(part.epoch, indices[b]) for b in chosen.tolist()])
-            return normalize(pixels.to(self.device))
-
-        def encode(x: Tensor) -> Tensor:
-            with running_statistics_kept(self.network):  # type: ignore[arg-type]
-                return self._compared(self.network.encode(x))
-
         z_a, z_b = self._compared(features).chunk(2)
+        index = part.index
+        if self._num_parts > 1:
+            self._earlier.append((z_a.detach(), z_b.detach(), index))
+            if len(self._earlier) < self._num_parts:
+                return torch.zeros((), device=self.device)
+            z_a, z_b, index = (torch.cat(tensors) for tensors in zip(*self._earlier, strict=True))
+            self._earlier.clear()
         config = self.config
         self._last = rescue(
-            z_a, z_b, views, encode, self.k, stop_gradient=config.stop_gradient, direction=config.direction
+            z_a,
+            z_b,
+            lambda chosen: self._strong_views(chosen, index, part.epoch),
+            self._encode,
+            self.k,
+            stop_gradient=config.stop_gradient,
+            direction=config.direction,
+            world=self.world,
         )
-        return config.s * self._last.loss
+        return config.s * self._num_parts * self._last.loss
 
     def statistics(self) -> dict[str, float]:
-        """For the log, of the step's last part: mean cosine of the rescued images' common views, and of the first of
-        them and the strong view. The latter, or its negative, is the loss before its weight."""
+        """For the log, of the step: mean cosine of the rescued images' common views, and of the first of them and the
+        strong view, whose mean over the processes is that over all images. The latter, or its negative, is the loss
+        before its weight."""
         if self._last is None:
             return {}
+        loss = self._last.loss.item()
         return {
             "easy_similarity": self._last.similarity.mean().item(),
-            "strong_similarity": self._last.strong_similarity.mean().item(),
+            "strong_similarity": loss if self.config.direction == "push" else -loss,
         }
+
+    def _strong_views(self, chosen: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Normalised strong views [n, 3, H, W] of rows of all processes' images; `index` is this process's."""
+        assert self._strong is not None
+        everyones = gathered(index) if self.world.size > 1 else index
+        pixels = self._strong([(epoch, image) for image in everyones[chosen.cpu()].tolist()])
+        return normalize(pixels.to(self.device))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        with running_statistics_kept(self.network):  # type: ignore[arg-type]
+            return self._compared(self.network.encode(x))
 
     def _compared(self, features: Features) -> Tensor:
         return features.projection if self.config.feature == "projection" else features.backbone
 
 
-def images_to_rescue(config: RunConfig, world: World) -> int:
-    """Images that one process rescues in one part of its batch; 0 where the run does not rescue.
-
-    Raises:
-        UserError: `rescue.k` does not divide.
-    """
-    rescue, accumulate = config.rescue, config.train.accumulate
-    parts = world.size * accumulate
+def images_to_rescue(config: RunConfig) -> int:
+    """Images that a step rescues, over all processes and parts; 0 where the run does not rescue."""
+    rescue = config.rescue
     if not rescue.enabled:
         return 0
-    if rescue.k is None:
-        return math.ceil(share_of_batch(config.train.batch_size, accumulate, world) / IMAGES_FOR_ONE)
-    if rescue.k % parts:
-        raise UserError(
-            f"rescue.k = {rescue.k} does not divide among {world.size} processes that go through their share in "
-            f"train.accumulate = {accumulate} parts. Set a multiple of {parts}, for example "
-            f"{max(1, round(rescue.k / parts)) * parts}"
-        )
-    return rescue.k // parts
+    return math.ceil(config.train.batch_size / IMAGES_FOR_ONE) if rescue.k is None else rescue.k
 
 
 def strong_transform(config: RunConfig) -> StrongTransform:

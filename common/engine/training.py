@@ -62,7 +62,7 @@ class Session:
         """What adds the Rescue loss; `network` is the one that is trained, as it was before `data_parallel()`.
 
         Raises:
-            UserError: `rescue.k` does not suit the processes or the network.
+            UserError: `rescue.k` does not suit the network.
         """
         return Rescuer(self.config, network, self.strong, self.world, self.device)
 
@@ -122,8 +122,9 @@ def session(
             source = open_training_data(config)
             loader = held.enter_context(closing(build_loader(config, source, device, world, masks)))
             strong = None
-            if num_strong := images_to_rescue(config, world):
-                strong = held.enter_context(closing(build_strong_views(config, source, num_strong, world)))
+            if num_strong := images_to_rescue(config):
+                share = -(-num_strong // world.size)
+                strong = held.enter_context(closing(build_strong_views(config, source, share, world)))
         yield Session(config, out, options, world, device, precision, loader, strong)
 
 

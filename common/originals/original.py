@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hvp.common.engine.rescuing import images_to_rescue
 from hvp.common.engine.training import Masks, build_strong_views, open_training_data
+from hvp.common.errors import UserError
 from hvp.common.networks.resnet import CONVNETS
 from hvp.common.sections import RunConfig
 from hvp.common.views import ViewBatch, normalize
@@ -222,6 +224,21 @@ def spawning_flags(config: Any, processes: int) -> list[str]:
     words = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0"]
     words += ["--dist-url", f"tcp://localhost:{port}"]
     return words if config.data.workers is None else [*words, "--workers", str(config.data.workers * processes)]
+
+
+def rescued_by_each(config: RunConfig, processes: int) -> int:
+    """Images that each of a patched original's processes rescues; it takes the easiest of its own.
+
+    Raises:
+        UserError: rescue.k does not divide.
+    """
+    rescued = images_to_rescue(config)
+    if rescued % processes:
+        raise UserError(
+            f"rescue.k = {rescued}, but each of {processes} processes of the original rescues as many of its own "
+            f"images. Set a multiple of {processes}, for example {-(-rescued // processes) * processes}"
+        )
+    return rescued // processes
 
 
 def value_of(config: Any, key: str) -> Any:

@@ -144,7 +144,7 @@ def rescue_row(
         rounds: measurements of each side.
         device: where the step runs.
     """
-    batch, count = config.train.batch_size, images_to_rescue(config, World())
+    batch, count = config.train.batch_size, images_to_rescue(config)
     strong = StrongViews(_Jpegs(batch), strong_transform(config), seed=0, threads=min(2, count))
     rescuer = Rescuer(config, network, strong, World(), device)
     part = ViewBatch([], torch.empty(0), torch.arange(batch))

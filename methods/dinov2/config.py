@@ -168,8 +168,11 @@ class DINOv2Config(MultiCropConfig):
         terms = ["KoLeo"] if self.dino.koleo_loss_weight else []
         terms += ["Sinkhorn-Knopp"] if self.teacher.centering == "sinkhorn_knopp" else []
         if parts == 1 or not terms:
-            return []
-        return [f"train.accumulate = {parts}: {' and '.join(terms)} will see the images of one part at a time"]
+            return super().notes()
+        return [
+            f"train.accumulate = {parts}: {' and '.join(terms)} will see the images of one part at a time",
+            *super().notes(),
+        ]
 
     def combination_slots(self) -> Slots:
         """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""

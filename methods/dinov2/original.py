@@ -12,8 +12,6 @@ import numpy as np
 from torch import Tensor, cat, nn, tensor
 
 from hvp.common.config import resolve
-from hvp.common.engine.distributed import World
-from hvp.common.engine.rescuing import images_to_rescue
 from hvp.common.errors import UserError
 from hvp.common.originals.on_cpu import Alone
 from hvp.common.originals.original import (
@@ -23,6 +21,7 @@ from hvp.common.originals.original import (
     Original,
     OurImages,
     normalized_views,
+    rescued_by_each,
     value_of,
 )
 from hvp.common.views import ViewBatch
@@ -83,7 +82,7 @@ def flags(config: DINOv2Config, data: str, processes: int) -> list[str]:
         UserError: the run is not a whole number of the original's epochs, or shorter than its warm-up.
     """
     length, epochs = official_epochs(config)
-    rescued = images_to_rescue(config, World(size=processes)) * config.train.accumulate
+    rescued = rescued_by_each(config, processes)
     options: dict[str, Any] = {theirs: value_of(config, ours) for ours, theirs in OPTIONS.items()}
     options |= {
         "student.block_chunks": CHUNKS,  # what FSDP gathers at a time, as in its vitl16_short.yaml

@@ -152,9 +152,10 @@ class MoCoConfig(sections.RunConfig):
         """That parts of a batch change the objective, where there are any."""
         train = self.train
         if train.accumulate == 1:
-            return []
+            return super().notes()
         return [
             f"train.accumulate = {train.accumulate} changes the objective: a query has "
             f"{train.batch_size // train.accumulate - 1} negatives, those of its part, instead of "
-            f"{train.batch_size - 1}"
+            f"{train.batch_size - 1}",
+            *super().notes(),
         ]

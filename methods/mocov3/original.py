@@ -3,8 +3,6 @@
 from typing import Any
 
 from hvp.common.config import resolve
-from hvp.common.engine.distributed import World
-from hvp.common.engine.rescuing import images_to_rescue
 from hvp.common.originals.original import (
     COMPARED,
     OF_EVERY_ORIGINAL,
@@ -12,6 +10,7 @@ from hvp.common.originals.original import (
     OurImages,
     as_flags,
     normalized_views,
+    rescued_by_each,
     spawning_flags,
 )
 from hvp.methods.mocov3.config import MoCoConfig
@@ -41,7 +40,7 @@ def flags(config: MoCoConfig, data: str, processes: int) -> list[str]:
     """The command line of main_moco.py, which starts a process for every GPU itself."""
     words = [data, *as_flags(config, FLAGS, switches=True), "--crop-min", str(config.views.crop_scale[0])]
     words += spawning_flags(config, processes)
-    rescued = images_to_rescue(config, World(size=processes)) * config.train.accumulate * processes
+    rescued = rescued_by_each(config, processes) * processes
     return [*words, "--rescue-k", str(rescued)]
 
 

@@ -112,9 +112,10 @@ class SimclrConfig(TwoViewConfig):
         """That parts of a batch change the objective, where there are any."""
         train = self.train
         if train.accumulate == 1:
-            return []
+            return super().notes()
         part = train.batch_size // train.accumulate
         return [
             f"train.accumulate = {train.accumulate} changes the objective: views have {2 * part - 2} negatives, those "
-            f"of their part, instead of {2 * train.batch_size - 2}"
+            f"of their part, instead of {2 * train.batch_size - 2}",
+            *super().notes(),
         ]

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from torchvision.datasets import FakeData
 
 from hvp.common.config import resolve
-from hvp.common.engine.distributed import World
-from hvp.common.engine.rescuing import images_to_rescue
 from hvp.common.errors import UserError
 from hvp.common.originals.original import (
     COMPARED,
@@ -20,6 +18,7 @@ from hvp.common.originals.original import (
     OurImages,
     as_flags,
     normalized_views,
+    rescued_by_each,
 )
 from hvp.methods.simclr.config import SimclrConfig
 
@@ -80,8 +79,7 @@ def flags(config: SimclrConfig, data: str, processes: int) -> list[str]:
     words += ["--fp16-precision"] if config.train.precision == "fp16" else []
     words += [] if config.data.workers is None else ["--workers", str(config.data.workers)]
     words += ["--use-hvp"] if config.selection.hard_views == "hvp" else []
-    rescued = images_to_rescue(config, World()) * config.train.accumulate
-    return [*words, "--rescue-k", str(rescued)]
+    return [*words, "--rescue-k", str(rescued_by_each(config, 1))]
 
 
 def fixed(config: SimclrConfig) -> dict[str, Any]:

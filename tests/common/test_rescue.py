@@ -1,12 +1,17 @@
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_two_processes
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hvp.common import rescue
+from hvp.common.engine.distributed import World
 from hvp.common.rescue import easiest
 
 
@@ -125,3 +130,46 @@ def test_cosines_are_float32_under_autocast():
         found = rescue(z.bfloat16(), z.bfloat16(), lambda i: i, lambda i: z[i].bfloat16(), 4)
     assert found.loss.dtype == torch.float32
     assert found.loss.item() == pytest.approx(-1, abs=1e-6)
+
+
+KS = (1, 2, 3, 8)
+
+
+def of_batch(k: int, world: World = World()) -> tuple[list[Tensor], list[int]]:
+    """Rescue of eight images, or of this process's four: loss, gradients of weight and features; who was rescued."""
+    z_a, z_b, strong = noise(8, 4), noise(8, 4, seed=1), noise(8, 4, seed=2)
+    z_b[[1, 2, 6]] = z_a[[1, 2, 6]]  # the easiest, most of them in the first process
+    z_a, z_b = (z.chunk(world.size)[world.rank].clone().requires_grad_() for z in (z_a, z_b))
+    weight = torch.eye(4).requires_grad_()
+    encoded: list[int] = []
+
+    def encode(x: Tensor) -> Tensor:
+        encoded.append(len(x))
+        return x @ weight
+
+    done = rescue(z_a, z_b, lambda index: strong[index], encode, k, world=world)
+    done.loss.backward()
+    assert encoded == [-(-k // world.size)]
+    assert z_b.grad is None
+    assert len(done.strong_similarity) == len(range(world.rank, k, world.size))
+    assert weight.grad is not None
+    assert z_a.grad is not None
+    return [done.loss.detach(), weight.grad, z_a.grad, done.similarity], done.index.tolist()
+
+
+def _of_two(world: World, say: Callable[[Any], None]) -> None:
+    for k in KS:
+        say(of_batch(k, world))
+
+
+def test_processes_rescue_the_easiest_of_all_and_share_the_work(tmp_path):
+    ranks = in_two_processes(_of_two, tmp_path)
+    for k, *said in zip(KS, *ranks, strict=True):
+        (loss, weight, z_a, similarity), index = of_batch(k)
+        for tensors, chosen in said:
+            assert chosen == index, "the same in both"
+            torch.testing.assert_close(tensors[3], similarity)
+        mean = [torch.stack([tensors[i] for tensors, _ in said]).mean(0) for i in (0, 1)]
+        torch.testing.assert_close(mean, [loss, weight])
+        # each process's loss is of its own images, so gradients of features are averaged with those of the weights
+        torch.testing.assert_close(torch.cat([tensors[2] for tensors, _ in said]) / 2, z_a)

@@ -14,6 +14,7 @@ from hvp.common.engine.distributed import World
 from hvp.common.engine.rescuing import Rescuer, images_to_rescue, strong_transform
 from hvp.common.errors import UserError
 from hvp.common.networks import Features
+from hvp.common.sections import TrainConfig
 from hvp.common.views import ViewBatch, normalize
 from hvp.common.views.strong import StrongViews
 from hvp.methods.simclr.config import SimclrConfig
@@ -27,19 +28,10 @@ def config(**rescue: object) -> SimclrConfig:
     )
 
 
-@pytest.mark.parametrize(
-    ("k", "batch_size", "accumulate", "processes", "share"),
-    [(None, 256, 1, 1, 4), (None, 32, 1, 1, 1), (None, 256, 2, 2, 1), (None, 320, 2, 2, 2), (16, 256, 2, 4, 2)],
-)
-def test_every_process_and_part_rescues_as_many(k, batch_size, accumulate, processes, share):
-    train = {"batch_size": batch_size, "accumulate": accumulate}
-    run = SimclrConfig.model_validate({"rescue": {"enabled": True, "k": k}, "train": train})
-    assert images_to_rescue(run, World(size=processes)) == share
-
-
-def test_a_k_that_does_not_divide_is_said():
-    with pytest.raises(UserError, match=r"rescue\.k = 9 does not divide among 2 processes .* for example 8"):
-        images_to_rescue(config(k=9), World(size=2))
+@pytest.mark.parametrize(("k", "batch_size", "count"), [(None, 256, 4), (None, 32, 1), (None, 320, 5), (16, 256, 16)])
+def test_a_step_rescues_a_sixty_fourth_of_its_images_or_as_many_as_asked(k, batch_size, count):
+    values = {"rescue": {"enabled": True, "k": k}, "train": {"batch_size": batch_size}}
+    assert images_to_rescue(SimclrConfig.model_validate(values)) == count
 
 
 def test_more_images_than_a_batch_has_are_refused():
@@ -86,6 +78,30 @@ def test_strong_views_are_of_the_easiest_images(tmp_path):
     assert loss.item() == pytest.approx(-0.5 * towards.mean().item(), abs=1e-6)
     assert ours.statistics()["strong_similarity"] == pytest.approx(towards.mean().item(), abs=1e-6)
     assert ours.statistics()["easy_similarity"] == pytest.approx(1, abs=1e-5)
+    strong.close()
+
+
+def test_parts_rescue_the_easiest_of_the_whole_batch_in_the_last(tmp_path):
+    """As the batch in one part does, but for the gradient of the common views."""
+    features = [torch.randn(8, 3, requires_grad=True), torch.randn(8, 3, requires_grad=True)]
+    values = config(k=3, s=0.5).model_copy(update={"train": TrainConfig(batch_size=8, accumulate=2)})
+    strong = StrongViews(open_dataset("shapes", "train"), strong_transform(values), seed=0, threads=1)
+    network = Network()
+    ours = Rescuer(values, network, strong, World(), CPU)
+    halves = [Features(z, z) for z in features]
+    first = ours.loss(halves[0], part(50, 51, 52, 53, epoch=3))
+    assert (first.item(), first.requires_grad, network.seen) == (0.0, False, [])
+    loss = (first + ours.loss(halves[1], part(60, 61, 62, 63, epoch=3))) / 2
+    z_a, z_b = (torch.cat([z.chunk(2)[view] for z in features]) for view in (0, 1))
+    index = torch.cosine_similarity(z_a, z_b).argsort(descending=True)[:3]
+    images = torch.tensor([50, 51, 52, 53, 60, 61, 62, 63])[index]
+    assert torch.equal(network.seen[0], normalize(strong([(3, image) for image in images.tolist()])))
+    towards = torch.cosine_similarity(z_a[index], network.encode(network.seen[0]).projection)
+    assert loss.item() == pytest.approx(-0.5 * towards.mean().item(), abs=1e-6)
+    loss.backward()
+    assert network.norm.weight.grad.norm() > 0
+    assert all(z.grad is None for z in features)
+    assert ours.loss(halves[0], part(50, 51, 52, 53, epoch=4)).item() == 0, "the next step starts anew"
     strong.close()
 
 
@@ -139,7 +155,7 @@ SMALL = {
     "optim": {"warmup_epochs": 0},
     "views": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2},
     "selection": {"hard_views": "none"},
-    "rescue": {"enabled": True, "k": 4},
+    "rescue": {"enabled": True, "k": 3},
     "train": {"batch_size": 8, "epochs": 2, "precision": "fp32", "log_every": 1, "device": "cpu"},
 }
 
@@ -149,12 +165,17 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_each_process_rescues_its_own_images(tmp_path):
-    """As the parts of a batch do, when one process goes through it in two."""
+def test_processes_rescue_what_one_does(tmp_path):
+    """Three images, which do not divide; with parts as well, where strong views alone have gradient."""
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    for out, option in (("parts", "--set=train.accumulate=2"), ("two", "--devices=2")):
-        command = [str(Path(sys.executable).with_name("hvp")), "pretrain", "dino", option]
+    for out, options in (
+        ("one", ["--set=rescue.stop_gradient=true"]),
+        ("two", ["--set=rescue.stop_gradient=true", "--devices=2"]),
+        ("parts", ["--set=train.accumulate=2", "--devices=2"]),
+    ):
+        command = [str(Path(sys.executable).with_name("hvp")), "pretrain", "dino", *options]
         command += ["--config", str(tmp_path / "small.yaml"), "--out", str(tmp_path / out)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
