@@ -5,7 +5,8 @@ Wang, Krajsek, Scharr; VISAPP 2025) takes the k most alike pairs of a batch, mak
 those images, and adds to the objective that it should look like the image's common view.
 
 With several processes the k easiest images are those of all of them. Their strong views are shared out evenly, whoever
-the images belong to: every process encodes ceil(k / W), of which those beyond k weigh nothing.
+the images belong to: every process encodes ceil(k / W), of which those beyond k weigh nothing, though
+batch norm sees them.
 
 Dimensions:
     B images of a process, W processes, D width of the feature, k images that are rescued
