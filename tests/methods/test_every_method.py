@@ -419,7 +419,8 @@ TOLERANCE = {
 
 
 def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
-    changes = {**RESCUE, **ALIKE.get(name, {})}
+    # all images, as batch norm over few makes rounding grow; who is chosen is tested with rescue() itself
+    changes = {**RESCUE, "rescue.k": 8, **ALIKE.get(name, {})}
     one = train(name, tmp_path / "one", changes)
     out = tmp_path / "two"
     # --standalone takes a free port; without, every run of the machine meets at 29500
