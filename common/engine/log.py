@@ -61,14 +61,15 @@ class RunLog:
         folder: the run's folder, which exists.
         progress: is shown as well.
         config: the configuration as YAML, for TensorBoard.
+        steps_per_epoch: for rows of an earlier version.
         first_step: steps done before; rows of later steps, left by a run that stopped between two checkpoints, go.
     """
 
-    def __init__(self, folder: Path, progress: Progress, *, config: str, first_step: int = 0):
+    def __init__(self, folder: Path, progress: Progress, *, config: str, steps_per_epoch: int, first_step: int):
         self._progress = progress
         self._path = folder / "metrics.jsonl"
         with _writing(folder):
-            last = _drop_rows_after(self._path, first_step)
+            last = _drop_rows_after(self._path, first_step, steps_per_epoch)
             self._rows = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
             self._events = Events(folder / "tensorboard", config=config, first_step=first_step)
         self.seconds = float(last.get("seconds", 0.0))
@@ -196,7 +197,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the log cannot be written: {error.strerror or error}") from error
 
 
-def _drop_rows_after(path: Path, step: int) -> dict[str, Any]:
+def _drop_rows_after(path: Path, step: int, steps_per_epoch: int) -> dict[str, Any]:
     """Keeps the rows up to `step` and returns the last of them; a last line cut off by a crash goes too."""
     last: dict[str, Any] = {}
     if not path.exists():
@@ -208,7 +209,7 @@ def _drop_rows_after(path: Path, step: int) -> dict[str, Any]:
             if row["step"] > step:
                 break
             if "seconds" not in row:  # of an earlier version, which counted epochs from 0
-                row["epoch"] += 1
+                row["epoch"] = (row["step"] - 1) // steps_per_epoch + 1
         except (json.JSONDecodeError, KeyError, TypeError):
             break
         kept.append(json.dumps(row) + "\n")

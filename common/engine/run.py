@@ -256,7 +256,13 @@ class Run:
                     first_step=self.step,
                     selecting_steps=selecting_steps(config.selection, self.total_steps) if selects else lambda step: 0,
                 )
-                self.log = RunLog(out, progress, config=to_yaml(config), first_step=self.step)
+                self.log = RunLog(
+                    out,
+                    progress,
+                    config=to_yaml(config),
+                    steps_per_epoch=self.steps_per_epoch,
+                    first_step=self.step,
+                )
         self.collapse = CollapseWatch(self.log.note)
 
     def __enter__(self) -> "Run":
