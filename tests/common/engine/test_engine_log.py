@@ -19,9 +19,9 @@ from hvp.common.engine.run import Run
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import train_dino
 
-STEPS, STEPS_PER_EPOCH, BATCH = 15, 5, 8
+STEPS, STEPS_PER_EPOCH, BATCH = 15, 5, 4
 CONFIG = {
-    "data": {"path": "shapes", "shapes": {"size": 32, "train": 40, "val": 10}, "workers": 0},
+    "data": {"path": "shapes", "shapes": {"size": 32, "train": 20, "val": 10}, "workers": 0},
     "model": {"arch": "vit_micro", "patch_size": 8, "out_dim": 16, "head_hidden_dim": 16},
     "optim": {"warmup_epochs": 0},
     "views": {"global_crops_size": 16, "local_crops_size": 8, "local_crops_number": 2},
@@ -77,8 +77,8 @@ def test_a_run_begins_with_what_it_is(whole):
         f"output:     {out}",
         "device:     cpu, fp32, 1 process",
         said.splitlines()[2],
-        "images:     shapes (train, 40 images)",
-        "steps:      15: 3 epochs of 5, 8 images each",
+        "images:     shapes (train, 20 images)",
+        "steps:      15: 3 epochs of 5, 4 images each",
     ]
     trained, everything = map(float, re.findall(r"[\d.]+", said.splitlines()[2]))
     # student and teacher are alike but for what of the prototypes is fixed
