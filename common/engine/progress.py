@@ -53,7 +53,7 @@ class TimeLeft:
         selecting = self._selecting_steps(done)
         counts = {True: selecting, False: self._total - done - selecting}
         means = {kind: fmean(seconds) for kind, seconds in self._recent.items() if seconds}
-        if not means:
+        if not means and done < self._total:
             return "-:--:--"
         left = sum(count * means.get(kind, means.get(not kind, 0.0)) for kind, count in counts.items())
         unknown = [kind for kind, count in counts.items() if count and kind not in means]

@@ -117,7 +117,7 @@ def selecting(step: int) -> int:
 
 def test_the_time_left_knows_what_is_to_come():
     left = TimeLeft(1000, selecting)
-    assert left.after(0) == "-:--:--"
+    assert (left.after(0), left.after(1000)) == ("-:--:--", "0:00:00")
     for step in range(10):
         left.add(step, 1.0)
     # 250 of the 990 will select, and nobody knows yet what that takes
