@@ -352,6 +352,8 @@ def _measure(method: str, config: Any) -> None:
 
 
 def _costs(found: "Measurement") -> Table:
+    from hvp.common.engine.timing import duration
+
     kinds = [("without hard views", found.vanilla, found.vanilla.seconds * found.total_steps)]
     if found.hard is not None and found.hard_run_seconds is not None:
         kinds.append(("with hard views", found.hard, found.hard_run_seconds))
@@ -366,15 +368,7 @@ def _costs(found: "Measurement") -> Table:
     table.add_row("  waiting for the loader", *(f"{cost.wait_share:.0%}" for cost in costs))
     table.add_row("  selecting", *(f"{cost.select_share:.0%}" for cost in costs))
     table.add_row(memory, *(f"{cost.peak_memory / 2**30:.2f}{of} GiB" for cost in costs))
-    table.add_row("an epoch", *(_duration(cost.seconds * found.steps_per_epoch) for cost in costs))
+    table.add_row("an epoch", *(duration(cost.seconds * found.steps_per_epoch) for cost in costs))
     epochs = f"{found.epochs} epoch{'' if found.epochs == 1 else 's'}"
-    table.add_row(f"the run, {epochs}", *(_duration(seconds) for _, _, seconds in kinds))
+    table.add_row(f"the run, {epochs}", *(duration(seconds) for _, _, seconds in kinds))
     return table
-
-
-def _duration(seconds: float) -> str:
-    """123456 as `1 d 10:17:36`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"

@@ -95,6 +95,10 @@ class Slots:
 
         Views of which none is kept take no part, as DINO's local crops may be none.
         """
+        if isinstance(candidates, int) or isinstance(kept, int):
+            raise ValueError(
+                f"Slots: candidates and kept are one count a group, such as (4,) and (2,), got {candidates} and {kept}"
+            )
         if len(candidates) != len(kept):
             raise ValueError(f"Slots: {len(candidates)} candidate counts but {len(kept)} kept counts")
         starts = [0]
@@ -187,12 +191,13 @@ class Selection:
     """[B] bool: `loss` is not finite. When searching, that means that no combination's was, and the first is kept."""
 
     views: list[Tensor]
-    """The kept views in the layout of the given ones: [kept, B, ...] a resolution, or S tensors [B, ...]."""
+    """The kept views. Of a list with one stack a resolution, one [kept, B, ...] each; of a single stack or of single
+    views, S tensors [B, ...], so that `x1, x2 = kept.views` unpacks a pair."""
 
 
 @torch.no_grad()
 def select(
-    views: Sequence[Tensor],
+    views: Sequence[Tensor] | Tensor,
     pair_loss: Tensor,
     slots: Slots,
     *,
@@ -206,10 +211,12 @@ def select(
     """Keeps, for every image of the batch, the combination of its views that the policy asks for.
 
     Args:
-        views: the sampled views, in the order of the view indices: one tensor a resolution, [n, B, C, H, W], or single
-            views, [B, C, H, W] (runs of equal shape are stacked, which costs a copy). Empty: only the index is wanted.
+        views: the V sampled views of every image, in the order of the view indices. One stack [V, B, C, H, W]; where
+            resolutions differ, a list with one stack [n, B, C, H, W] for each; or a list of single views [B, C, H, W]
+            (runs of equal shape are stacked, which costs a copy). Empty: only the index is wanted.
         pair_loss: [B, T, V] float, the loss of online view v against target view t; higher is harder. The targets are
-            the first T views.
+            the first T views, so T is V for a method whose views are all targets. Entries [b, t, t], a view against
+            itself, are read only with `slots.diagonal`.
         slots: which views a combination may take, and which entries of `pair_loss` it adds up.
         search: `sampled` compares `comparisons` random combinations, all of them where there are no more (the papers'
             procedure). `exact` finds the best of all combinations in closed form: for fixed targets the other views'
@@ -218,7 +225,7 @@ def select(
         per_image: draw other combinations for every image. False shares one list, as HVP's released code does.
         policy: `hardest` (HVP), `easiest` (the cooperative learner of the HVP paper's appendix G.2), `random` (control:
             a uniformly random combination for every image; `search` and the losses play no part).
-        combinations: [C, S] or [B, C, S] int64, compared instead of drawn ones.
+        combinations: [C, S] or [B, C, S] int64 view indices, compared instead of drawn ones.
         generator: source of randomness for sampling, on any device. None: the CPU's global one.
 
     Returns:
@@ -229,9 +236,18 @@ def select(
     Raises:
         ValueError: shapes that do not fit together, fewer than one comparison, or an unknown search or policy.
 
+    Example:
+        Views of 32 images, four of each, and a cosine loss of every view against every other:
+
+            views = torch.randn(4, 32, 3, 64, 64)
+            z = F.normalize(encoder(views.flatten(0, 1)), dim=-1).unflatten(0, (4, 32))  # [4, 32, D]
+            pair_loss = -torch.einsum("tbd,vbd->btv", z, z)  # [32, 4, 4]
+            kept = select(views, pair_loss, Slots.from_counts((4,), (2,)))
+            x1, x2 = kept.views  # [32, 3, 64, 64] each: every image's hardest pair
+
     Source: HVP Algorithm 1; the closed form is ours.
     """
-    _check(views, pair_loss, slots, search, comparisons, policy)
+    _check(views, pair_loss, slots, search, comparisons, policy, combinations)
     batch = len(pair_loss)
     pair_loss = pair_loss.float()
     if policy == "random":
@@ -282,7 +298,7 @@ def combination_losses(pair_loss: Tensor, combinations: Tensor, slots: Slots) ->
     return (values * values.new_tensor(weights)).sum(2)
 
 
-def gather_views(views: Sequence[Tensor], index: Tensor, slots: Slots) -> list[Tensor]:
+def gather_views(views: Sequence[Tensor] | Tensor, index: Tensor, slots: Slots) -> list[Tensor]:
     """Picks the pixels of the kept views by one index a resolution.
 
     Args:
@@ -291,12 +307,15 @@ def gather_views(views: Sequence[Tensor], index: Tensor, slots: Slots) -> list[T
         slots: its groups must not mix resolutions.
 
     Returns:
-        For views given a resolution, one [kept, B, ...] each; for single views, a list of S tensors [B, ...].
+        As `Selection.views`: for a list of stacks one [kept, B, ...] each, otherwise S tensors [B, ...].
     """
-    if not views:
+    if not len(views):
         return []
-    single = views[0].dim() == 4
-    stacks = _stacked(views) if single else list(views)
+    single = isinstance(views, Tensor) or views[0].dim() == 4
+    if isinstance(views, Tensor):
+        stacks = [views]
+    else:
+        stacks = _stacked(views) if single else list(views)
     kept: list[Tensor] = []
     first_view = first_slot = 0
     for stack in stacks:
@@ -383,27 +402,31 @@ def _stacked(views: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check(
-    views: Sequence[Tensor], pair_loss: Tensor, slots: Slots, search: Search, comparisons: int, policy: Policy
+    views: Sequence[Tensor] | Tensor,
+    pair_loss: Tensor,
+    slots: Slots,
+    search: Search,
+    comparisons: int,
+    policy: Policy,
+    combinations: Tensor | None,
 ) -> None:
-    if pair_loss.dim() != 3:
-        raise ValueError(f"select: pair_loss must be [B, T, V], got {list(pair_loss.shape)}")
+    if not isinstance(slots, Slots):
+        raise ValueError(f"select: slots must be Slots, such as Slots.from_counts((4,), (2,)), got {slots!r}")
+    if not isinstance(pair_loss, Tensor) or pair_loss.dim() != 3:
+        raise ValueError(f"select: pair_loss must be a tensor [B, T, V], got {_described(pair_loss)}")
     batch, targets, online = pair_loss.shape
     highest_target = max(max(group.candidates) for group in slots.target_groups)
     if slots.num_views > online or highest_target >= targets:
         raise ValueError(
-            f"select: pair_loss is {list(pair_loss.shape)}, but the slots take views up to {slots.num_views - 1} "
-            f"and targets up to {highest_target}"
+            f"select: pair_loss [B, T, V] is {list(pair_loss.shape)}, but the slots take views up to "
+            f"{slots.num_views - 1} and targets up to {highest_target}"
         )
-    if views:
-        dims = {view.dim() for view in views}
-        count = len(views) if dims == {4} else sum(len(view) for view in views)
-        batches = {view.shape[0 if dims == {4} else 1] for view in views}
-        if dims not in ({4}, {5}) or count != online or batches != {batch}:
-            shapes = [list(view.shape) for view in views]
-            raise ValueError(
-                f"select: pair_loss is {list(pair_loss.shape)}, so views must be {online} tensors [{batch}, C, H, W] "
-                f"or stacks [n, {batch}, C, H, W] of {online} views in all, got {shapes}"
-            )
+    if not _holds(views, batch, online):
+        raise ValueError(
+            f"select: pair_loss [B, T, V] is {list(pair_loss.shape)}, so views must be one stack "
+            f"[{online}, {batch}, C, H, W], a list of stacks [n, {batch}, C, H, W] of {online} views in all, or a list "
+            f"of {online} views [{batch}, C, H, W], got {_described(views)}"
+        )
     if search not in ("sampled", "exact"):
         raise ValueError(f"select: search is {search!r}, allowed are 'sampled' and 'exact'")
     if policy not in ("hardest", "easiest", "random"):
@@ -411,3 +434,51 @@ def _check(
     if comparisons < 1:
         # HVP's released DINO accepts 0, which compares nothing and trains on uninitialised memory.
         raise ValueError(f"select: comparisons is {comparisons}, but at least 1 combination must be compared")
+    if combinations is not None:
+        _check_combinations(combinations, pair_loss, slots)
+
+
+def _check_combinations(combinations: Tensor, pair_loss: Tensor, slots: Slots) -> None:
+    batch, targets, online = pair_loss.shape
+    shape = list(combinations.shape)
+    if (
+        combinations.dtype != torch.int64
+        or len(shape) not in (2, 3)
+        or shape[-1] != slots.num_slots
+        or (len(shape) == 3 and shape[0] != batch)
+        or not combinations.numel()
+    ):
+        raise ValueError(
+            f"select: combinations must be int64 [C, {slots.num_slots}] or [{batch}, C, {slots.num_slots}], got "
+            f"{combinations.dtype} {shape}"
+        )
+    # an index past the end would read another pair's loss rather than fail
+    low, high, highest_target = combinations.min(), combinations.max(), combinations[..., : slots.num_targets].max()
+    if low < 0 or high >= online or highest_target >= targets:
+        raise ValueError(
+            f"select: combinations hold views {int(low)} to {int(high)} and targets up to {int(highest_target)}, but "
+            f"pair_loss [B, T, V] is {list(pair_loss.shape)}"
+        )
+
+
+def _holds(views: Sequence[Tensor] | Tensor, batch: int, count: int) -> bool:
+    """Whether `views` are none, or so many of so many images."""
+    if isinstance(views, Tensor):
+        return views.dim() == 5 and views.shape[:2] == (count, batch)
+    if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
+        return False
+    dims = {view.dim() for view in views}
+    if dims == {4}:
+        return len(views) == count and all(len(view) == batch for view in views)
+    return not views or (
+        dims == {5} and sum(map(len, views)) == count and all(view.shape[1] == batch for view in views)
+    )
+
+
+def _described(value: object) -> str:
+    """For a message: the shape of a tensor, of each in a list, or the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_described, value))}]"
+    return f"{type(value).__name__} {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__

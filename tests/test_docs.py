@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from hvp.common.config import leaf_keys
 from hvp.methods import METHODS, get_method
@@ -54,3 +56,21 @@ def test_a_readme_names_every_file_of_its_method(method):
     folder = ROOT / "methods" / method
     named = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8")))
     assert {file.name for file in folder.glob("*.py")} - {"__init__.py"} <= named
+
+
+def test_the_examples_of_select_run():
+    """README's, with a small network; then that of several resolutions, whose tensors it only names."""
+    pair, crops = re.findall(r"(?s)```python\n(.*?)```", sections(ROOT / "README.md")["in-your-own-trainer"])[:2]
+    names: dict[str, Any] = {"network": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 8))}
+    exec(pair, names)
+    pair_loss, kept = names["pair_loss"], names["kept"]
+    similarity = -(pair_loss + pair_loss.mT) / 2 + 2 * torch.eye(4)  # the diagonal is no pair
+    first, second = kept.index.T
+    torch.testing.assert_close(similarity[torch.arange(32), first, second], similarity.flatten(1).min(dim=1).values)
+    assert torch.equal(names["x1"], names["views"][first, torch.arange(32)])
+    assert torch.equal(names["x2"], names["views"][second, torch.arange(32)])
+
+    names |= {"views": [torch.randn(4, 6, 3, 8, 8), torch.randn(16, 6, 3, 4, 4)], "pair_loss": torch.rand(6, 4, 20)}
+    exec(crops, names)
+    assert names["global_crops"].shape == (2, 6, 3, 8, 8)
+    assert names["local_crops"].shape == (8, 6, 3, 4, 4)

@@ -1,10 +1,8 @@
 """What a run will cost, from a few of its own steps: `hvp pretrain ... --dry-run --measure`."""
 
 import math
-import resource
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,11 @@ from rich.console import Console
 
 from hvp.common.config import resolve
 from hvp.common.data import open_dataset
+from hvp.common.engine.peak_memory import peak_memory, reset_peak_memory
 from hvp.common.engine.precision import pick_device
 from hvp.common.engine.run import available_workers
+from hvp.common.engine.selecting import selecting_steps
 from hvp.common.errors import UserError
-from hvp.common.sections import SelectionConfig
 from hvp.common.views import steps_per_epoch
 
 STEPS, WARMUP_STEPS = 10, 2
@@ -108,7 +107,7 @@ def measure(
     workers = available_workers(config.data.workers, device)
     warmup, steps = _how_many(per_epoch, math.ceil(workers / config.train.accumulate))
     total = config.train.epochs * per_epoch
-    selecting = _selecting_steps(config.selection, total)
+    selecting = selecting_steps(config.selection, total)(0)
 
     def cost(changes: dict[str, Any], what: str) -> StepCost:
         on_stage(f"{warmup + steps} steps {what}")
@@ -151,7 +150,7 @@ def _cost(train: Callable[..., Path], config: Any, warmup: int, steps: int, devi
         if len(rows) == warmup + steps:
             raise _Enough
 
-    _reset_peak(device)
+    reset_peak_memory(device)
     with tempfile.TemporaryDirectory(prefix="hvp-measure-") as folder, suppress(_Enough):
         train(config, Path(folder) / "run", console=Console(quiet=True), on_row=watch)
     seconds = [config.train.batch_size / row["images_per_s"] for row in rows[warmup:]]
@@ -165,7 +164,7 @@ def _cost(train: Callable[..., Path], config: Any, warmup: int, steps: int, devi
         images_per_s=steps * config.train.batch_size / total,
         wait_share=share("wait_share"),
         select_share=share("select_share"),
-        peak_memory=_peak(device),
+        peak_memory=peak_memory(device),
     )
 
 
@@ -183,30 +182,3 @@ def _how_many(available: int, burst: int) -> tuple[int, int]:
     warmup = min(max(WARMUP_STEPS, burst), available // 2)
     wanted = STEPS if burst < 2 else math.ceil(STEPS / burst) * burst
     return warmup, max(1, min(wanted, available - warmup))
-
-
-def _selecting_steps(selection: SelectionConfig, total: int) -> int:
-    return math.ceil((total - math.ceil(selection.start * total)) / selection.every)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # Linux; where it cannot be reset, the peak is that of all steps so far
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    for line in _lines(Path("/proc/self/status")):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with suppress(OSError):
-        yield from path.read_text().splitlines()

@@ -27,8 +27,11 @@ from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World, available_cores
 from hvp.common.engine.log import NoLog, RunLog
 from hvp.common.engine.optimizers import squared_gradient_norm
+from hvp.common.engine.peak_memory import peak_memory
+from hvp.common.engine.progress import Progress, images_per_second
+from hvp.common.engine.selecting import selecting_steps
 from hvp.common.engine.signals import EXIT_CODES, StopSignals
-from hvp.common.engine.timing import Stopwatch
+from hvp.common.engine.timing import Stopwatch, duration
 from hvp.common.errors import Stopped, UserError
 from hvp.common.sections import RunConfig
 from hvp.common.views import MultiViewLoader, ViewBatch
@@ -228,19 +231,39 @@ class Run:
         self._signals = StopSignals()
         self._stop: signal.Signals | None = None
         self._loss_sum, self._loss_count = 0.0, 0
+        """Of the steps since the last row."""
+        self._epoch_loss_sum, self._epoch_loss_count = 0.0, 0
+        """Of the epoch's steps so far."""
         self._batches: list[ViewBatch] = []
         self._saved: int | None = None
-        self._clock = time.perf_counter()
+        self._started = self._clock = time.perf_counter()
+        self._clock_step = 0
+        """Steps that were done when the clock was read for the last row."""
         if world.rank > 0:
             # Up to here all processes drew the same numbers, for equal weights. From here on each has its own stream.
             torch.manual_seed(mix(config.train.seed, world.rank))
         if resume:
             self._restore(console, force)
+        self._clock_step = self.step
         self.log: RunLog = NoLog()
         with world.agreeing():
             if world.leader:
                 describe_run(out, method, config)
-                self.log = RunLog(out, console, total_steps=self.total_steps, first_step=self.step)
+                selects = config.combination_slots().num_combinations > 1
+                progress = Progress(
+                    console,
+                    total_steps=self.total_steps,
+                    epochs=config.train.epochs,
+                    first_step=self.step,
+                    selecting_steps=selecting_steps(config.selection, self.total_steps) if selects else lambda step: 0,
+                )
+                self.log = RunLog(
+                    out,
+                    progress,
+                    config=to_yaml(config),
+                    steps_per_epoch=self.steps_per_epoch,
+                    first_step=self.step,
+                )
         self.collapse = CollapseWatch(self.log.note)
 
     def __enter__(self) -> "Run":
@@ -285,6 +308,7 @@ class Run:
             Stopped: a signal asked to stop.
         """
         batches = self._loader.epoch(epoch, start_step=self.step - epoch * self.steps_per_epoch)
+        first_step, started = self.step, time.perf_counter()
         while True:
             with self.waiting.running(), self.world.agreeing():
                 parts = next(batches, None)
@@ -294,7 +318,9 @@ class Run:
             self._batches = parts
             yield self.step, parts
             self.step += 1
-            self.log.advance(self.step, epoch)
+            self.log.advance(self.step, epoch + 1)
+            if self.step % self.steps_per_epoch == 0:
+                self._note_epoch(epoch, self.step - first_step, time.perf_counter() - started)
             saved = self._save_if_due()
             stop = self._signals.received if self.world.size == 1 else self._stop
             if stop is not None and self.step < self.total_steps:
@@ -344,19 +370,31 @@ class Run:
         done = self.step + 1
         self._loss_sum += loss
         self._loss_count += 1
+        self._epoch_loss_sum += loss
+        self._epoch_loss_count += 1
         if not self.row_due:
             return
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        steps = self._loss_count
-        row = {
-            "loss": self._loss_sum / steps,
+        steps, self._clock_step = done - self._clock_step, done
+        mine: dict[str, float | list[float]] = {
+            "loss": self._loss_sum / self._loss_count,
             **values,
             "images_per_s": steps * self._config.train.batch_size / seconds,
             "wait_share": self.waiting.take() / seconds,
             "select_share": self.selecting.take() / seconds,
         }
-        row = {"step": done, "epoch": (done - 1) // self.steps_per_epoch, **self._mean(row)}
+        if self.grad_norm is not None:
+            mine["grad_norm"] = self.grad_norm
+        row: dict[str, Any] = {
+            "step": done,
+            "epoch": (done - 1) // self.steps_per_epoch + 1,
+            "seconds": self.log.seconds + now - self._started,
+            **self._mean(mine),
+            "peak_memory": max(self.world.gather(peak_memory(self._device))),
+        }
+        if self.grad_norm is not None and not math.isfinite(row["grad_norm"]):  # of a step that fp16 left out
+            del row["grad_norm"]
         with self.world.agreeing():
             self.log.write(row)
         self._loss_sum, self._loss_count = 0.0, 0
@@ -381,9 +419,14 @@ class Run:
             "method": self._method,
             "config": self._config.model_dump(mode="json"),
             "step": self.step,
-            "epoch": self.step // self.steps_per_epoch,
+            "epoch": self.step // self.steps_per_epoch,  # so many are finished
             "steps_per_epoch": self.steps_per_epoch,
-            "log": {"loss_sum": self._loss_sum, "loss_count": self._loss_count},
+            "log": {
+                "loss_sum": self._loss_sum,
+                "loss_count": self._loss_count,
+                "epoch_loss_sum": self._epoch_loss_sum,
+                "epoch_loss_count": self._epoch_loss_count,
+            },
             "processes": streams,
             "versions": versions(),
             **{name: part.state_dict() for name, part in self._parts.items()},
@@ -394,6 +437,16 @@ class Run:
             elif self.world.leader:
                 save_checkpoint(self.last_checkpoint, content, previous=self.out / PREVIOUS)
         self._saved = self.step
+
+    def _note_epoch(self, epoch: int, steps: int, seconds: float) -> None:
+        """The line that stays of an epoch: its mean loss, and what its steps took since the last start of the run."""
+        loss = self._epoch_loss_sum / max(1, self._epoch_loss_count)
+        self._epoch_loss_sum, self._epoch_loss_count = 0.0, 0
+        rate = images_per_second(steps * self._config.train.batch_size / seconds)
+        self.log.note(
+            f"epoch {epoch + 1}/{self._config.train.epochs}: loss {loss:.4f}, {steps} "
+            f"step{'' if steps == 1 else 's'} in {duration(seconds)}, {rate}"
+        )
 
     def _save_if_due(self) -> bool:
         train = self._config.train
@@ -507,7 +560,10 @@ class Run:
             except (RuntimeError, ValueError, KeyError) as error:  # with --force, another architecture
                 raise UserError(f"{self.out}: {name} does not fit this configuration: {error}") from error
         self.step = self._saved = content["step"]
-        self._loss_sum, self._loss_count = content["log"]["loss_sum"], content["log"]["loss_count"]
+        log = content["log"]
+        self._loss_sum, self._loss_count = log["loss_sum"], log["loss_count"]
+        # a checkpoint of an earlier version, or of an upstream's, does not know the epoch's
+        self._epoch_loss_sum, self._epoch_loss_count = log.get("epoch_loss_sum", 0.0), log.get("epoch_loss_count", 0)
         streams, rank = content["processes"], self.world.rank
         if self.world.leader:
             self.skipped = [name for stream in streams for name in stream["skipped"]]

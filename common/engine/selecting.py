@@ -1,14 +1,14 @@
 """When a run selects views, among which, and what its log says of it. What views cost is the method's to say."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from hvp.common.hardviews import Selection, gather_views, select
-from hvp.common.sections import RunConfig
+from hvp.common.sections import RunConfig, SelectionConfig
 from hvp.common.views import first_views
 from hvp.common.views.randomness import mix
 
@@ -108,6 +108,17 @@ class ViewSelector:
             "kept_loss": kept.loss.mean().item(),
             "no_finite_loss": float(kept.fallback.sum()),
         }
+
+
+def selecting_steps(selection: SelectionConfig, total_steps: int) -> Callable[[int], int]:
+    """How many steps of a run that selects, from a given one on (counted from 0), are steps that
+    `ViewSelector.acts_on()` is true for."""
+    first_step = math.ceil(selection.start * total_steps)
+
+    def before(step: int) -> int:
+        return max(0, math.ceil((step - first_step) / selection.every))
+
+    return lambda step: before(total_steps) - before(step)
 
 
 def of_kept(kept: Selection, candidates: Tensor) -> Tensor:

@@ -40,3 +40,11 @@ class Stopwatch:
         self._events.clear()
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def duration(seconds: float) -> str:
+    """123456 as `1 d 10:17:36`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"

@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvp.common.data import ImageSource, open_dataset
 from hvp.common.engine.distributed import World, available_cores, joined, share_of_batch
@@ -16,6 +16,7 @@ from hvp.common.engine.precision import Precision, pick_device
 from hvp.common.engine.rescuing import RescuedNetwork, Rescuer, images_to_rescue, strong_transform
 from hvp.common.engine.run import Run, Stateful, available_workers, claimed, seeded
 from hvp.common.engine.selecting import ViewSelector
+from hvp.common.engine.sharding import Whole
 from hvp.common.errors import UserError
 from hvp.common.sections import RunConfig
 from hvp.common.views import MultiViewLoader, steps_per_epoch
@@ -92,9 +93,27 @@ class Session:
                 on_row=options.get("on_row"),
             ) as run,
         ):
-            for note in self.config.notes():
+            for note in (*self.about(run, parts), *self.config.notes()):
                 run.log.note(note)
             yield run
+
+    def about(self, run: Run, parts: Mapping[str, Stateful]) -> Iterator[str]:
+        """The first lines of a run."""
+        train, size = self.config.train, self.world.size
+        place = self.device.type
+        if self.device.type == "cuda":
+            place += f" ({torch.cuda.get_device_name(self.device)})"
+        modules = [part.part if isinstance(part, Whole) else part for part in parts.values()]
+        parameters = [p for module in modules if isinstance(module, nn.Module) for p in module.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        yield f"output:     {self.out}"
+        yield f"device:     {place}, {train.precision}, {size} process{'' if size == 1 else 'es'}"
+        yield f"parameters: {trained / 1e6:.2f} M trained of {sum(p.numel() for p in parameters) / 1e6:.2f} M"
+        yield f"images:     {self.loader.source.name}"
+        yield (
+            f"steps:      {run.total_steps}: {train.epochs} epochs of {run.steps_per_epoch}, "
+            f"{train.batch_size} images each"
+        )
 
 
 @contextmanager

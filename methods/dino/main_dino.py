@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.engine.batch_norm import has_batch_norm
+from hvp.common.engine.collapse import feature_spread
 from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
@@ -200,7 +201,9 @@ def train_one_epoch(
         dino_loss.update_center()
 
         statistics = precision.statistics() | (
-            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+            {"spread": feature_spread(features.projection), **selector.statistics(kept), **rescuer.statistics()}
+            if run.row_due
+            else {}
         )
         run.record(loss_value, lr=lr, weight_decay=wd, momentum=momentum, **statistics)
         uniform = math.log(config.model.out_dim)

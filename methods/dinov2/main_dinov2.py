@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hvp.common.engine.collapse import feature_spread
 from hvp.common.engine.distributed import assert_equal_weights, averaging, data_parallel, unwrapped
 from hvp.common.engine.ema import update_ema
 from hvp.common.engine.optimizers import build_optimizer
@@ -252,7 +253,9 @@ def train_one_epoch(
 
         _, loss_global, loss_local, loss_koleo, loss_patch = step_losses.tolist()
         statistics = precision.statistics() | (
-            {**selector.statistics(kept), **rescuer.statistics()} if run.row_due else {}
+            {"spread": feature_spread(outputs.features.projection), **selector.statistics(kept), **rescuer.statistics()}
+            if run.row_due
+            else {}
         )
         run.record(
             loss_value,

@@ -1,7 +1,6 @@
 """`--dry-run --measure`, and what is said when memory runs out."""
 
 import errno
-import math
 import re
 import tempfile
 from dataclasses import replace
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp.common.engine.measure import _how_many, _selecting_steps, measure
-from hvp.common.sections import SelectionConfig
+from hvp.common.engine.measure import _how_many, measure
+from hvp.common.engine.selecting import ViewSelector, selecting_steps
 from hvp.methods import get_method
 from hvp.methods.dino.config import DinoConfig
 
@@ -82,9 +81,10 @@ def test_steps_are_whole_bursts_of_the_loader():
 
 @pytest.mark.parametrize(("start", "every"), [(0.0, 1), (0.3, 1), (0.25, 3), (1.0, 2)])
 def test_selecting_steps_are_those_of_the_trainer(start, every):
-    first = math.ceil(start * 101)
-    expected = sum(step >= first and (step - first) % every == 0 for step in range(101))
-    assert _selecting_steps(SelectionConfig(start=start, every=every), 101) == expected
+    config = config_of(selection={"start": start, "every": every})
+    selector, count = ViewSelector(config, 101), selecting_steps(config.selection, 101)
+    for done in range(102):
+        assert count(done) == sum(selector.acts_on(step) for step in range(done, 101))
 
 
 def test_measuring_belongs_to_a_dry_run(hvp, tmp_path):

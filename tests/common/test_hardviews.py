@@ -216,6 +216,17 @@ def test_single_views_come_back_as_single_views():
     assert all(torch.equal(a, b) for a, b in zip(kept.views, expected, strict=True))
 
 
+def test_one_stack_is_taken_as_it_is():
+    losses = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1))
+    (stack,) = numbered_views(PAIR, 3)
+    x1, x2 = select(stack, losses, PAIR, search="exact").views
+    expected = select([stack], losses, PAIR, search="exact").views[0]
+    assert torch.equal(torch.stack((x1, x2)), expected)
+    # also where there is nothing to choose
+    x1, x2 = select(stack[:2], losses[:, :2, :2], Slots.from_counts((2,), (2,))).views
+    assert torch.equal(torch.stack((x1, x2)), stack[:2])
+
+
 def test_one_combination_returns_the_views_untouched():
     slots = Slots.from_counts((1, 1, 5), (1, 1, 5))
     stacks = [torch.rand(2, 3, 3, 4, 4), torch.rand(5, 3, 3, 2, 2)]
@@ -252,8 +263,24 @@ def test_combinations_of_each_image():
         ({"pair_loss": torch.rand(2, 4)}, r"\[B, T, V\]"),
         ({"pair_loss": torch.rand(2, 4, 8)}, r"\[2, 4, 8\].*views up to 8"),
         ({"pair_loss": torch.rand(2, 3, 9)}, "targets up to 3"),
-        ({"views": [torch.rand(4, 3, 3, 4, 4), torch.rand(5, 3, 3, 2, 2)]}, r"must be 9 tensors \[2"),
+        ({"pair_loss": [[0.0]]}, r"tensor \[B, T, V\], got \[\[float\]\]"),
+        ({"views": [torch.rand(4, 3, 3, 4, 4), torch.rand(5, 3, 3, 2, 2)]}, r"must be one stack \[9, 2, C, H, W\]"),
         ({"views": [torch.rand(4, 2, 3, 4, 4)]}, "9 views in all"),
+        ({"views": torch.rand(2, 9, 3, 4, 4)}, r"\[9, 2, C, H, W\].*got a tensor \[2, 9, 3, 4, 4\]"),
+        ({"views": torch.rand(9, 3, 4, 4)}, r"got a tensor \[9, 3, 4, 4\]"),
+        ({"views": torch.rand(18)}, r"got a tensor \[18\]"),
+        ({"views": [torch.rand(2)] * 9}, r"of 9 views \[2, C, H, W\], got \[a tensor \[2\]"),
+        ({"views": [torch.tensor(0.0)] * 9}, r"got \[a tensor \[\]"),
+        ({"views": torch.rand(9, 2, 3, 4, 4).numpy()}, r"got ndarray \[9, 2, 3, 4, 4\]"),
+        ({"views": None}, "got NoneType"),
+        ({"slots": (4, 2)}, r"slots must be Slots, .* got \(4, 2\)"),
+        ({"combinations": torch.zeros(3, 4, dtype=torch.int64)}, r"int64 \[C, 5\] or \[2, C, 5\], .* \[3, 4\]"),
+        ({"combinations": torch.zeros(3, 3, 5, dtype=torch.int64)}, r"\[3, 3, 5\]"),
+        ({"combinations": torch.zeros(0, 5, dtype=torch.int64)}, r"\[0, 5\]"),
+        ({"combinations": torch.zeros(3, 5)}, r"got torch\.float32 \[3, 5\]"),
+        ({"combinations": torch.tensor([[0, 1, 4, 5, 9]])}, r"views 0 to 9 .* \[2, 4, 9\]"),
+        ({"combinations": torch.tensor([[0, 4, 5, 6, 7]])}, r"targets up to 4, .*\[2, 4, 9\]"),
+        ({"combinations": torch.tensor([[-1, 1, 4, 5, 6]])}, "views -1 to 6"),
         ({"search": "all"}, "'sampled' and 'exact'"),
         ({"policy": "worst"}, "'hardest', 'easiest' and 'random'"),
         ({"comparisons": 0}, "at least 1 combination"),
@@ -273,6 +300,7 @@ def test_wrong_arguments_are_named(arguments, message):
         (lambda: Group((0, 0), 1), "distinct"),
         (lambda: Slots((Group((0, 1), 1), Group((1, 2), 1))), "two groups"),
         (lambda: Slots.from_counts((4,), (3,)), "whole groups"),
+        (lambda: Slots.from_counts(4, 2), r"such as \(4,\) and \(2,\), got 4 and 2"),
         (lambda: Slots.from_counts((4, 4), (2,)), "2 candidate counts"),
         (lambda: gather_views([torch.rand(1, 2, 3, 4, 4)] * 4, torch.zeros(2, 2, dtype=torch.int64), PAIR), "mix two"),
     ],

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +63,7 @@ AS_MANY_AS_KEPT = {
 
 ABOUT = {"format", "version", "versions", "method", "config"}
 """What a checkpoint says of the run, rather than what training has made of it."""
-CLOCK = {"images_per_s", "wait_share", "select_share"}
+CLOCK = {"seconds", "images_per_s", "wait_share", "select_share", "peak_memory"}
 
 
 def values_of(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Trained:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The log, but for how long things took."""
+        """The log, but for how long things took, and how much memory."""
         lines = (self.out / "metrics.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
 
@@ -183,8 +184,12 @@ def test_a_run_leaves_what_it_promises(name, hard):
     assert (content["method"], content["step"], content["epoch"]) == (name, STEPS, 2)
     assert content["config"] == config.model_dump(mode="json")
     assert resolve(type(config), [("file", read_yaml(hard.out / "config.yaml"))]).config == config
-    for line in (hard.out / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    rows = [json.loads(line) for line in (hard.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1] * STEPS_PER_EPOCH + [2] * STEPS_PER_EPOCH
+    assert all(earlier["seconds"] < later["seconds"] for earlier, later in pairwise(rows))
+    for row in rows:
+        assert 0 < row["spread"] < 1.2
+        assert 1e7 < row["peak_memory"] < 1e11
         assert row["images_per_s"] > 0
         assert 0 <= row["wait_share"] <= 1
         assert 0 < row["select_share"] < 1

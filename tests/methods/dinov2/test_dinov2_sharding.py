@@ -122,6 +122,8 @@ def test_two_processes_with_a_share_each_do_what_one_does(runs, name):
             assert ours[key] == pytest.approx(theirs[key], rel=tolerance), (ours["step"], key)
         if name == "whole":
             assert ours["kept_hist"] == theirs["kept_hist"]
+            # of the images of a process each, so not the same number
+            assert ours["spread"] == pytest.approx(theirs["spread"], rel=0.15)
 
 
 def test_a_checkpoint_is_whole(runs):
