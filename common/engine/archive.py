@@ -9,6 +9,7 @@ nothing of the archive's directory, so a few flipped bits there go unnoticed.
 import re
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from argparse import Namespace
@@ -87,7 +88,8 @@ def read_archive(path: Path) -> Any:
         require_file(path)
         with open(path, "rb") as file:
             _check_bytes(path, file)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what PyTorch says of old formats helps nobody here
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except PermissionError as error:
@@ -132,6 +134,8 @@ def _check_bytes(path: Path, file: BinaryIO) -> None:
             raise changed
     elif file.read(4) == b"PK\x03\x04":  # else a file as PyTorch wrote them until 1.5, which has no sums
         with zipfile.ZipFile(file) as archive:
+            if archive.comment.startswith(SEAL):  # cut off within the seal
+                raise changed
             written = any(record.CRC for record in archive.infolist())  # PyTorch can be told to write none
             try:
                 wrong = archive.testzip() if written else None
