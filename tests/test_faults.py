@@ -301,6 +301,16 @@ def test_another_configuration_is_refused_unless_forced(hvp, run):
     assert "student does not fit this configuration" in said
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(3), 0.5])
+def test_moments_of_other_parameters_are_refused(hvp, run, wrong):
+    content = load_checkpoint(run / "last.pt")
+    content["optimizer"]["state"][0]["exp_avg"] = wrong
+    save_checkpoint(run / "last.pt", content)
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert "optimizer does not fit this configuration: exp_avg is " in said
+
+
 def test_resuming_what_is_no_run(hvp, tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("folder", "nowhere"):

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TextIO
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hvp.common.config import flatten, to_yaml
 from hvp.common.data import ImageSource, same_dataset
@@ -550,6 +551,7 @@ class Run:
         for name, part in self._parts.items():
             try:
                 part.load_state_dict(content[name])
+                _check_moments(getattr(part, "part", part))
             except Exception as error:  # with --force, another architecture; or whatever stands in the entry's place
                 raise UserError(f"{self.out}: {name} does not fit this configuration: {error}") from error
         self.step = self._saved = content["step"]
@@ -566,6 +568,21 @@ class Run:
                 raise DamagedCheckpoint(f"{self.out}: its random numbers are not PyTorch's: {error}") from error
         else:
             torch.manual_seed(mix(self._config.train.seed, rank, self.step))
+
+
+def _check_moments(part: object) -> None:
+    """Sees to it that an optimiser's moments are its parameters', which PyTorch does not.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(part, Optimizer):
+        return
+    for parameter, moments in part.state.items():
+        for name, value in moments.items():
+            shape = list(value.shape) if isinstance(value, Tensor) else value
+            if name != "step" and value is not None and shape != list(parameter.shape):
+                raise ValueError(f"{name} is {shape!r:.80}, of a parameter of shape {list(parameter.shape)}")
 
 
 def _load_newest(out: Path, console: Console) -> tuple[dict[str, Any] | None, bool]:
