@@ -243,10 +243,10 @@ def test_what_cannot_be_read_is_named_and_left(hvp, run):
     for name in ("last.pt", "previous.pt"):
         assert f"{run / name}: is truncated, or no checkpoint" in said
         assert (run / name).read_bytes() == b"PK\x03\x04 half a file"
-    assert "there is no other checkpoint; start over with --overwrite" in said
+    assert "No checkpoint of this run can be gone on from. Start over with hvp pretrain --overwrite" in said
     assert "weights_only" not in said
     shutil.copy(run / "last.pt", run / "epoch0001.pt")
-    assert f"copy {run / 'epoch0001.pt'} to {run / 'last.pt'}" in hvp("resume", run)[1]
+    assert f"Copy {run / 'epoch0001.pt'} to {run / 'last.pt'}" in hvp("resume", run)[1]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "incomplete", "empty", "pipe"])

@@ -125,7 +125,7 @@ def _check_bytes(path: Path, file: BinaryIO) -> None:
     file.seek(before)
     end = file.read()
     file.seek(0)
-    changed = DamagedCheckpoint(f"{path}: is damaged: it is not as it was written (its CRC-32 is another)")
+    changed = DamagedCheckpoint(f"{path}: is damaged: its bytes are not those that were written (CRC-32)")
     if end[2:].startswith(SEAL):
         crc = 0
         while before and (data := file.read(min(before, 2**22))):

@@ -534,8 +534,8 @@ class Run:
         here = describe_images(self._loader.source)
         if images["images"] != here["images"] and (images["images"] or steps != self.steps_per_epoch):
             differences.append(
-                f"images: {images['name']}, so {steps} steps per epoch, in the checkpoint, {here['name']}, so "
-                f"{self.steps_per_epoch}, now"
+                f"images: {images['name']} in the checkpoint, {here['name']} now; steps per epoch: {steps} and "
+                f"{self.steps_per_epoch}"
             )
         if differences and not force:
             listed = "\n".join(f"  {line}" for line in differences)
@@ -608,8 +608,8 @@ def _load_newest(out: Path, console: Console) -> tuple[dict[str, Any] | None, bo
     if not problems:
         return None, True
     kept = max(out.glob("epoch*.pt"), default=None)
-    way = f"copy {kept} to {out / LAST}" if kept else "there is no other checkpoint; start over with --overwrite"
-    raise DamagedCheckpoint("\n".join(problems) + f"\nTo go on all the same, {way}")
+    way = f"Copy {kept} to {out / LAST} to go on from there" if kept else "Start over with hvp pretrain --overwrite"
+    raise DamagedCheckpoint("\n".join(problems) + f"\nNo checkpoint of this run can be gone on from. {way}")
 
 
 def versions() -> dict[str, str]:

@@ -181,7 +181,7 @@ def checkpoint_file(path: Path) -> Path:
             raise UserError(f"{path}: there is no such file. Give a checkpoint, or the folder of a run.")
         return path
     last = path / LAST
-    if not last.is_file():
+    if not last.exists():
         raise UserError(f"{path}: this folder has no {LAST}. Give a checkpoint, or the folder of a run that has one.")
     return last
 
