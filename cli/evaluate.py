@@ -212,7 +212,8 @@ def _open(
     from hvp.common.evaluation.checkpoints import load_encoder
 
     encoder, meta = load_encoder(checkpoint, which.value if which else None)
-    trained_on = (meta.config or {}).get("data", {})
+    # an upstream's arguments have a `data` of their own: a path
+    trained_on = (meta.config or {}).get("data", {}) if meta.format == "hvp" else {}
     shapes = ShapesOptions(**trained_on["shapes"]) if "shapes" in trained_on else ShapesOptions()
     train = open_dataset(data, "train", shapes=shapes, labels=True)
     val = open_dataset(data, "val", shapes=shapes, labels=True)

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -277,7 +278,16 @@ def resolve_flags(
     for assignment in assignments:
         key, value = parse_assignment(assignment)
         layers.append(("--set", {key: value}))
-    return resolve(get_method(method).config, layers)
+    return with_absolute_data(resolve(get_method(method).config, layers))
+
+
+def with_absolute_data(resolved: "Resolved") -> "Resolved":
+    """The configuration with a path of its images that holds in any folder; relative ones begin in this one."""
+    from hvp.common.data import absolute_dataset
+
+    config = resolved.config
+    data = config.data.model_copy(update={"path": absolute_dataset(config.data.path)})
+    return replace(resolved, config=config.model_copy(update={"data": data}))
 
 
 def show(method: str, resolved: "Resolved") -> None:

@@ -6,8 +6,12 @@
     checkpoint is being written                                            resumed: the uninterrupted weights
     SIGINT, SIGTERM, SIGUSR1                the step; code 130, 143, 75    a checkpoint of that very step
     a second SIGINT                         nothing; code 130              the checkpoint that was there
-    last.pt truncated, foreign or gone      its name, and what is taken    previous.pt, which is gone on from
-    both damaged; unknown version           the file; code 2               both, untouched
+    last.pt truncated, with a flipped bit,  its name, and what is taken    previous.pt, which is gone on from and stays
+    empty, a pipe, incomplete or gone                                      until last.pt is whole
+    both damaged; unknown version           the files; code 2              both, untouched
+    the folder removed, and perhaps made    that; code 2                   the other run, untouched
+    anew by another run
+    the images moved or fewer               both numbers; code 2           the run, untouched; --data, --force go on
     another configuration                   every difference; code 2       the run, untouched; --force goes on
     a second run into the folder            process and machine; code 2    the first run, untouched
     a loss or gradient that is not finite   step, rate, checkpoint; 2      weights of the step before; nonfinite.json
@@ -198,15 +202,31 @@ def test_a_second_interrupt_does_not_wait(hvp, monkeypatch, tmp_path):
     assert step_of(tmp_path / "run") == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "gone"])
+def damage_checkpoint(path: Path, damage: str) -> None:
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[:5000])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    elif damage == "incomplete":
+        content = load_checkpoint(path)
+        del content["log"]
+        save_checkpoint(path, content)
+    else:
+        path.unlink()
+    if damage == "foreign":
+        torch.save({"weight": torch.zeros(2)}, path)
+    elif damage == "empty":
+        path.touch()
+    elif damage == "pipe":
+        os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "incomplete", "pipe", "gone"])
 def test_the_checkpoint_before_stands_in(hvp, run, whole, damage):
     last = run / "last.pt"
-    if damage == "truncated":
-        last.write_bytes(last.read_bytes()[:5000])
-    elif damage == "foreign":
-        torch.save({"weight": torch.zeros(2)}, last)
-    else:
-        last.unlink()  # a crash between the two renames of a save
+    damage_checkpoint(last, damage)  # `gone` is a crash between the two renames of a save
     code, said = hvp("resume", run)
     assert code == 0
     assert "going on after step 9 of 10" in said
@@ -214,6 +234,7 @@ def test_the_checkpoint_before_stands_in(hvp, run, whole, damage):
         assert f"{last}: is " in said
         assert f"Taking {run / 'previous.pt'} of step 9 instead" in said
     assert_finished_like(run, whole)
+    assert load_checkpoint(run / "previous.pt")["step"] == 9  # never replaced by the damaged one
 
 
 def test_what_cannot_be_read_is_named_and_left(hvp, run):
@@ -221,8 +242,42 @@ def test_what_cannot_be_read_is_named_and_left(hvp, run):
         (run / name).write_bytes(b"PK\x03\x04 half a file")
     code, said = hvp("resume", run)
     assert code == 2
-    assert "pt: is truncated, or no checkpoint" in said
-    assert (run / "last.pt").read_bytes() == b"PK\x03\x04 half a file"
+    for name in ("last.pt", "previous.pt"):
+        assert f"{run / name}: is truncated, or no checkpoint" in said
+        assert (run / name).read_bytes() == b"PK\x03\x04 half a file"
+    assert "No checkpoint of this run can be gone on from. Start over with hvp pretrain --overwrite" in said
+    assert "weights_only" not in said
+    shutil.copy(run / "last.pt", run / "epoch0001.pt")
+    assert f"Copy {run / 'epoch0001.pt'} to {run / 'last.pt'}" in hvp("resume", run)[1]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "incomplete", "empty", "pipe"])
+def test_no_command_uses_a_damaged_checkpoint(hvp, run, damage):
+    """Of a checkpoint of ours, and where the damage is one of bytes, of an upstream's."""
+    last = run / "last.pt"
+    files = [last]
+    if damage == "flipped":
+        assert hvp("convert", last, "--to", "upstream", "--out", "up.pth")[0] == 0
+        files.append(Path("up.pth"))
+    (run / "previous.pt").unlink()
+    for file in files:
+        damage_checkpoint(file, damage)
+    kept = [file.stat().st_mtime_ns for file in files]
+    reading = [
+        *([("resume", run), ("convert", last, "--to", "upstream", "--out", "b.pth")]),
+        *(("convert", file, "--to", "timm", "--out", "b.pth") for file in files if damage != "incomplete"),
+        *(("eval", "knn", file, "--data", "shapes") for file in files if damage != "incomplete"),
+        *(("analyze", "diversity", file, "--data", "shapes") for file in files if damage != "incomplete"),
+    ]
+    if len(files) == 2:
+        back = ("--from", "upstream", "--method", "dino", "--preset", "tiny", "--data", "shapes", "--out", "back")
+        reading.append(("convert", files[1], *back))
+    for command in reading:
+        code, said = hvp(*command)
+        assert code == 2, command
+        assert re.search(r"hvp: \S+\.pth?: is (damaged: \w|empty, no|a named pipe, no)", said), said
+    assert kept == [file.stat().st_mtime_ns for file in files]
+    assert not Path("b.pth").exists()
 
 
 def test_an_unknown_version_is_refused_not_replaced(hvp, run, monkeypatch):
@@ -248,6 +303,16 @@ def test_another_configuration_is_refused_unless_forced(hvp, run):
     assert "student does not fit this configuration" in said
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(3), 0.5])
+def test_moments_of_other_parameters_are_refused(hvp, run, wrong):
+    content = load_checkpoint(run / "last.pt")
+    content["optimizer"]["state"][0]["exp_avg"] = wrong
+    save_checkpoint(run / "last.pt", content)
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert "optimizer does not fit this configuration: exp_avg is " in said
+
+
 def test_resuming_what_is_no_run(hvp, tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("folder", "nowhere"):
@@ -271,6 +336,41 @@ def test_a_second_run_into_the_folder_is_refused(hvp, run):
     holder.kill()  # a crash leaves no lock behind
     holder.wait()
     assert hvp("resume", run)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("moment", "anew"), [("a row", False), ("a row", True), ("a save", True), ("inside a save", True)]
+)
+def test_a_folder_that_is_removed_under_a_run(hvp, monkeypatch, tmp_path, moment, anew):
+    out = tmp_path / "run"
+
+    def replace() -> None:
+        shutil.rmtree(out)
+        if anew:
+            out.mkdir()
+            (out / ".lock").write_text("process 1 on another\n")
+
+    fsync, synced = os.fsync, []
+
+    def replacing(number: int) -> None:
+        synced.append(number)
+        if len(synced) == 5:
+            replace()
+        fsync(number)
+
+    if moment == "inside a save":
+        monkeypatch.setattr(os, "fsync", replacing)
+    else:
+        at_step(monkeypatch, 3, replace)
+    code, said = hvp(*QUICK, "--set", f"train.log_every={1 if moment == 'a row' else 100}", "--out", out)
+    assert code == 2
+    if moment == "inside a save":
+        assert "last.pt: cannot be written: " in said
+    else:
+        assert f"{out}: was removed while this run was writing into it: " in said
+        assert ("another run has begun" in said) == anew
+    assert not anew or [path.name for path in out.iterdir()] == [".lock"]
+    assert anew or not out.exists()
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
@@ -346,6 +446,83 @@ def test_a_disk_that_fills_up_under_the_log(hvp, monkeypatch, tmp_path):
     assert code == 2
     assert "run: the log cannot be written: No space left on device" in said
     assert step_of(tmp_path / "run") == 3
+
+
+@pytest.fixture
+def on_images(hvp, tmp_path, monkeypatch) -> Path:
+    """A finished run of one epoch, made in a folder of its own with `--data images`; the command stands elsewhere."""
+    home = tmp_path / "home"
+    (home / "images").mkdir(parents=True)
+    for i in range(16):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(home / "images" / f"{i}.png")
+    with monkeypatch.context() as patch:
+        patch.chdir(home)
+        assert hvp(*QUICK, "--epochs", "1", "--data", "images", "--out", "run")[0] == 0
+    return home
+
+
+def test_images_are_found_from_any_folder(hvp, on_images, monkeypatch):
+    run, images = on_images / "run", on_images / "images"
+    same = [*QUICK, "--epochs", "1", "--out", run, "--resume", "--data"]
+    assert f"path: {images}\n" in (run / "config.yaml").read_text()
+    assert load_checkpoint(run / "last.pt")["config"]["data"]["path"] == str(images)
+    assert "going on after step 2 of 2" in hvp("resume", run)[1]
+    (on_images / "link").symlink_to(images)
+    assert hvp(*same, on_images / "link")[0] == 0
+    (on_images / "file.yaml").write_text("data:\n  path: images\n")
+    with monkeypatch.context() as patch:
+        patch.chdir(on_images)
+        assert hvp(*same[:-1], "--config", "file.yaml")[0] == 0
+    shutil.copytree(images, on_images / "others")
+    code, said = hvp(*same, on_images / "others")
+    assert code == 2
+    assert f"data.path: {images} in the checkpoint, {on_images / 'others'} now" in said
+    assert f"If the same images have moved: hvp resume {run} --data DIR" in said
+
+
+def test_a_run_with_a_relative_path_resumes_where_it_did(hvp, on_images, monkeypatch):
+    """As early versions wrote it."""
+    run = on_images / "run"
+    content = load_checkpoint(run / "last.pt")
+    content["config"]["data"]["path"] = "images"
+    del content["data"]
+    save_checkpoint(run / "last.pt", content)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(on_images / "images"), "images"))
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert f"{Path.cwd() / 'images'}: the run's images are not there. If they have moved, give --data DIR" in said
+    monkeypatch.chdir(on_images)
+    assert hvp("resume", run)[0] == 0
+
+
+def test_images_that_moved(hvp, on_images):
+    run, moved = on_images / "run", on_images / "moved"
+    (on_images / "images").rename(moved)
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert "images: the run's images are not there" in said
+    assert hvp("resume", run, "--data", moved)[0] == 0
+    assert f"path: {moved}\n" in (run / "config.yaml").read_text()
+
+
+def test_fewer_images_are_named(hvp, on_images):
+    """Also where an epoch has as many steps as before: the order of the images is another."""
+    run, images = on_images / "run", on_images / "images"
+    Image.new("RGB", (40, 40)).save(images / "more.png")
+    code, said = hvp("resume", run)
+    assert code == 2
+    assert f"images: {images} (16 images) in the checkpoint, {images} (17 images) now; steps per epoch: 2 and 2" in said
+    for name in ("more.png", "0.png"):
+        (images / name).unlink()
+    for moved in ((), ("--data", images)):
+        code, said = hvp("resume", run, *moved)
+        assert code == 2
+        assert f"{images} (15 images) now; steps per epoch: 2 and 1" in said
+    content = load_checkpoint(run / "last.pt")
+    del content["data"]  # as in checkpoints of early versions
+    save_checkpoint(run / "last.pt", content)
+    said = hvp("resume", run)[1]
+    assert f"images: {images} in the checkpoint, {images} (15 images) now; steps per epoch: 2 and 1" in said
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ from torch.optim import SGD, AdamW
 
 from hvp.common.config import flatten
 from hvp.common.convert.report import Account, Became, Converted, write
+from hvp.common.engine.archive import save_sealed
 from hvp.common.engine.checkpoint import FORMAT, VERSION
 from hvp.common.engine.distributed import World
 from hvp.common.engine.optimizers import OptimizerName, build_optimizer
-from hvp.common.engine.run import LAST, claimed, describe_run, versions
+from hvp.common.engine.run import LAST, claimed, describe_images, describe_run, versions
 from hvp.common.engine.training import open_training_data
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import WRAPPER, misfits, read_content
@@ -244,7 +245,8 @@ def write_run(path: Path, method: str, config: RunConfig, layout: Layout, out: P
         raise UserError(
             f"{path}: {epoch} epochs are done, but train.epochs = {config.train.epochs}. Set at least as many"
         )
-    steps = steps_per_epoch(len(open_training_data(config)), config.train.batch_size)
+    source = open_training_data(config)
+    steps = steps_per_epoch(len(source), config.train.batch_size)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -255,6 +257,7 @@ def write_run(path: Path, method: str, config: RunConfig, layout: Layout, out: P
         "steps_per_epoch": steps,
         "log": {"loss_sum": 0.0, "loss_count": 0},
         "processes": [],
+        "data": describe_images(source),
         "versions": versions(),
         **parts,
     }
@@ -263,7 +266,7 @@ def write_run(path: Path, method: str, config: RunConfig, layout: Layout, out: P
     done = replace(converted, content=content, about=about, notes=notes)
     with claimed(out, World(), resume=False, overwrite=overwrite):
         describe_run(out, method, config)
-        write(done, path, out / LAST, torch.save)
+        write(done, path, out / LAST, save_sealed)
     return done
 
 

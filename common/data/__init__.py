@@ -1,12 +1,13 @@
 """Datasets: the embedded `shapes` and image folders, behind one small protocol."""
 
+import os
 from typing import Literal
 
 from hvp.common.data.folder import open_folder
 from hvp.common.data.shapes import Shapes, ShapesOptions
 from hvp.common.data.source import BadImage, ImageSource
 
-__all__ = ["BadImage", "ImageSource", "ShapesOptions", "open_dataset"]
+__all__ = ["BadImage", "ImageSource", "ShapesOptions", "absolute_dataset", "open_dataset", "same_dataset"]
 
 
 def open_dataset(
@@ -30,3 +31,16 @@ def open_dataset(
     if spec == "shapes":
         return Shapes(shapes, split)
     return open_folder(spec, split, labels=labels)
+
+
+def absolute_dataset(spec: str | None) -> str | None:
+    """What `--data` names, as it is named from any folder."""
+    # an empty name is no folder, and is refused as such when it is opened
+    return os.path.abspath(os.path.expanduser(spec)) if spec and spec != "shapes" else spec
+
+
+def same_dataset(one: object, other: object) -> bool:
+    """Whether two names are of the same dataset, from this folder."""
+    if not (isinstance(one, str) and isinstance(other, str)) or "shapes" in (one, other):
+        return one == other
+    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))

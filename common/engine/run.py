@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,12 @@ from typing import Any, Protocol, TextIO
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hvp.common.config import flatten, to_yaml
-from hvp.common.engine.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint, write_atomically
+from hvp.common.data import ImageSource, same_dataset
+from hvp.common.engine.archive import DamagedCheckpoint, require_file
+from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from hvp.common.engine.collapse import CollapseWatch
 from hvp.common.engine.distributed import World, available_cores
 from hvp.common.engine.log import NoLog, RunLog
@@ -70,8 +73,40 @@ def available_workers(asked: int | None, device: torch.device, world: World = Wo
     return max(1, share // 4) if device.type == "cpu" else min(16, max(1, share))
 
 
+class Claim:
+    """A run's hold on its folder.
+
+    Args:
+        out: the folder.
+        lock: its lock file, open and locked; None in a process that writes nothing there.
+    """
+
+    def __init__(self, out: Path, lock: TextIO | None = None):
+        self._out = out
+        self._lock = lock
+
+    def check(self) -> None:
+        """Sees to it that the folder is still the one that was claimed; to be called before something is written.
+
+        Raises:
+            UserError: it was removed, and perhaps another run has begun in a new one of that name.
+        """
+        if self._lock is None:
+            return
+        try:
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._out / LOCK)):
+                return
+            now = "another run has begun in a new folder of that name"
+        except (FileNotFoundError, NotADirectoryError):
+            now = f"its {LOCK} is gone"
+        raise UserError(
+            f"{self._out}: was removed while this run was writing into it: {now}. It ends here and has "
+            "written nothing more. Start it again with another --out"
+        )
+
+
 @contextmanager
-def claimed(out: Path, world: World, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claimed(out: Path, world: World, *, resume: bool, overwrite: bool) -> Iterator[Claim]:
     """Makes the run's folder and holds it: nothing of an earlier run is lost unasked, and no second run writes here.
 
     The lock belongs to the leader's process and goes with it, however it ends. It is a record lock rather than
@@ -82,14 +117,15 @@ def claimed(out: Path, world: World, *, resume: bool, overwrite: bool) -> Iterat
             is no run's; another run is at it; or it cannot be written.
     """
     with ExitStack() as held:
+        claim = Claim(out)
         with world.agreeing():
             if world.leader:
-                held.enter_context(_claim(out, resume=resume, overwrite=overwrite))
-        yield
+                claim = held.enter_context(_claim(out, resume=resume, overwrite=overwrite))
+        yield claim
 
 
 @contextmanager
-def _claim(out: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def _claim(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Claim]:
     try:
         occupied = out.exists() and any(path.name != LOCK for path in out.iterdir())
         if occupied and overwrite and not (out / CONFIG).is_file():
@@ -106,7 +142,7 @@ def _claim(out: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
         _lock(out, lock)
         if overwrite:
             _empty(out)
-        yield
+        yield Claim(out, lock)
 
 
 def _empty(out: Path) -> None:
@@ -146,8 +182,9 @@ def read_run(out: Path) -> tuple[str, Path]:
         UserError: the folder holds no run.
     """
     try:
+        require_file(out / RUN)
         method = json.loads((out / RUN).read_text(encoding="utf-8"))["method"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, DamagedCheckpoint) as error:
         raise UserError(
             f"{out}: holds no run that can be resumed: {RUN} is missing or damaged. Give the folder that "
             "`hvp pretrain --out` named"
@@ -160,6 +197,11 @@ def describe_run(out: Path, method: str, config: RunConfig) -> None:
     about = {"method": method, "versions": versions()}
     write_atomically(out / RUN, lambda file: file.write(json.dumps(about).encode()))
     write_atomically(out / CONFIG, lambda file: file.write(to_yaml(config).encode()))
+
+
+def describe_images(source: ImageSource) -> dict[str, Any]:
+    """What a checkpoint says of the images of its run."""
+    return {"name": source.name, "images": len(source)}
 
 
 class Run:
@@ -182,6 +224,7 @@ class Run:
         method: name of the method, for the checkpoint.
         config: the resolved configuration; written to `config.yaml`.
         out: the run's folder, within `claimed()`.
+        claim: the hold on it that this gave.
         loader: gives the steps of an epoch.
         parts: what a checkpoint holds, by name: networks, losses with buffers, optimiser, precision.
         device: where the networks are.
@@ -189,6 +232,7 @@ class Run:
         world: the processes of the run.
         resume: go on from the last checkpoint, if there is one.
         force: resume even though the configuration differs.
+        data_moved: resume with the same images in another place.
         on_row: told every row of the log once it is written; what it raises ends the run.
 
     Raises:
@@ -200,6 +244,7 @@ class Run:
         method: str,
         config: RunConfig,
         out: Path,
+        claim: Claim,
         loader: MultiViewLoader,
         parts: Mapping[str, Stateful],
         device: torch.device,
@@ -208,6 +253,7 @@ class Run:
         *,
         resume: bool = False,
         force: bool = False,
+        data_moved: bool = False,
         on_row: Callable[[Mapping[str, Any]], None] | None = None,
     ):
         self.out = out
@@ -224,6 +270,7 @@ class Run:
         """L2 norm of the step's gradients before clipping, over all parameters; None if it is not finite."""
         self._method = method
         self._config = config
+        self._claim = claim
         self._loader = loader
         self._parts = dict(parts)
         self._device = device
@@ -239,11 +286,12 @@ class Run:
         self._started = self._clock = time.perf_counter()
         self._clock_step = 0
         """Steps that were done when the clock was read for the last row."""
+        self._last_is_whole = True
         if world.rank > 0:
             # Up to here all processes drew the same numbers, for equal weights. From here on each has its own stream.
             torch.manual_seed(mix(config.train.seed, world.rank))
         if resume:
-            self._restore(console, force)
+            self._restore(console, force, data_moved)
         self._clock_step = self.step
         self.log: RunLog = NoLog()
         with world.agreeing():
@@ -393,9 +441,8 @@ class Run:
             **self._mean(mine),
             "peak_memory": max(self.world.gather(peak_memory(self._device))),
         }
-        if self.grad_norm is not None and not math.isfinite(row["grad_norm"]):  # of a step that fp16 left out
-            del row["grad_norm"]
         with self.world.agreeing():
+            self._claim.check()
             self.log.write(row)
         self._loss_sum, self._loss_count = 0.0, 0
         if self._on_row is not None:
@@ -428,14 +475,19 @@ class Run:
                 "epoch_loss_count": self._epoch_loss_count,
             },
             "processes": streams,
+            "data": describe_images(self._loader.source),
             "versions": versions(),
             **{name: part.state_dict() for name, part in self._parts.items()},
         }
         with self.world.agreeing():
+            self._claim.check()
             if self.world.leader and path is not None:
                 save_checkpoint(path, content)
             elif self.world.leader:
-                save_checkpoint(self.last_checkpoint, content, previous=self.out / PREVIOUS)
+                # a damaged last.pt, after which previous.pt was taken, must not take its place
+                previous = self.out / PREVIOUS if self._last_is_whole else None
+                save_checkpoint(self.last_checkpoint, content, previous)
+                self._last_is_whole = True
         self._saved = self.step
 
     def _note_epoch(self, epoch: int, steps: int, seconds: float) -> None:
@@ -500,6 +552,7 @@ class Run:
                 "images": [image for of_rank in lists for image in of_rank],
             }
             try:
+                self._claim.check()
                 if self.world.leader:
                     write_atomically(listed, lambda file: file.write(json.dumps(about, indent=1).encode()))
                 images_are = f"Its images are listed in {listed}"
@@ -516,10 +569,11 @@ class Run:
                 "    Lower the learning rate or raise the precision. Resuming as it is repeats the step"
             )
 
-    def _restore(self, console: Console, force: bool) -> None:
+    def _restore(self, console: Console, force: bool, data_moved: bool) -> None:
         content: dict[str, Any] | None = None
         with self.world.agreeing():
-            content = _load_newest(self.out, console) if self.world.leader else None
+            if self.world.leader:
+                content, self._last_is_whole = _load_newest(self.out, console)
         step = self.world.broadcast(None if content is None else content["step"])
         if step is None:
             if self.world.leader:
@@ -529,27 +583,36 @@ class Run:
             return
         with self.world.agreeing():
             if content is None:
-                content = _load_newest(self.out, Console(quiet=True))
+                content, _ = _load_newest(self.out, Console(quiet=True))
             if content is None or content["step"] != step:
                 raise UserError(f"{self.out}: the leader reads step {step} here, this machine does not. Is it shared?")
-            self._check_fit(content, force)
+            self._check_fit(content, force, data_moved)
             self._take_over(content)
         if self.world.leader:
             console.print(f"{self.last_checkpoint}: going on after step {self.step} of {self.total_steps}", **PLAIN)
 
-    def _check_fit(self, content: Mapping[str, Any], force: bool) -> None:
+    def _check_fit(self, content: Mapping[str, Any], force: bool, data_moved: bool) -> None:
         if content["method"] != self._method:
             raise UserError(f"{self.out}: is a run of {content['method']}, not of {self._method}")
-        differences = _differences(content["config"], self._config.model_dump(mode="json"))
-        if content["steps_per_epoch"] != self.steps_per_epoch:
+        before, now = content["config"], self._config.model_dump(mode="json")
+        free = FREE_TO_CHANGE | ({"data.path"} if data_moved else set())
+        differences = _differences(before, now, free)
+        steps = content["steps_per_epoch"]
+        # early versions did not count the images; but for them, the number of steps follows from the batch size alone
+        images = content.get("data") or {"name": before.get("data", {}).get("path"), "images": None}
+        here = describe_images(self._loader.source)
+        if images["images"] != here["images"] and (images["images"] or steps != self.steps_per_epoch):
             differences.append(
-                f"steps per epoch: {content['steps_per_epoch']} in the checkpoint, {self.steps_per_epoch} now"
+                f"images: {images['name']} in the checkpoint, {here['name']} now; steps per epoch: {steps} and "
+                f"{self.steps_per_epoch}"
             )
         if differences and not force:
             listed = "\n".join(f"  {line}" for line in differences)
+            moved = any(line.startswith("data.path:") for line in differences)
             raise UserError(
                 f"{self.last_checkpoint}: belongs to another configuration:\n{listed}\n"
                 "Resume with the same values, start a new run with another --out, or go on all the same with --force"
+                + (f". If the same images have moved: hvp resume {self.out} --data DIR" if moved else "")
             )
 
     def _take_over(self, content: Mapping[str, Any]) -> None:
@@ -557,7 +620,8 @@ class Run:
         for name, part in self._parts.items():
             try:
                 part.load_state_dict(content[name])
-            except (RuntimeError, ValueError, KeyError) as error:  # with --force, another architecture
+                _check_moments(getattr(part, "part", part))
+            except Exception as error:  # with --force, another architecture; or whatever stands in the entry's place
                 raise UserError(f"{self.out}: {name} does not fit this configuration: {error}") from error
         self.step = self._saved = content["step"]
         log = content["log"]
@@ -568,27 +632,56 @@ class Run:
         if self.world.leader:
             self.skipped = [name for stream in streams for name in stream["skipped"]]
         if rank < len(streams):
-            torch.set_rng_state(streams[rank]["torch"])
-            if self._device.type == "cuda" and streams[rank]["cuda"] is not None:
-                torch.cuda.set_rng_state(streams[rank]["cuda"])
+            try:
+                torch.set_rng_state(streams[rank]["torch"])
+                if self._device.type == "cuda" and streams[rank]["cuda"] is not None:
+                    torch.cuda.set_rng_state(streams[rank]["cuda"])
+            except RuntimeError as error:
+                raise DamagedCheckpoint(f"{self.out}: its random numbers are not PyTorch's: {error}") from error
         else:
             torch.manual_seed(mix(self._config.train.seed, rank, self.step))
 
 
-def _load_newest(out: Path, console: Console) -> dict[str, Any] | None:
-    """The last checkpoint, or where that is damaged or missing the one before; None where there is neither."""
-    last, previous = out / LAST, out / PREVIOUS
-    if not last.exists():
-        # a crash between the two renames of a save
-        return load_checkpoint(previous) if previous.exists() else None
-    try:
-        return load_checkpoint(last)
-    except DamagedCheckpoint as error:
-        if not previous.exists():
-            raise
-        content = load_checkpoint(previous)
-        console.print(f"{error}\nTaking {previous} of step {content['step']} instead", **PLAIN)
-        return content
+def _check_moments(part: object) -> None:
+    """Sees to it that an optimiser's moments are its parameters', which PyTorch does not.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(part, Optimizer):
+        return
+    for parameter, moments in part.state.items():
+        for name, value in moments.items():
+            shape = list(value.shape) if isinstance(value, Tensor) else value
+            if name != "step" and value is not None and shape != list(parameter.shape):
+                raise ValueError(f"{name} is {shape!r:.80}, of a parameter of shape {list(parameter.shape)}")
+
+
+def _load_newest(out: Path, console: Console) -> tuple[dict[str, Any] | None, bool]:
+    """The last checkpoint, or where that is damaged or missing the one before, None where there is neither; and whether
+    no damaged one was passed over.
+
+    Raises:
+        DamagedCheckpoint: there are some, but none is whole.
+        UserError: one cannot be read.
+    """
+    problems: list[str] = []
+    for path in (out / LAST, out / PREVIOUS):
+        if not path.exists():  # last.pt is missing after a crash between the two renames of a save
+            continue
+        try:
+            content = load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            console.print(f"{problems[0]}\nTaking {path} of step {content['step']} instead", **PLAIN)
+        return content, not problems
+    if not problems:
+        return None, True
+    kept = max(out.glob("epoch*.pt"), default=None)
+    way = f"Copy {kept} to {out / LAST} to go on from there" if kept else "Start over with hvp pretrain --overwrite"
+    raise DamagedCheckpoint("\n".join(problems) + f"\nNo checkpoint of this run can be gone on from. {way}")
 
 
 def versions() -> dict[str, str]:
@@ -603,7 +696,9 @@ FREE_TO_CHANGE = {
 }
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
     old, new = flatten(before), flatten(now)
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE]
+    if same_dataset(old.get("data.path"), new.get("data.path")):
+        free = {*free, "data.path"}
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key) and key not in free]
     return [f"{key}: {old.get(key)} in the checkpoint, {new.get(key)} now" for key in keys]

@@ -38,6 +38,9 @@ class RunOptions(TypedDict, total=False):
     force: bool
     """Resume although the configuration differs."""
 
+    data_moved: bool
+    """Resume with the same images in another place."""
+
     console: Console | None
     """Where progress goes; stderr if not given."""
 
@@ -78,11 +81,12 @@ class Session:
         options = self.options
         resume, overwrite = options.get("resume", False), options.get("overwrite", False)
         with (
-            claimed(self.out, self.world, resume=resume, overwrite=overwrite),
+            claimed(self.out, self.world, resume=resume, overwrite=overwrite) as claim,
             Run(
                 method,
                 self.config,
                 self.out,
+                claim,
                 self.loader,
                 {**parts, "precision": self.precision},
                 self.device,
@@ -90,6 +94,7 @@ class Session:
                 self.world,
                 resume=resume,
                 force=options.get("force", False),
+                data_moved=options.get("data_moved", False),
                 on_row=options.get("on_row"),
             ) as run,
         ):

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hvp.common.engine.checkpoint import FORMAT, VERSION
+from hvp.common.engine.archive import DamagedCheckpoint, read_archive, require_file
+from hvp.common.engine.checkpoint import FORMAT, Header, check_content
 from hvp.common.errors import UserError
 from hvp.common.networks import encoder_from_state
 
@@ -82,8 +83,8 @@ class BackboneMeta:
         """Side of the views that the encoder was pretrained on, pixels; None where the file does not say it. Read from
         what is there rather than by the method's configuration, whose other keys may have changed since."""
         views = (self.config or {}).get("views", {})
-        size = views.get("global_crops_size", views.get("crop_size"))
-        return None if size is None else int(size)
+        size = views.get("global_crops_size", views.get("crop_size")) if isinstance(views, Mapping) else None
+        return size if isinstance(size, int) else None
 
     def summary(self) -> dict[str, Any]:
         """What an evaluation's result says of its checkpoint."""
@@ -129,11 +130,8 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
     """As `read_backbone_state()`, of a file that is read already: the tensors are those of `content`."""
     content = _with_networks(content)
     ours = content.get("format") == FORMAT
-    if ours and content.get("version") != VERSION:
-        raise UserError(
-            f"{path}: this checkpoint has version {content.get('version')}, but this hvp reads version {VERSION}."
-            " Use the hvp that wrote it."
-        )
+    if ours:
+        check_content(content, path, Header)
     nested = [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)]
     whole = nested[0] if nested else content
     encoders = _encoders(whole)
@@ -161,6 +159,7 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
         raise UserError(f"{path}: this file holds {_kind(weights)}, no weights. {EXPECTED}")
     state, dropped = _backbone(path, weights)
     config = content.get("config" if ours else "args")
+    config = vars(config) if isinstance(config, argparse.Namespace) else config
     meta = BackboneMeta(
         path=path,
         format=form,
@@ -168,7 +167,7 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
         method=content["method"] if ours else None,
         epoch=content["epoch"] if isinstance(content.get("epoch"), int) else None,
         step=content.get("step") if ours else None,
-        config=vars(config) if isinstance(config, argparse.Namespace) else config,
+        config=config if isinstance(config, Mapping) else None,
         dropped=tuple(dropped),
     )
     log.info("%s: %d tensors of the backbone (%s), %d of the head left out", path, len(state), found, len(dropped))
@@ -182,7 +181,7 @@ def checkpoint_file(path: Path) -> Path:
             raise UserError(f"{path}: there is no such file. Give a checkpoint, or the folder of a run.")
         return path
     last = path / LAST
-    if not last.is_file():
+    if not last.exists():
         raise UserError(f"{path}: this folder has no {LAST}. Give a checkpoint, or the folder of a run that has one.")
     return last
 
@@ -193,20 +192,19 @@ def read_content(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is damaged, holds other objects than plain data, or is no dict.
     """
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        require_file(path)
+        try:
             return dict(load_file(path))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except Exception as error:  # the library has its own
+            raise DamagedCheckpoint(f"{path}: is truncated, or no checkpoint. {EXPECTED}") from error
+    try:
         with torch.serialization.safe_globals(PLAIN_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: this file cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # what damaged bytes raise in the unpickler is not a closed list
-        if refused := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: this file holds Python objects besides weights ({refused[1]}), and hvp runs nothing from a"
-                " file. Save its state dict alone, where you trust it."
-            ) from error
-        raise UserError(f"{path}: this is no checkpoint, or only a part of one. {EXPECTED}") from error
+            content = read_archive(path)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}. {EXPECTED}") from error.__cause__
     if not isinstance(content, dict):
         raise UserError(f"{path}: this file holds {_kind(content)}, no weights. {EXPECTED}")
     return content

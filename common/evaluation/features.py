@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hvp.common.data import BadImage, ImageSource
+from hvp.common.engine.archive import read_archive, save_sealed
 from hvp.common.engine.checkpoint import write_atomically
 from hvp.common.errors import UserError
 from hvp.common.views import normalize
@@ -223,8 +224,8 @@ def cached(folder: Path | None, key: Mapping[str, Any], compute: Callable[[], Te
     path = folder / f"features-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.pt"
     if path.exists():
         try:
-            features = torch.load(path, map_location="cpu", weights_only=True)["features"]
-        except Exception as error:  # damaged bytes can raise anything in torch.load
+            features = read_archive(path)["features"]
+        except (UserError, KeyError, TypeError) as error:
             log.warning("%s: the feature cache is damaged and computed again (%s)", path, type(error).__name__)
         else:
             log.info("features read from %s", path)
@@ -232,7 +233,7 @@ def cached(folder: Path | None, key: Mapping[str, Any], compute: Callable[[], Te
     features = compute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save({"key": dict(key), "features": features}, file))
+        write_atomically(path, lambda file: save_sealed({"key": dict(key), "features": features}, file))
     except (OSError, UserError) as error:
         log.warning("the features cannot be kept for the next time: %s", error)
     return features
