@@ -163,7 +163,7 @@ def test_reading_in_threads_leaves_the_filters_of_warnings(source):
 
 
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
-def test_pictures_of_extreme_shape_keep_their_size_until_they_are_cropped(shape, monkeypatch):
+def test_pictures_of_extreme_shape_keep_their_size_until_they_are_cropped(shape):
     """An operation that made a square of one would need gigabytes."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for name, operation in OPERATIONS.items():
