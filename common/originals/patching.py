@@ -415,7 +415,7 @@ def _signals_deferred() -> Iterator[Callable[[], None]]:
         if received:
             raise _Interrupted
 
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():  # Python allows no handlers in the others
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
