@@ -95,9 +95,9 @@ class BackboneMeta:
     def image_size(self) -> int | None:
         """Side of the views that the encoder was pretrained on, pixels; None where the file does not say it. Read from
         what is there rather than by the method's configuration, whose other keys may have changed since."""
-        views = (self.config or {}).get("views", {})
-        size = views.get("global_crops_size", views.get("crop_size"))
-        return None if size is None else int(size)
+        views = (self.config or {}).get("views")
+        size = views.get("global_crops_size", views.get("crop_size")) if isinstance(views, Mapping) else None
+        return size if isinstance(size, int) and size > 0 else None
 
     def summary(self) -> dict[str, Any]:
         """What an evaluation's result says of its checkpoint."""
