@@ -133,12 +133,14 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
     """What a result was made of, by the names that the user knows, as it is after a journey through JSON."""
-    checkpoint = result.get("checkpoint") or {}
+    checkpoint, settings = (
+        value if isinstance(value, Mapping) else {} for value in (result.get("checkpoint"), result.get("settings"))
+    )
     found = {
         "evaluation": result.get("evaluation"),
         **{f"checkpoint's {key}": checkpoint.get(key) for key in ("which", "method", "epoch", "step", "weights")},
         **{key: result.get(key) for key in ("train", "val", "images")},
-        **{key: value for key, value in (result.get("settings") or {}).items() if key not in IRRELEVANT},
+        **{key: value for key, value in settings.items() if key not in IRRELEVANT},
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
