@@ -7,11 +7,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hvp.cli.evaluate import Checkpoint, OnDevice, ToFile, WhichNetwork, WithPrecision, Workers, evaluation_progress
+from hvp.cli.evaluate import (
+    Checkpoint,
+    OnDevice,
+    ToFile,
+    WhichNetwork,
+    WithPrecision,
+    Workers,
+    evaluation_progress,
+    keep,
+    other_data,
+    result_place,
+    say_origin,
+    summary,
+)
 from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
     from hvp.common.evaluation.checkpoints import BackboneMeta
+
+IMAGES = 2048
 
 app = typer.Typer(help="Look into an encoder.", no_args_is_help=True)
 
@@ -35,7 +50,7 @@ def diversity(
         list[str] | None,
         typer.Option("--set", help="Another value, for example `rescue.cutout=0.3`.", metavar="KEY=VALUE"),
     ] = None,
-    images: Annotated[int, typer.Option(help="How many of the training images.", min=1)] = 2048,
+    images: Annotated[int, typer.Option(help="How many of the training images.", min=1)] = IMAGES,
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Of the images and the views.", min=0)] = 0,
     device: OnDevice = Device.auto,
@@ -54,12 +69,23 @@ def diversity(
     from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.checkpoints import load_encoder
     from hvp.common.evaluation.diversity import measure_diversity
-    from hvp.common.evaluation.results import claim_result, write_result
 
     encoder, meta = load_encoder(checkpoint, which.value if which else None)
     config = _configuration(meta, like, set_ or [])
-    path = out or meta.path.with_name(f"{meta.path.stem}-diversity-{meta.which}.json")
-    claim_result(path)
+    say_origin(encoder, meta)
+    place = result_place(
+        out,
+        meta,
+        "diversity",
+        {
+            "data": other_data(meta, data),
+            "like": like,
+            "set": set_,
+            "images": None if images == IMAGES else images,
+            "seed": seed or None,
+            "precision": None if precision is PrecisionName.fp32 else precision.value,
+        },
+    )
     on = pick_device(device.value)
     with evaluation_progress() as progress:
         result = measure_diversity(
@@ -75,7 +101,6 @@ def diversity(
             threads=available_cores(),
             progress=progress,
         )
-    write_result({"checkpoint": meta.summary(), **result}, path)
     table = Table("views", "cosine", "std", "paper", box=None)
     table.add_row("two common", f"{result['common']['mean']:.4f}", f"{result['common']['std']:.4f}", "0.7069")
     table.add_row("common, strong", f"{result['strong']['mean']:.4f}", f"{result['strong']['std']:.4f}", "0.6690")
@@ -87,7 +112,7 @@ def diversity(
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    keep({"checkpoint": summary(encoder, meta), **result}, place)
 
 
 def _configuration(meta: "BackboneMeta", like: str | None, assignments: list[str]) -> Any:

@@ -1,10 +1,12 @@
 """hvp eval"""
 
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -14,10 +16,9 @@ from rich.table import Table
 from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hvp.common.data import ImageSource
     from hvp.common.evaluation.checkpoints import BackboneMeta
+    from hvp.common.networks import Encoder
 
 app = typer.Typer(help="Evaluate an encoder.", no_args_is_help=True)
 
@@ -57,8 +58,19 @@ OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
 WithPrecision = Annotated[PrecisionName, typer.Option(help="Of the encoder's forward pass.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that read images.", show_default="the cores at hand")]
 ToFile = Annotated[
-    Path | None, typer.Option("--out", help="The result, JSON.", metavar="FILE", show_default="beside the checkpoint")
+    Path | None,
+    typer.Option(
+        "--out",
+        help="The result, JSON; that of an earlier evaluation in it is replaced.",
+        metavar="FILE",
+        show_default="beside the checkpoint, named after the options",
+    ),
 ]
+TEMPERATURE = 0.07
+NAME_LENGTH = 120
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress of a stage, where there is no terminal."""
 
 
 @app.command()
@@ -69,7 +81,7 @@ def knn(
     k: Annotated[
         list[int] | None, typer.Option(help="Neighbours; may be repeated.", show_default="10 20 100 200")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    temperature: Annotated[float, typer.Option(help="Of the votes.")] = TEMPERATURE,
     resolution: Resolution = None,
     device: OnDevice = Device.auto,
     precision: WithPrecision = PrecisionName.fp32,
@@ -82,25 +94,32 @@ def knn(
     from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.knn import KS, evaluate_knn
 
-    encoder, meta, train, val = _open(checkpoint, which, data)
-    path = _result_path(out, meta, "knn")
+    opened = _open(checkpoint, which, data, resolution)
+    given = {
+        "data": other_data(opened.meta, data),
+        "k": k,
+        "temperature": None if temperature == TEMPERATURE else temperature,
+        "resolution": resolution,
+        "precision": None if precision is PrecisionName.fp32 else precision.value,
+    }
+    place = result_place(out, opened.meta, "knn", given)
     on = pick_device(device.value)
     with evaluation_progress() as progress:
         result = evaluate_knn(
-            encoder,
-            train,
-            val,
+            opened.encoder,
+            opened.train,
+            opened.val,
             ks=k or KS,
             temperature=temperature,
-            resolution=resolution or meta.image_size or 224,
+            resolution=opened.resolution,
             device=on,
             precision=precision.value,
             batch_size=batch_size,
             workers=available_workers(workers, on),
-            checkpoint=meta.summary(),
+            checkpoint=summary(opened.encoder, opened.meta),
             progress=progress,
         )
-    _report(result, path, [(f"k = {row['k']}", row) for row in result["results"]])
+    _report(result, place, [(f"k = {row['k']}", row) for row in result["results"]])
 
 
 @app.command()
@@ -155,8 +174,22 @@ def linear(
     from hvp.common.networks.vision_transformer import VisionTransformer
     from hvp.methods import get_method
 
-    encoder, meta, train, val = _open(checkpoint, which, data)
-    path = _result_path(out, meta, "linear")
+    encoder, meta, train, val, size = _open(checkpoint, which, data, resolution)
+    given = {
+        "data": other_data(meta, data),
+        "preset": preset,
+        "epochs": epochs,
+        "optimizer": optimizer and optimizer.value,
+        "base_lr": base_lr,
+        "batch_size": batch_size,
+        "n_last_blocks": n_last_blocks,
+        "avgpool": avgpool,
+        "augment": None if augment else augment,
+        "resolution": resolution,
+        "precision": None if precision is PrecisionName.fp32 else precision.value,
+        "seed": seed or None,
+    }
+    place = result_place(out, meta, "linear", given)
     on = pick_device(device.value)
     preset = preset or meta.method or "dino"
     method = get_method(preset)
@@ -179,7 +212,7 @@ def linear(
     options = LinearOptions(
         **protocol,
         augment=augment,
-        resolution=resolution or meta.image_size or 224,
+        resolution=size,
         precision=precision.value,
         workers=available_workers(workers, on),
         seed=seed,
@@ -197,43 +230,156 @@ def linear(
             val,
             options,
             device=on,
-            checkpoint=meta.summary(),
-            cache_folder=path.parent / "features",
+            checkpoint=summary(encoder, meta),
+            cache_folder=place.path.parent / "features",
             progress=progress,
         )
-    _report(result, path, [("last epoch", result["last"]), ("best epoch (chosen on val)", result["best"])])
+    _report(result, place, [("last epoch", result["last"]), ("best epoch (chosen on val)", result["best"])])
 
 
-def _open(
-    checkpoint: Path, which: Which | None, data: str
-) -> "tuple[nn.Module, BackboneMeta, ImageSource, ImageSource]":
-    """The encoder, where it came from, and the labelled splits."""
+class _Opened(NamedTuple):
+    """What an evaluation reads."""
+
+    encoder: "Encoder"
+    meta: "BackboneMeta"
+    train: "ImageSource"
+    val: "ImageSource"
+    resolution: int
+
+
+def _open(checkpoint: Path, which: Which | None, data: str, resolution: int | None) -> _Opened:
+    """The encoder, where it came from, the labelled splits and their size; says what it found."""
     from hvp.common.data import ShapesOptions, open_dataset
-    from hvp.common.evaluation.checkpoints import load_encoder
+    from hvp.common.errors import UserError
+    from hvp.common.evaluation.checkpoints import evaluation_size, load_encoder
 
     encoder, meta = load_encoder(checkpoint, which.value if which else None)
-    # an upstream's arguments have a `data` of their own: a path
-    trained_on = (meta.config or {}).get("data", {}) if meta.format == "hvp" else {}
-    shapes = ShapesOptions(**trained_on["shapes"]) if "shapes" in trained_on else ShapesOptions()
+    say_origin(encoder, meta)
+    usual, why = evaluation_size(encoder, meta)
+    if resolution is None:
+        said = f"{usual} pixels, {why}"
+    else:
+        said = f"{resolution} pixels, as asked" + ("" if resolution == usual else f"; otherwise {usual}, {why}")
+    say(f"resolution: {said}")
+    trained_on = (meta.config or {}).get("data")
+    options = trained_on.get("shapes") if isinstance(trained_on, Mapping) else None
+    try:
+        shapes = ShapesOptions(**options) if options else ShapesOptions()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{meta.path}: its configuration has no usable data.shapes ({error})") from error
     train = open_dataset(data, "train", shapes=shapes, labels=True)
     val = open_dataset(data, "val", shapes=shapes, labels=True)
-    return encoder, meta, train, val
+    return _Opened(encoder, meta, train, val, resolution or usual)
 
 
-def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:
-    from hvp.common.evaluation.results import claim_result
+def say(line: str) -> None:
+    """Tells the user, beside the result."""
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
-    path = out or meta.path.with_name(f"{meta.path.stem}-{name}-{meta.which}.json")
-    claim_result(path)
-    return path
+
+def say_origin(encoder: "Encoder", meta: "BackboneMeta") -> None:
+    """Tells which weights of which file were read, and of what network."""
+    from hvp.common.networks import describe_encoder
+
+    say(f"weights: {meta.origin}")
+    if meta.note:
+        say(f"note: {meta.note}")
+    say(f"network: {describe_encoder(encoder)}")
+
+
+def summary(encoder: "Encoder", meta: "BackboneMeta") -> dict[str, Any]:
+    """What a result says of its checkpoint."""
+    from hvp.common.evaluation.features import weights_digest
+
+    return {**meta.summary(), "weights": weights_digest(encoder)}
+
+
+def other_data(meta: "BackboneMeta", data: str) -> str | None:
+    """The name of the images, unless the network was trained on them."""
+    trained_on = (meta.config or {}).get("data")
+    path = trained_on.get("path") if isinstance(trained_on, Mapping) else None
+    if isinstance(path, str) and (
+        path == data or ("shapes" not in (path, data) and _resolved(path) == _resolved(data))
+    ):
+        return None
+    return data if data == "shapes" else _resolved(data).name
+
+
+def _resolved(folder: str) -> Path:
+    return Path(folder).expanduser().resolve()
+
+
+class Place(NamedTuple):
+    """Where a result goes."""
+
+    path: Path
+    asked: bool
+    """By --out; otherwise it must not replace another evaluation's."""
+
+
+def result_place(out: Path | None, meta: "BackboneMeta", evaluation: str, given: Mapping[str, Any]) -> Place:
+    """Where an evaluation's result goes: where the user says, or beside the checkpoint, by the options that were given.
+
+    A place of the user's that cannot be written is an error before the evaluation; another one is said.
+    """
+    from hvp.common.errors import UserError
+    from hvp.common.evaluation.results import claim_folder, claim_result
+
+    if out is not None:
+        claim_result(out)
+        return Place(out, asked=True)
+    options = "".join(f"-{name}={_short(value)}" for name, value in given.items() if value is not None)
+    name = f"{meta.path.stem}-{evaluation}-{meta.which}{options}"
+    path = meta.path.with_name(f"{name[:NAME_LENGTH]}.json")
+    try:
+        claim_folder(path)
+    except UserError as error:
+        say(f"note: {error}. The result will be shown, and --out FILE keeps it")
+    return Place(path, asked=False)
+
+
+def _short(value: Any) -> str:
+    """An option's value for a file's name."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = (
+        ",".join(map(_short, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+    )
+    return re.sub(r"[^\w.,=+-]+", "_", str(text))
+
+
+def keep(result: Mapping[str, Any], place: Place) -> None:
+    """Writes a result that was shown already.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from hvp.common.errors import UserError
+    from hvp.common.evaluation.results import free_path, write_result
+
+    path, differs = (place.path, []) if place.asked else free_path(place.path, result)
+    try:
+        write_result(result, path)
+    except UserError as error:
+        raise UserError(
+            f"{error}.\n"
+            "    The result is shown above, but its file is missing. To keep it, evaluate again with --out FILE in a "
+            "folder that can be written."
+        ) from error
+    if differs:
+        say(f"note: {place.path} holds another evaluation, and stays; it differs in {', '.join(differs)}")
+    Console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage on a terminal, nothing elsewhere."""
+    """A bar a stage on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -244,10 +390,27 @@ def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _report(result: Any, path: Path, rows: list[tuple[str, Any]]) -> None:
-    from hvp.common.evaluation.results import write_result
+class _Lines:
+    """Progress in lines: as a stage begins, every ten seconds, and at its end."""
 
-    write_result(result, path)
+    def __init__(self) -> None:
+        self._stage = ""
+        self._started = self._shown = 0.0
+        self._before = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started, self._before = stage, now, done
+        elif done < total and now - self._shown < LINE_SECONDS:
+            return
+        self._shown = now
+        elapsed, steps = now - self._started, done - self._before
+        left = f", about {elapsed / steps * (total - done):.0f} s left" if steps and done < total else ""
+        say(f"{stage}: {done} of {total}, {elapsed:.0f} s{left}")
+
+
+def _report(result: Mapping[str, Any], place: Place, rows: list[tuple[str, Any]]) -> None:
     table = Table("", "top-1", "top-5", box=None)
     for label, row in rows:
         table.add_row(label, *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("top1", "top5")))
@@ -255,4 +418,4 @@ def _report(result: Any, path: Path, rows: list[tuple[str, Any]]) -> None:
     console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", markup=False)
-    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    keep(result, place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from hvp.common.convert.report import Account, Became, Converted
+from hvp.common.convert.report import Account, Became, Converted, tensors_in
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import Which, backbone_in, load_complete, misfits, read_content
 from hvp.common.networks import Encoder, encoder_from_state
+from hvp.common.networks.libraries import to_torchvision
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, SwiGLU
 from hvp.common.networks.resnet import ResNet
 from hvp.common.networks.vision_transformer import ConvStem, VisionTransformer
@@ -48,21 +48,6 @@ TORCHVISION_VITS = {
     (1024, 24, 16, 32): "vit_l_32",
 }
 """torchvision's by width, depth, heads and patch size."""
-
-TORCHVISION_NAMES = {
-    "cls_token": "class_token",
-    "pos_embed": "encoder.pos_embedding",
-    "patch_embed.proj.": "conv_proj.",
-    "norm.": "encoder.ln.",
-    "blocks.": "encoder.layers.encoder_layer_",
-    ".norm1.": ".ln_1.",
-    ".norm2.": ".ln_2.",
-    ".attn.qkv.": ".self_attention.in_proj_",
-    ".attn.proj.": ".self_attention.out_proj.",
-    ".mlp.fc1.": ".mlp.0.",
-    ".mlp.fc2.": ".mlp.3.",
-}
-"""What of our names torchvision's ViTs call differently: beginnings, then what stands inside."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +99,10 @@ def export_backbone(path: Path, library: Library, which: Which | None = None) ->
     for reasons, became in fates:
         for key, why in reasons.items():
             account.settle(became, only=[state[key]], why=why)
+    read = list(tensors_in(content))
+    if "pos_embed" in state and not any(tensor is state["pos_embed"] for _, tensor in read):  # a file made for timm
+        positions = [tensor for where, tensor in read if str(where[-1]).endswith("pos_embed")]
+        account.settle("changed", only=positions, why="[CLS] has a position here, which is 0")
     kept = [state[key] for key in state if key not in export.changed and key not in export.left_out]
     same_names = all(content.get(key) is tensor for key, tensor in export.state.items())
     account.settle("kept" if same_names else "renamed", only=kept, to="backbone")
@@ -138,7 +127,7 @@ def _facts(encoder: Encoder, image_size: int | None) -> dict[str, Any]:
     """What a network's user must know besides its name."""
     if isinstance(encoder, VisionTransformer):
         feature, patch_size = "[CLS] token after the last norm", encoder.patch_size
-        image_size = _image_size(encoder)
+        image_size = encoder.image_size
     else:
         feature, patch_size = "mean over the last map", None
     return {
@@ -149,11 +138,6 @@ def _facts(encoder: Encoder, image_size: int | None) -> dict[str, Any]:
         "mean": list(MEAN),
         "std": list(STD),
     }
-
-
-def _image_size(encoder: VisionTransformer) -> int:
-    """Side of the images whose position embedding is stored, pixels."""
-    return math.isqrt(encoder.pos_embed.shape[1] - 1) * encoder.patch_size
 
 
 def _num_heads(encoder: VisionTransformer) -> int:
@@ -168,7 +152,7 @@ def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
     arguments: dict[str, Any] = {"num_classes": 0}
     model: str | None = None
     if isinstance(encoder, VisionTransformer) and not isinstance(encoder.patch_embed, ConvStem):
-        arguments["img_size"] = _image_size(encoder)
+        arguments["img_size"] = encoder.image_size
         arguments["patch_size"] = encoder.patch_size
         arguments["num_heads"] = _num_heads(encoder)
         models = TIMM_VITS
@@ -206,8 +190,8 @@ def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | N
         if sizes not in TORCHVISION_VITS:
             return None
         model, classifier = TORCHVISION_VITS[sizes], "heads"
-        arguments = {"image_size": _image_size(encoder)}
-        renamed = {_torchvision_name(key): value for key, value in state.items()}
+        arguments = {"image_size": encoder.image_size}
+        renamed = {to_torchvision(key): value for key, value in state.items()}
     else:
         return None
 
@@ -219,13 +203,6 @@ def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | N
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     call = f"model = torchvision.models.{model}({shown}); model.{classifier} = torch.nn.Identity()"
     return Export(renamed, {"model": model, "arguments": arguments, "call": call}, build)
-
-
-def _torchvision_name(key: str) -> str:
-    for ours, theirs in TORCHVISION_NAMES.items():
-        if key.startswith(ours) or ours.startswith("."):
-            key = key.replace(ours, theirs, 1)
-    return key
 
 
 def _as_ours(encoder: Encoder, state: Mapping[str, Tensor]) -> Export:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,14 +18,12 @@ from torch import Tensor
 
 from hvp.common.engine.checkpoint import write_atomically
 from hvp.common.errors import UserError
+from hvp.common.evaluation.descriptions import described_in, sha256
 
 Became = Literal["kept", "renamed", "changed", "left out"]
 
 Where = tuple[Any, ...]
 """The keys and positions that lead to a tensor in nested containers."""
-
-META = ".meta.json"
-"""What the name of a converted file is followed by in that of its description."""
 
 
 @dataclass(frozen=True)
@@ -182,11 +179,6 @@ def claim(out: Path, source: Path, *, overwrite: bool) -> None:
             raise UserError(f"{path}: exists. Name another file with --out, or replace it with --overwrite")
 
 
-def described_in(out: Path) -> Path:
-    """The file that describes a converted one."""
-    return out.with_name(out.name + META)
-
-
 def write(converted: Converted, source: Path, out: Path, save: Save) -> None:
     """Writes a result and its description, each whole or not at all.
 
@@ -220,9 +212,3 @@ def describe(converted: Converted, source: Path, out: Path) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

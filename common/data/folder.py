@@ -7,7 +7,8 @@ Layouts, for a folder ROOT:
 - images anywhere in ROOT or ROOT/train, at any depth: no labels, which pretraining does not need.
 
 Names decide: a file is an image if it ends like one, whatever it holds, and one that holds something else is reported
-when it is read. Names that start with a dot are ignored; links are followed.
+when it is read. Files that end otherwise, .gif among them, are counted and reported when the folder is opened. Names
+that start with a dot are ignored; links are followed.
 """
 
 import difflib
@@ -65,6 +66,15 @@ class ImageFolder:
         counts = [len(listing.lengths) for listing in listings]
         if sum(counts) == 0:
             raise UserError(_no_images(self.root, listings))
+
+        if others := _others(listings):
+            logger.warning(
+                "%s: %s left out, for only %s are read: %s",
+                _shown(self.root),
+                f"{_count(others.total(), 'file')} {'is' if others.total() == 1 else 'are'}",
+                " ".join(EXTENSIONS),
+                _kinds(others),
+            )
 
         self._paths = np.frombuffer(b"".join(listing.paths for listing in listings), dtype=np.uint8)
         self._offsets = np.cumsum([0, *(n for listing in listings for n in listing.lengths)], dtype=np.int64)  # [N + 1]
@@ -322,17 +332,27 @@ def _no_split(root: str, split: Literal["train", "val"]) -> str:
 
 
 def _no_images(root: str, listings: list[_Listing]) -> str:
-    others = sum((listing.others for listing in listings), Counter[str]())
+    others = _others(listings)
     num_folders = len(listings) - 1
     message = f"{_shown(root)}: no images in this folder"
     if num_folders:
         message += f" or in the {_count(num_folders, 'folder')} below it"
     if others:
-        kinds = ", ".join(f"{n} {_shown(extension) or 'without extension'}" for extension, n in others.most_common(3))
-        message += f"; {_count(others.total(), 'other file')} there: {kinds}{', ...' if len(others) > 3 else ''}"
+        message += f"; {_count(others.total(), 'other file')} there: {_kinds(others)}"
     elif not num_folders:
         message += "; it is empty"
     return f"{message}.\n    Images are files that end in {' '.join(EXTENSIONS)}. {LAYOUT}"
+
+
+def _others(listings: Iterable[_Listing]) -> Counter[str]:
+    """Number of files that are no images, by extension."""
+    return sum((listing.others for listing in listings), Counter[str]())
+
+
+def _kinds(others: Counter[str]) -> str:
+    """The most common extensions and their numbers."""
+    kinds = ", ".join(f"{n} {_shown(extension) or 'without extension'}" for extension, n in others.most_common(3))
+    return f"{kinds}{', ...' if len(others) > 3 else ''}"
 
 
 def _shown(path: str) -> str:

@@ -1,5 +1,6 @@
 """What every trainer does around its loop: processes, device, seed, data, the run's folder."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ def session(
         UserError: something that the caller can mend, before the first step where it can be known by then.
     """
     with joined(config.train.device) as world, ExitStack() as held:
+        if not world.leader:
+            logging.getLogger("hvp").setLevel(logging.ERROR)  # warnings are the same in every process: one gives them
         with world.agreeing():
             device = pick_device(config.train.device)
             precision = Precision(config.train.precision, device)

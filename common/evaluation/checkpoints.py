@@ -4,7 +4,7 @@ import argparse
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from hvp.common.engine.archive import DamagedCheckpoint, read_archive, require_file
 from hvp.common.engine.checkpoint import FORMAT, Header, check_content
 from hvp.common.errors import UserError
-from hvp.common.networks import encoder_from_state
+from hvp.common.evaluation.descriptions import described_in, read_description
+from hvp.common.networks import Encoder, encoder_from_state
+from hvp.common.networks.libraries import from_libraries
+from hvp.common.networks.vision_transformer import VisionTransformer
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,9 @@ Which = Literal["teacher", "student", "base_encoder", "momentum_encoder", "model
 ORDER: tuple[Which, ...] = ("teacher", "student", "base_encoder", "momentum_encoder", "model")
 """The first of these that a file holds is what an evaluation takes unasked."""
 
+USUAL_SIZE = 224
+"""Side of an evaluation's images in pixels, where nothing says what the network was pretrained on."""
+
 EXPECTED = "Give a checkpoint of `hvp pretrain` or of the upstream trainer, or a state dict."
 
 # Left by DistributedDataParallel.
@@ -38,7 +44,7 @@ BACKBONES = ("backbone.", "encoder.", "base_encoder.", "momentum_encoder.")
 ENCODERS: tuple[Which, ...] = ("base_encoder", "momentum_encoder")
 # What a network has beside its backbone during pretraining: heads, losses, a token for masked patches.
 HEADS = (
-    *("head.", "projection_head.", "projector.", "backbone.fc.", "encoder.fc.", "predictor."),
+    *("head.", "heads.", "projection_head.", "projector.", "backbone.fc.", "encoder.fc.", "predictor."),
     *("dino_loss.", "masked_embed", "backbone.masked_embed"),
     *("base_encoder.fc.", "base_encoder.head.", "momentum_encoder.fc.", "momentum_encoder.head."),
     *("dino_head.", "ibot_head."),
@@ -77,14 +83,22 @@ class BackboneMeta:
     """The resolved configuration, or the upstream's arguments; None where the file has neither."""
     dropped: tuple[str, ...] = ()
     """Keys of the projection head, which were left out."""
+    networks: tuple[str, ...] = ()
+    """Every network that the file holds by name."""
+    prefix: str = ""
+    """What stood before the backbone's own names."""
+    described: Path | None = None
+    """The file beside it that says what it does not: `hvp convert` writes one."""
+    note: str = ""
+    """Why such a file is not used, where there is one."""
 
     @property
     def image_size(self) -> int | None:
         """Side of the views that the encoder was pretrained on, pixels; None where the file does not say it. Read from
         what is there rather than by the method's configuration, whose other keys may have changed since."""
-        views = (self.config or {}).get("views", {})
+        views = (self.config or {}).get("views")
         size = views.get("global_crops_size", views.get("crop_size")) if isinstance(views, Mapping) else None
-        return size if isinstance(size, int) else None
+        return size if isinstance(size, int) and size > 0 else None
 
     def summary(self) -> dict[str, Any]:
         """What an evaluation's result says of its checkpoint."""
@@ -95,7 +109,25 @@ class BackboneMeta:
             "method": self.method,
             "epoch": self.epoch,
             "step": self.step,
+            "described_in": None if self.described is None else str(self.described),
         }
+
+    @property
+    def origin(self) -> str:
+        """Where the weights came from, in a sentence for the user."""
+        of = "the only network" if self.which == "bare" else f"the {self.which}"
+        others = [name for name in self.networks if name != self.which]
+        parts = [f"{self.path}: {of}" + (f" of {self.method}" if self.method else "")]
+        parts += [f"{name} {number}" for name, number in (("epoch", self.epoch), ("step", self.step)) if number]
+        if others:
+            parts.append(f"not the {' or the '.join(others)}")
+        if self.prefix:
+            parts.append(f"its keys {self.prefix}*")
+        if self.dropped:
+            parts.append(f"without {len(self.dropped)} tensors of heads")
+        if self.described is not None:
+            parts.append(f"described in {self.described.name}")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -129,6 +161,7 @@ def read_backbone_state(path: Path, which: Which | None = None) -> BackboneState
 def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None) -> BackboneState:
     """As `read_backbone_state()`, of a file that is read already: the tensors are those of `content`."""
     content = _with_networks(content)
+    description, note = (None, "") if content.get("format") == FORMAT else read_description(path)
     ours = content.get("format") == FORMAT
     if ours:
         check_content(content, path, Header)
@@ -148,8 +181,8 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
             )
         weights = networks[found]
     else:
-        form, found = "bare", "bare"
-        if which is not None:
+        form, found = "bare", (description.which if description else None) or "bare"
+        if which not in (None, found):
             raise UserError(
                 f"{path}: this file does not say which of its weights are the {which}'s. It has one network: ask for"
                 " none by name."
@@ -157,7 +190,7 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
         weights = whole
     if not _is_state(weights):
         raise UserError(f"{path}: this file holds {_kind(weights)}, no weights. {EXPECTED}")
-    state, dropped = _backbone(path, weights)
+    state, dropped, prefix = _backbone(path, weights)
     config = content.get("config" if ours else "args")
     config = vars(config) if isinstance(config, argparse.Namespace) else config
     meta = BackboneMeta(
@@ -169,7 +202,15 @@ def backbone_in(content: dict[str, Any], path: Path, which: Which | None = None)
         step=content.get("step") if ours else None,
         config=config if isinstance(config, Mapping) else None,
         dropped=tuple(dropped),
+        networks=tuple(networks) if form != "bare" else (),
+        prefix=prefix,
+        note=note,
     )
+    if description is not None:
+        known = {"method": meta.method, "epoch": meta.epoch, "step": meta.step}
+        told = {name: getattr(description, name) for name, value in known.items() if value is None}
+        config = description.config or meta.config
+        meta = replace(meta, **told, config=config, described=described_in(path))
     log.info("%s: %d tensors of the backbone (%s), %d of the head left out", path, len(state), found, len(dropped))
     return BackboneState(state, meta)
 
@@ -249,9 +290,9 @@ def _kind(content: object) -> str:
     return f"a {type(content).__name__}"
 
 
-def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone's weights under its own names, and the keys of what sits on it."""
-    names = {key.removeprefix(WRAPPER): value for key, value in weights.items()}
+def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], str]:
+    """The backbone's weights under its own names, the keys of what sits on it, and what the names began with."""
+    names = from_libraries({key.removeprefix(WRAPPER): value for key, value in weights.items()})
     dropped = [name for name in names if name.startswith(HEADS)]
     rest = {name: value for name, value in names.items() if not name.startswith(HEADS)}
     if not rest:
@@ -262,7 +303,8 @@ def _backbone(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         raise UserError(
             f"{path}: {len(outside)} tensors belong neither to the backbone nor to a known head: {_first(outside)}."
         )
-    return {_own_name(name.removeprefix(prefix)): value for name, value in rest.items()}, dropped
+    wrapper = WRAPPER if any(key.startswith(WRAPPER) for key in weights) else ""
+    return {_own_name(name.removeprefix(prefix)): value for name, value in rest.items()}, dropped, wrapper + prefix
 
 
 def _own_name(name: str) -> str:
@@ -271,7 +313,20 @@ def _own_name(name: str) -> str:
     return CHUNKED_BLOCK.sub(r"blocks.\1.", name)
 
 
-def load_encoder(path: Path, which: Which | None = None) -> tuple[nn.Module, BackboneMeta]:
+def evaluation_size(encoder: nn.Module, meta: BackboneMeta) -> tuple[int, str]:
+    """Side of the images that an encoder is evaluated on unasked, and where that is from, in words.
+
+    That of pretraining, where the checkpoint or the file that describes it says it. Else a ViT tells it by its position
+    embedding; a larger one than 224 was made for dense tasks, and 224 is taken there, as for a ResNet.
+    """
+    if meta.image_size is not None:
+        return meta.image_size, "as pretrained"
+    if isinstance(encoder, VisionTransformer) and encoder.image_size < USUAL_SIZE:
+        return encoder.image_size, "that of the position embedding"
+    return USUAL_SIZE, "as nothing says what the network was pretrained on"
+
+
+def load_encoder(path: Path, which: Which | None = None) -> tuple[Encoder, BackboneMeta]:
     """The encoder in a checkpoint of ours, of an upstream trainer, or in a bare state dict, in evaluation mode.
 
     Args:

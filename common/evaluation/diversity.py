@@ -14,7 +14,7 @@ from hvp.common.data import ImageSource
 from hvp.common.engine.rescuing import strong_transform
 from hvp.common.errors import UserError
 from hvp.common.evaluation.features import Precision, Progress, frozen, silent
-from hvp.common.evaluation.results import Result, versions
+from hvp.common.evaluation.results import Result, describe_source, versions
 from hvp.common.rescue import cosines
 from hvp.common.sections import RunConfig
 from hvp.common.views import MultiViewLoader, ViewSlot, normalize
@@ -89,16 +89,24 @@ def measure_diversity(
             progress(f"views of {source.name}", done * batch_size, steps * batch_size)
     common, against = torch.cat(common_cosines), torch.cat(strong_cosines)
     return {
+        "evaluation": "diversity",
+        "train": describe_source(source),
         "common": _moments(common),
         "strong": _moments(against),
         "harder": (against < common).float().mean().item(),
         "images": len(common),
-        "source": source.name,
         "views": [slot.name for slot in slots],
         "num_ops": config.rescue.num_ops,
         "cutout": config.rescue.cutout,
-        "seed": seed,
-        "precision": precision,
+        "settings": {
+            "images": images,
+            "batch_size": batch_size,
+            "seed": seed,
+            "precision": precision,
+            "views": config.model_dump(mode="json")["views"],
+            "rescue": {"num_ops": config.rescue.num_ops, "cutout": config.rescue.cutout},
+            "device": str(device),
+        },
         "versions": versions(),
     }
 

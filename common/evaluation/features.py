@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+LARGEST_ENLARGEMENT = 2**24
+"""Pixels of an enlarged picture that is made as a whole, 64 MiB; of a larger one only the part that is seen."""
+
 Progress = Callable[[str, int, int], None]
 """Told what is going on: the stage's name, what is done, what there is to do."""
 
@@ -50,13 +53,66 @@ def evaluation_view(image: np.ndarray, resolution: int) -> np.ndarray:
 
     Source: eval_knn.py, extract_feature_pipeline: Resize(256, bicubic) and CenterCrop(224).
     """
-    height, width = image.shape[:2]
+    shape = image.shape[:2]
     shorter = round(resolution * 256 / 224)
     # As torchvision rounds: the longer side down, the crop's corner to the nearest, halves to even.
-    width, height = (shorter * side // min(height, width) for side in (width, height))
-    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    height, width = (shorter * side // min(shape) for side in shape)
+    top, left = round((height - resolution) / 2), round((width - resolution) / 2)
+    if height * width > max(shape[0] * shape[1], LARGEST_ENLARGEMENT):
+        return _enlarged(image, (height, width), (top, left), resolution)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     return np.array(resized.crop((left, top, left + resolution, top + resolution)))
+
+
+def _enlarged(image: np.ndarray, size: tuple[int, int], corner: tuple[int, int], side: int) -> np.ndarray:
+    """A square out of an enlarged image, without the rest of it.
+
+    A picture of 1 x 30 000 pixels would become one of 256 x 7 680 000. Pillow's `resize(box=...)` holds the box in
+    float32, which moves it: one pixel in a thousand would differ by a grey level.
+
+    Args:
+        image: [H, W, 3] uint8.
+        size: height and width of the whole enlargement, neither smaller than the image's.
+        corner: top and left of the square in it.
+        side: of the square.
+
+    Returns:
+        [side, side, 3] uint8, equal to what Pillow's bicubic resize gives: columns first, rounded to uint8, then rows.
+    """
+    (rows, down), (columns, across) = (
+        _bicubic(length, enlarged, first, side)
+        for length, enlarged, first in zip(image.shape[:2], size, corner, strict=True)
+    )
+    pixels = image[rows, columns].astype(np.int64)  # [R, C, 3]
+    pixels = _fixed_to_uint8(np.einsum("xc,rcd->rxd", across, pixels))
+    pixels = _fixed_to_uint8(np.einsum("yr,rxd->yxd", down, pixels))
+    return pixels.astype(np.uint8)
+
+
+def _bicubic(length: int, enlarged: int, first: int, count: int) -> tuple[slice, np.ndarray]:
+    """Pillow's weights for `count` pixels of a line that grows from `length` to `enlarged` pixels.
+
+    Returns:
+        The part of the line that these pixels are made of, R pixels, and [count, R] int64 in units of 2 ** -22.
+
+    Source: Pillow Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
+    """
+    centre = (np.arange(first, first + count) + 0.5) * (length / enlarged)
+    start = np.maximum((centre - 2 + 0.5).astype(int), 0)
+    stop = np.minimum((centre + 2 + 0.5).astype(int), length)
+    part = slice(int(start[0]), int(stop[-1]))
+    place = np.arange(part.start, part.stop)
+    x = np.abs(place - centre[:, None] + 0.5)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
+    weights[(place < start[:, None]) | (place >= stop[:, None]) | (x >= 2)] = 0
+    weights /= weights.cumsum(axis=1)[:, -1:]  # adds up from the first to the last, as Pillow does
+    scaled = weights * 2**22
+    return part, np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int64)
+
+
+def _fixed_to_uint8(values: np.ndarray) -> np.ndarray:
+    """Sums in units of 2 ** -22, rounded and clipped to 0 ... 255."""
+    return np.clip((values + (1 << 21)) >> 22, 0, 255)
 
 
 class _Views(Dataset[Tensor | BadImage]):

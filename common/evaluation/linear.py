@@ -159,7 +159,7 @@ def train_linear(
         optimizer: LARS scales weights and bias, by 0.001 of their own length.
         val_every: epochs between two validations; the first and the last epoch have one.
         device: where the classifier is trained.
-        progress: called after each epoch.
+        progress: called at the beginning and after each epoch.
 
     Returns:
         Every epoch with a validation, the last epoch last.
@@ -179,6 +179,7 @@ def train_linear(
     else:
         stepper = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
     history = []
+    progress(STAGE, 0, epochs)
     for epoch in range(epochs):
         stepper.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
         total, images = torch.zeros((), dtype=torch.float64, device=device), 0

@@ -1,6 +1,7 @@
 """What an evaluation reads its labels from, and what it leaves: one JSON file with every setting."""
 
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -67,28 +68,103 @@ def versions() -> dict[str, Any]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
+OWN_KEYS = {"checkpoint", "checks", "gain"}
+"""Each result that is a JSON object has one of these: an evaluation's, the doctor's, the demo's."""
+
+IRRELEVANT = ("device", "workers")
+"""Settings that an evaluation's result does not depend on."""
+
+
 def claim_result(path: Path) -> None:
     """Makes sure that a result can be written, before hours are spent on it.
 
     Raises:
-        UserError: the folder cannot be made or written, or `path` is a folder.
+        UserError: the folder cannot be made or written, or `path` is there and is no result.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the file to write")
+    if path.exists() and (not path.is_file() or path.stat().st_size) and read_result(path) is None:
+        raise UserError(f"{path}: exists and holds no result. Name another file with --out")
+    try:
+        claim_folder(path)
+    except UserError as error:
+        raise UserError(f"{error}. Name another file with --out") from error
+
+
+def claim_folder(path: Path) -> None:
+    """Makes sure that a file can be written in its folder, whether or not there is one of that name.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}). Name another file with --out") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_result(result: Mapping[str, Any] | list[dict[str, Any]], path: Path) -> None:
     """Writes a result as JSON; the file is complete or not there.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or is there and is no result.
     """
     claim_result(path)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_result(path: Path) -> Any:
+    """What a file of `write_result()` holds; None where it is another kind of file."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < 2**28 else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, list) or (isinstance(content, dict) and OWN_KEYS & content.keys()) else None
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In which checkpoint, images or settings two results differ; none where they are the same evaluation's."""
+    (first, second) = (_conditions(result) for result in (one, other))
+    return sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
+
+
+def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result was made of, by the names that the user knows, as it is after a journey through JSON."""
+    checkpoint, settings = (
+        value if isinstance(value, Mapping) else {} for value in (result.get("checkpoint"), result.get("settings"))
+    )
+    found = {
+        "evaluation": result.get("evaluation"),
+        **{f"checkpoint's {key}": checkpoint.get(key) for key in ("which", "method", "epoch", "step", "weights")},
+        **{key: result.get(key) for key in ("train", "val", "images")},
+        **{key: value for key, value in settings.items() if key not in IRRELEVANT},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def free_path(path: Path, result: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """A path for a result that replaces no other evaluation's.
+
+    Args:
+        path: where it goes if nothing is there, or the result of the same evaluation.
+        result: to be written.
+
+    Returns:
+        That path, or the first of `name-2.json`, `name-3.json`, ... of which the same holds; and in what the file at
+        `path` differs, which is empty where that one is taken.
+    """
+    unlike: list[str] = []
+    candidate, number = path, 1
+    while os.path.lexists(candidate):
+        there = read_result(candidate)
+        differs = differences(there, result) if isinstance(there, dict) else ["what it is"]
+        if not differs:
+            break
+        unlike = unlike or differs
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate, [] if candidate == path else unlike

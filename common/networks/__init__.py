@@ -13,7 +13,7 @@ Parameter names are those of the upstream trainers, so that their checkpoints lo
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvp.common.networks.register_vision_transformer import register_vit_from_state
 from hvp.common.networks.resnet import ConvNet, convnet_from_state
@@ -39,4 +39,13 @@ def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
     return convnet_from_state(state) if vit is None else vit
 
 
-__all__ = ["Encoder", "Features", "encoder_from_state"]
+def describe_encoder(encoder: nn.Module) -> str:
+    """An encoder's kind and sizes in words."""
+    millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    sizes = f"width {encoder.embed_dim}"
+    if isinstance(encoder, VisionTransformer):
+        sizes += f", {encoder.num_blocks} blocks, patches of {encoder.patch_size} pixels"
+    return f"{type(encoder).__name__}, {sizes}, {millions:.1f} M parameters"
+
+
+__all__ = ["Encoder", "Features", "describe_encoder", "encoder_from_state"]

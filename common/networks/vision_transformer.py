@@ -85,6 +85,11 @@ class VisionTransformer(nn.Module):
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images whose position embedding is stored, pixels."""
+        return math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size
+
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """The position embedding of an image of `height` x `width` pixels, [1, 1 + patches, D].
 

@@ -6,20 +6,25 @@ patches/README.md describes the format.
 """
 
 import difflib
+import errno
 import hashlib
 import os
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import threading
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -225,7 +230,7 @@ def patch_clone(patch: Patch, upstream: Path) -> tuple[list[PatchedFile], list[s
     found, wrong, remarks = [], [], []
     for file in patch.files:
         try:
-            before = (upstream / file.path).read_bytes()
+            before = _read(upstream / file.path)
         except FileNotFoundError:
             wrong.append(f"{file.path} is not there{_seen_elsewhere(upstream, file.path)}")
             continue
@@ -261,6 +266,8 @@ def apply_patch(patch: Patch, upstream: Path, out: Path) -> list[str]:
 
     Raises:
         UserError: the clone's files are not those that the patch is for, or `out` cannot be written.
+
+    A signal that ends the process does so once the unfinished copy is deleted.
     """
     found, remarks = patch_clone(patch, upstream)
     if out.resolve().is_relative_to(upstream.resolve()):
@@ -269,13 +276,15 @@ def apply_patch(patch: Patch, upstream: Path, out: Path) -> list[str]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already, and is not overwritten. Choose another --out, or delete it")
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            _copy_tree(upstream, partial, {upstream / file.path: file.after for file in found})
-            os.replace(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with _signals_deferred() as check:
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            try:
+                _copy_tree(upstream, partial, {upstream / file.path: file.after for file in found}, check)
+                os.replace(partial, out)
+            except BaseException:
+                _make_writable(partial)
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except shutil.Error as error:
         source, target, reason = error.args[0][0]
         raise UserError(f"cannot copy {source} to {target}: {reason}") from error
@@ -299,7 +308,7 @@ def is_patched_copy(patch: Patch, upstream: Path, copy: Path) -> bool:
                     continue
                 path = (Path(folder) / name).relative_to(upstream)
                 wanted = contents.get(path.as_posix())
-                wanted = (upstream / path).read_bytes() if wanted is None else wanted
+                wanted = _read(upstream / path) if wanted is None else wanted
                 if not (copy / path).is_file() or (copy / path).read_bytes() != wanted:
                     return False
     except OSError as error:
@@ -389,20 +398,71 @@ def _get_a_clone(patch: Patch) -> str:
     return f"Get a clone: git clone {patch.upstream} DIR && git -C DIR checkout {patch.commit}"
 
 
-def _copy_tree(source: Path, target: Path, contents: dict[Path, bytes]) -> None:
-    """Copies files, except `.git`; those in `contents` get that content instead of their own."""
+class _Interrupted(BaseException):
+    """Unwinds the copying of files after a signal."""
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[Callable[[], None]]:
+    """Holds back signals that would end the process, and sends them on at the end of the block.
+
+    Yields:
+        A function to call where the block may be left: it does so after a signal.
+    """
+    received: list[int] = []
+
+    def check() -> None:
+        if received:
+            raise _Interrupted
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows no handlers in the others
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
+                before[number] = signal.signal(number, lambda number, _: received.append(number))
+    interrupted = False
+    try:
+        yield check
+    except _Interrupted:
+        interrupted = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
+    if interrupted:  # the handler before ours let the process live
+        raise KeyboardInterrupt
+
+
+def _read(path: Path) -> bytes:
+    """A regular file's content. OSError: it is something else, such as a named pipe, or cannot be read."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
+def _copy_tree(source: Path, target: Path, contents: dict[Path, bytes], check: Callable[[], None]) -> None:
+    """Copies files, except `.git`; those in `contents` get that content instead of their own. `check` is called after
+    each file."""
 
     def copy(file: str, to: str) -> None:
         if Path(file) in contents:
             Path(to).write_bytes(contents[Path(file)])
             shutil.copymode(file, to)
+        elif not stat.S_ISREG(os.stat(file).st_mode):
+            raise OSError("not a regular file")
         else:
             shutil.copy2(file, to)
+        check()
 
     ignored = shutil.ignore_patterns(*_LEFT_OUT)
     shutil.copytree(source, target, symlinks=True, ignore=ignored, copy_function=copy, dirs_exist_ok=True)
-    # A read-only clone makes no read-only copy. Folders first: what is in a closed one cannot be opened.
-    for folder, _, names in os.walk(target):
-        for path in (Path(folder), *(Path(folder) / name for name in names)):
+    _make_writable(target)
+
+
+def _make_writable(folder: Path) -> None:
+    """Lets the owner write a copy of a read-only clone. Folders first: what is in a closed one cannot be opened."""
+    for inside, _, names in os.walk(folder):
+        for path in (Path(inside), *(Path(inside) / name for name in names)):
             if not path.is_symlink():
                 path.chmod(path.stat().st_mode | 0o600 | (0o100 if path.is_dir() else 0))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from hvp.cli import evaluate
+from hvp.cli.main import main
+from hvp.common.errors import UserError
+from hvp.common.evaluation import results
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.methods import METHODS, presets
 
@@ -38,11 +43,22 @@ def imagenet(tmp_path) -> Path:
     return tmp_path / "imagenet"
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A finished run on a few shapes; not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hvp", "pretrain", "dino", "--preset", "tiny", *QUICK, "--out", str(out)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return out
+
+
 @pytest.fixture
-def run_folder(hvp, tmp_path) -> Path:
-    """A finished run on a few shapes."""
-    assert hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run").code == 0
-    return tmp_path / "run"
+def run_folder(hvp, tmp_path, finished_run) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 def test_the_installed_command_answers():
@@ -65,7 +81,7 @@ def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
     assert ran.code == 0, ran.err
     assert "k = 5" in ran.out
     assert "100 is more than the 40 training images" in ran.out
-    result = json.loads((run_folder / "last-knn-teacher.json").read_text())
+    result = json.loads((run_folder / "last-knn-teacher-k=5,100.json").read_text())
     assert [row["k"] for row in result["results"]] == [5, 100]
     assert result["settings"]["resolution"] == 32
     assert result["checkpoint"]["which"] == "teacher"
@@ -85,6 +101,7 @@ def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
 def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
     assert hvp("pretrain", "simsiam", "--preset", "tiny", *SMALL, "--out", "run").code == 0
     asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
+    asked += ("--out", "linear.json")
     for arguments, said, expected in (
         ((), "protocol: simsiam, 1 epochs of lars, base lr 0.1, batch size 4096", ("lars", 0.1, 4096)),
         (("--preset", "dino"), "protocol: dino, 1 epochs of sgd, base lr 0.00075", ("sgd", 0.00075, 1024)),
@@ -93,7 +110,7 @@ def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
         ran = hvp(*asked, *arguments)
         assert ran.code == 0, ran.err
         assert said in ran.err
-        settings = json.loads((tmp_path / "run" / "last-linear-model.json").read_text())["settings"]
+        settings = json.loads(Path("linear.json").read_text())["settings"]
         assert (settings["optimizer"], settings["base_lr"], settings["batch_size"]) == expected
         assert settings["resolution"] == 32
     ran = hvp(*asked, "--preset", "simsam")
@@ -109,12 +126,14 @@ def test_the_linear_protocol_may_differ_for_a_vit_and_say_which_features(hvp, tm
     asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
     ran = hvp(*asked)
     assert ran.code == 0, ran.err
-    result = json.loads((tmp_path / "run" / "last-linear-base_encoder.json").read_text())
+    result = json.loads((tmp_path / "run" / "last-linear-base_encoder-epochs=1-augment=no.json").read_text())
     read = ("optimizer", "base_lr", "batch_size", "n_last_blocks", "avgpool")
     assert [result["settings"][key] for key in read] == ["sgd", base_lr, 1024, 1, False]
     if arch == "vit_micro":
         assert hvp(*asked, "--n-last-blocks", "2", "--which", "momentum_encoder").code == 0
-        result = json.loads((tmp_path / "run" / "last-linear-momentum_encoder.json").read_text())
+        result = json.loads(
+            (tmp_path / "run" / "last-linear-momentum_encoder-epochs=1-n_last_blocks=2-augment=no.json").read_text()
+        )
         assert result["settings"]["n_last_blocks"] == 2
 
 
@@ -278,6 +297,116 @@ def test_an_unwritable_result_is_said_before_evaluating(hvp, run_folder, tmp_pat
     assert "cannot be written" in ran.err
 
 
+def knn(hvp, *arguments):
+    return hvp("eval", "knn", "run", "--data", "shapes", "--workers", "0", *arguments)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_result_that_cannot_be_kept_is_shown(hvp, run_folder, monkeypatch, moment):
+    """A read-only folder, or one that is full or read-only by the time the evaluation is through."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    if moment == "before":
+        monkeypatch.setattr(results.tempfile, "TemporaryFile", refuse)  # the superuser may write anywhere
+    else:
+        monkeypatch.setattr(results, "write_atomically", lambda path, _: refuse_named(path))
+
+    def refuse_named(path):
+        raise UserError(f"{path}: cannot be written: No space left on device")
+
+    ran = knn(hvp, "--k", "5")
+    assert ran.code == 2
+    assert "k = 5" in ran.out
+    assert "wrote" not in ran.out
+    assert "last-knn-teacher-k=5.json: cannot be written" in ran.err.splitlines()[-2]
+    assert "shown above, but its file is missing" in ran.err
+    assert "--out FILE" in ran.err.splitlines()[-1]
+    assert ("note: " in ran.err) == (moment == "before")
+    assert not list(run_folder.glob("*.json.part"))
+    monkeypatch.undo()
+
+
+def test_a_result_replaces_that_of_the_same_evaluation_only(hvp, run_folder):
+    def told(*arguments):
+        ran = knn(hvp, *arguments)
+        assert ran.code == 0, ran.err
+        return ran
+
+    first = run_folder / "last-knn-teacher-k=5.json"
+    assert f"wrote run/{first.name}" in told("--k", "5").out
+    before = json.loads(first.read_text())
+    assert f"wrote run/{first.name}" in told("--k", "5").out
+    assert "wrote run/last-knn-teacher-k=5-resolution=16.json" in told("--k", "5", "--resolution", "16").out
+    assert "wrote run/last-knn-student-k=5.json" in told("--k", "5", "--which", "student").out
+
+    content = torch.load(run_folder / "last.pt", weights_only=True)
+    content["step"] += 1
+    content["teacher"]["backbone.cls_token"] += 1
+    torch.save(content, run_folder / "last.pt")  # as training goes on
+    ran = told("--k", "5")
+    assert "wrote run/last-knn-teacher-k=5-2.json" in ran.out
+    assert (
+        f"{first.name} holds another evaluation, and stays; it differs in checkpoint's step, checkpoint's weights"
+        in (ran.err)
+    )
+    assert {**json.loads(first.read_text()), "seconds": 0} == {**before, "seconds": 0}
+    assert "wrote run/last-knn-teacher-k=5-2.json" in told("--k", "5").out
+    assert len(list(run_folder.glob("*.json"))) == 5  # and run.json
+
+
+def test_other_images_have_results_of_their_own(hvp, run_folder, imagenet):
+    ran = hvp("eval", "knn", "run", "--data", imagenet, "--workers", "0", "--k", "5")
+    assert "wrote run/last-knn-teacher-data=imagenet-k=5.json" in ran.out
+    assert "wrote run/last-knn-teacher-k=5.json" in knn(hvp, "--k", "5").out
+
+
+def test_out_replaces_results_alone(hvp, run_folder, tmp_path):
+    before = (run_folder / "last.pt").read_bytes()
+    for name in ("run/last.pt", "run/config.yaml", "run/run.json"):
+        ran = knn(hvp, "--k", "5", "--out", name)
+        assert ran.code == 2
+        assert f"{name}: exists and holds no result. Name another file with --out" in ran.err
+        assert "k = 5" not in ran.out
+    assert (run_folder / "last.pt").read_bytes() == before
+    (tmp_path / "empty.json").touch()
+    assert knn(hvp, "--k", "5", "--out", "empty.json").code == 0
+    assert knn(hvp, "--k", "1", "--out", "empty.json").code == 0
+    assert json.loads((tmp_path / "empty.json").read_text())["settings"]["k"] == [1]
+
+
+def test_an_evaluation_says_what_it_read_and_how_far_it_is(hvp, run_folder):
+    ran = knn(hvp, "--k", "5")
+    assert "weights: run/last.pt: the teacher of dino, epoch 1, step 5, not the student, its keys backbone.*" in ran.err
+    assert "network: VisionTransformer, width 96, 3 blocks, patches of 8 pixels, 0.4 M parameters" in ran.err
+    assert "resolution: 32 pixels, as pretrained" in ran.err
+    assert "features of shapes (train, 40 images): 40 of 40" in ran.err
+    ran = knn(hvp, "--k", "5", "--resolution", "16", "--which", "student")
+    assert "the student of dino" in ran.err
+    assert "resolution: 16 pixels, as asked; otherwise 32, as pretrained" in ran.err
+
+
+def test_progress_in_lines_comes_now_and_then(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
+    with evaluate.evaluation_progress() as show:
+        for done in range(1, 61):
+            show("features", done, 60)
+            now[0] += 1
+        show("classes", 3, 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "features: 1 of 60, 0 s",
+        "features: 11 of 60, 10 s, about 49 s left",
+        "features: 21 of 60, 20 s, about 39 s left",
+        "features: 31 of 60, 30 s, about 29 s left",
+        "features: 41 of 60, 40 s, about 19 s left",
+        "features: 51 of 60, 50 s, about 9 s left",
+        "features: 60 of 60, 59 s",
+        "classes: 3 of 3, 0 s",
+    ]
+
+
 def test_upstream_checkpoints_evaluate(hvp, run_folder, imagenet, tmp_path):
     """The upstream trainer's layout: `module.` before the student's keys, optimiser and arguments beside them."""
     ours = torch.load(run_folder / "last.pt", weights_only=True)
@@ -330,7 +459,7 @@ def test_diversity_of_common_and_strong_views(hvp, run_folder):
     assert first["views"] == ["global1", "global2"]
     assert -1 <= first["strong"]["mean"] <= 1
     assert hvp(*arguments).code == 0
-    again = json.loads((run_folder / "last-diversity-teacher.json").read_text())
+    again = json.loads((run_folder / "last-diversity-teacher-images=30.json").read_text())
     assert again == first
     assert hvp(*arguments, "--set", "rescue.num_ops=0", "--set", "rescue.cutout=0.0", "--out", "weak.json").code == 0
     assert json.loads(Path("weak.json").read_text())["strong"] != first["strong"]

@@ -11,10 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvp.common.engine.checkpoint import load_checkpoint
+from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
+from hvp.common.networks.resnet import CONVNETS
 
 SMALL = ("--data", "shapes", "--epochs", 2, "--batch-size", 8, "--workers", 0, "--set", "data.shapes.train=16")
-SMALLER = ("--set", "data.shapes.size=32", "--set", "train.keep_every=1", "--set", "model.drop_path_rate=0.0")
+SMALLER = (
+    "--set",
+    "data.shapes.val=8",
+    "--set",
+    "data.shapes.size=32",
+    "--set",
+    "train.keep_every=1",
+    "--set",
+    "model.drop_path_rate=0.0",
+)
 
 
 @pytest.fixture
@@ -70,6 +80,35 @@ def test_a_backbone(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
     assert "timm has no network like this one" in refused.err
     assert "--to safetensors" in refused.err
     assert not (tmp_path / "b.pth").exists()
+
+
+@pytest.mark.parametrize(("to", "out"), [("upstream", "up.pth"), ("safetensors", "b.safetensors"), ("timm", "b.pth")])
+def test_a_converted_network_scores_as_before(to: str, out: str, request: Any, hvp: Any, tmp_path: Path) -> None:
+    """On images of the same size, drawn and probed the same way."""
+    if to == "timm":  # which lacks the demo's network
+        encoder = CONVNETS["resnet50"]()
+        weights = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+        config = {"views": {"crop_size": 36}, "data": {"path": "shapes", "shapes": {"size": 32, "train": 8, "val": 4}}}
+        content = {"method": "simsiam", "config": config, "epoch": 1, "step": 2, "model": weights}
+        (tmp_path / "run").mkdir()
+        save_checkpoint(tmp_path / "run" / "last.pt", content)
+    else:
+        request.getfixturevalue("run")
+    assert hvp("convert", "run", "--to", to, "--out", out).code == 0
+    common = ("--data", "shapes", "--workers", 0)
+    results = []
+    for file in ("run", out):
+        for arguments in (("knn", file, "--k", 3), ("linear", file, "--no-augment", "--epochs", 1)):
+            ran = hvp("eval", *arguments, *common, "--out", "result.json")
+            assert ran.code == 0, ran.err
+            results.append(json.loads(Path("result.json").read_text()))
+    for before, after in zip(results[:2], results[2:], strict=True):
+        assert before["settings"] == after["settings"]
+        assert before["train"] == after["train"]
+        for key in ("results", "last", "history"):
+            assert before.get(key) == after.get(key)
+        assert before["checkpoint"]["weights"] == after["checkpoint"]["weights"]
+        assert after["checkpoint"]["described_in"] == f"{out}.meta.json"
 
 
 def test_files_that_are_there_stay(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:

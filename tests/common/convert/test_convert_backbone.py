@@ -17,7 +17,8 @@ from hvp.common.convert.backbone import export_backbone
 from hvp.common.convert.report import Converted, saver, write
 from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.errors import UserError
-from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.evaluation.checkpoints import evaluation_size, load_encoder
+from hvp.common.evaluation.linear import probe_defaults
 from hvp.common.networks import Encoder
 from hvp.common.networks.register_vision_transformer import build_register_vit
 from hvp.common.networks.resnet import CONVNETS
@@ -48,6 +49,7 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
     "patches of 8": lambda: build_vit("vit_tiny", patch_size=8, img_size=32),
     "small with fixed positions, twelve heads": lambda: with_fixed_positions(),
     "LayerScale, registers": lambda: build_register_vit("vit_small", patch_size=14, img_size=42, num_registers=4),
+    "LayerScale": lambda: build_register_vit("vit_small", patch_size=14, img_size=42),
     "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
     "resnet50": CONVNETS["resnet50"],
 }
@@ -78,6 +80,19 @@ def assert_equal_features(ours: Encoder, theirs: nn.Module, size: int) -> None:
         torch.testing.assert_close(theirs.eval()(images), expected, rtol=1e-4, atol=1e-4)
 
 
+def assert_read_back(source: Path, out: Path, resolution: int) -> None:
+    """An evaluation sees the same network, on images of the same size, before and after."""
+    (before, was), (after, meta) = load_encoder(source), load_encoder(out)
+    assert evaluation_size(before, was) == evaluation_size(after, meta)
+    assert evaluation_size(after, meta)[0] == resolution
+    assert (meta.method, meta.which, meta.epoch, meta.step) == (was.method, was.which, was.epoch, was.step)
+    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        options = probe_defaults(before)
+        assert options == probe_defaults(after)
+        assert torch.equal(before.probe_features(images, *options), after.probe_features(images, *options))
+
+
 @pytest.mark.parametrize(("name", "suffix"), [*((name, ".pth") for name in ENCODERS), ("tiny", ".safetensors")])
 def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
     encoder = randomised(ENCODERS[name]())
@@ -87,6 +102,7 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
     network.load_state_dict(state, strict=True)
     assert network.num_features == about["backbone"]["feature_width"] == encoder.embed_dim
     assert_equal_features(encoder, network, about["backbone"]["img_size"])
+    assert_read_back(source, tmp_path / f"backbone{suffix}", 96)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +118,56 @@ def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
     scope: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
     exec(about["backbone"]["load"]["call"], scope)  # what the user is told to type
     scope["model"].load_state_dict(state, strict=True)
+    assert_read_back(source, tmp_path / "backbone.pth", about["backbone"]["img_size"] or 224)
     assert_equal_features(encoder, scope["model"], about["backbone"]["img_size"] or 64)
+
+
+def test_bare_weights_are_evaluated_as_before(tmp_path: Path) -> None:
+    source, out = tmp_path / "weights.pth", tmp_path / "backbone.pth"
+    torch.save(randomised(ENCODERS["tiny"]()).state_dict(), source)
+    written(export_backbone(source, "timm"), source, out)
+    assert_read_back(source, out, 64)
+
+
+def test_a_conversion_of_a_conversion_says_what_the_first_did(tmp_path: Path) -> None:
+    source = run_of(randomised(ENCODERS["registers"]()), tmp_path)
+    written(export_backbone(source, "timm"), source, tmp_path / "a.pth")
+    again = export_backbone(tmp_path / "a.pth", "safetensors")
+    assert [(fate.became, fate.why) for fate in again.fates if fate.became != "renamed"] == [
+        ("changed", "[CLS] has a position here, which is 0")
+    ]
+    assert again.about["method"] == "dino"
+    written(again, tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert_read_back(source, tmp_path / "b.safetensors", 96)
+
+
+def test_a_description_of_another_file_is_not_used(tmp_path: Path) -> None:
+    source = run_of(randomised(ENCODERS["tiny"]()), tmp_path)
+    out = tmp_path / "a.safetensors"
+    written(export_backbone(source, "timm"), source, out)
+    encoder, meta = load_encoder(out)
+    assert (evaluation_size(encoder, meta), meta.note) == ((96, "as pretrained"), "")
+    assert meta.origin == (f"{out}: the teacher of dino, epoch 3, step 40, described in a.safetensors.meta.json")
+    described = out.with_name("a.safetensors.meta.json")
+    for content, said in [
+        (described.read_text().replace('"sha256": "', '"sha256": "0'), "it describes another file of this name"),
+        ("{}", "no description as hvp convert writes it"),
+        ("[" * 10**5, "no description as hvp convert writes it"),
+        (described.read_text()[:100], "no description as hvp convert writes it"),
+    ]:
+        described.write_text(content)
+        encoder, meta = load_encoder(out)
+        assert meta.note == f"a.safetensors.meta.json is not used: {said}"
+        assert (meta.which, meta.method, meta.described) == ("bare", None, None)
+        assert evaluation_size(encoder, meta) == (64, "that of the position embedding")
+    described.unlink()
+    assert load_encoder(out)[1].note == ""
+
+
+def test_the_position_embedding_for_dense_tasks_is_no_evaluations_size(tmp_path: Path) -> None:
+    """DINOv2's released networks have one for 518 pixels, and are evaluated on 224."""
+    torch.save(build_vit("vit_tiny", patch_size=16, img_size=512).state_dict(), tmp_path / "a.pth")
+    assert evaluation_size(*load_encoder(tmp_path / "a.pth"))[0] == 224
 
 
 @pytest.mark.parametrize("name", ["tiny", "resnet50"])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp.common.convert.report import META, Account, Converted, Fate, claim, saver, write
+from hvp.common.convert.report import Account, Converted, Fate, claim, saver, write
 from hvp.common.errors import UserError
+from hvp.common.evaluation.descriptions import META
 
 A, B, C = torch.zeros(2, 3), torch.zeros(4), torch.zeros(5)
 CONTENT = {"student": {"module.backbone.a": A, "module.head.b": B}, "optimizer": {"state": [{"c": C}]}, "epoch": 3}

@@ -132,6 +132,32 @@ def test_extensions_are_those_of_torchvision(tmp_path):
     assert set(paths(open_dataset(str(tmp_path), "train"))) == names
 
 
+def test_files_that_end_otherwise_are_counted_once(tmp_path, caplog):
+    put(
+        tmp_path,
+        "train/a/1.png",
+        "train/b/1.png",
+        "train/a/2.gif",
+        "train/b/deep/3.GIF",
+        "train/notes.txt",
+        "labels.csv",
+    )
+    assert len(open_dataset(str(tmp_path), "train")) == 2
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}/train: 3 files are left out, for only {' '.join(EXTENSIONS)} are read: 2 .gif, 1 .txt"
+    )
+    caplog.clear()
+    (tmp_path / "train/b/deep/3.GIF").unlink()
+    (tmp_path / "train/notes.txt").unlink()
+    open_dataset(str(tmp_path), "train")
+    assert ": 1 file is left out, for only " in caplog.text
+    caplog.clear()
+    (tmp_path / "train/a/2.gif").unlink()
+    open_dataset(str(tmp_path), "train")
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("name", ["Größe 猫.png", "two words.png", "two\nlines.png", "tab\tand 'quote'.png"])
 def test_names_of_any_kind(tmp_path, name):
     source = open_dataset(str(put(tmp_path, f"clässe 1/{name}", "b/1.png")), "train", labels=True)

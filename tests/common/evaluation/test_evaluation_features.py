@@ -1,17 +1,21 @@
 """Features in order, from the view upstream evaluates, with nothing left changed; and the cache that keeps them."""
 
 import logging
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluation_toys import ToyEncoder, ToySource
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
 from hvp.common.errors import UserError
+from hvp.common.evaluation import features as features_module
 from hvp.common.evaluation.features import cached, evaluation_view, extract, source_digest, weights_digest
 from hvp.common.views import normalize
 
@@ -27,6 +31,38 @@ def test_the_view_is_torchvisions(size: tuple[int, int], resolution: int) -> Non
         ]
     )
     np.testing.assert_array_equal(evaluation_view(image, resolution), np.asarray(upstream(Image.fromarray(image))))
+
+
+SIDES = st.one_of(st.integers(1, 40), st.integers(1, 260))
+
+
+@settings(max_examples=60)
+@given(shorter=SIDES, longer=SIDES, wide=st.booleans(), resolution=st.sampled_from([224, 96, 33, 7]))
+@example(shorter=1, longer=3000, wide=True, resolution=96)
+@example(shorter=1, longer=3001, wide=False, resolution=33)
+@example(shorter=31, longer=32, wide=False, resolution=224)
+@example(shorter=3, longer=1001, wide=True, resolution=17)
+def test_an_enlarged_view_is_the_same_without_the_rest_of_the_picture(
+    shorter: int, longer: int, wide: bool, resolution: int
+) -> None:
+    size = (shorter, longer) if wide else (longer, shorter)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = evaluation_view(image, resolution)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features_module, "LARGEST_ENLARGEMENT", 0)
+        np.testing.assert_array_equal(evaluation_view(image, resolution), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (1, 100_000), (100_000, 1), (2, 40_000_000)])
+def test_a_picture_of_extreme_shape_takes_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.broadcast_to(np.array([200, 30, 40], dtype=np.uint8), (*size, 3))
+    monkeypatch.setattr(Image, "fromarray", lambda _: pytest.fail("the whole picture is resized"))
+    tracemalloc.start()
+    view = evaluation_view(image, 224)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert view.shape == (224, 224, 3)
+    assert (view == [200, 30, 40]).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

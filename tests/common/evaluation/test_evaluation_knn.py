@@ -16,7 +16,7 @@ from torch import Tensor
 from hvp.common.errors import UserError
 from hvp.common.evaluation.knn import KnnScore, evaluate_knn, knn_classify, nearest_neighbours
 from hvp.common.evaluation.metrics import percent, rank_of_target
-from hvp.common.evaluation.results import write_result
+from hvp.common.evaluation.results import differences, free_path, write_result
 
 
 def slow_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, temperature: float) -> Any:
@@ -184,6 +184,43 @@ def test_sources_that_cannot_be_compared(train: ToySource, val: ToySource, said:
 def test_settings_that_make_no_sense(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="k-NN: "):
         evaluate_knn(ToyEncoder(), ToySource(), ToySource(), resolution=16, **change)
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    checkpoint = {"path": "last.pt", "which": "teacher", "step": 40, "weights": "abc"}
+    settings = {"k": (1, 10), "resolution": 32, "workers": 4, "device": "cpu"}
+    whole = {"evaluation": "knn", "checkpoint": checkpoint, "train": {"name": "a"}, "settings": settings}
+    return whole | {"results": [1.0], "seconds": 3.0} | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"results": [2.0], "seconds": 9.0, "notes": []}, []),
+        ({"settings": {**result()["settings"], "workers": 0, "device": "cuda"}}, []),
+        ({"checkpoint": {**result()["checkpoint"], "path": "/elsewhere/last.pt"}}, []),
+        ({"settings": {**result()["settings"], "k": [1]}}, ["k"]),
+        ({"checkpoint": {**result()["checkpoint"], "weights": "abd"}}, ["checkpoint's weights"]),
+        ({"train": {"name": "b"}}, ["train"]),
+        ({"evaluation": "linear", "checkpoint": "?", "settings": 3}, ["evaluation", "k", "resolution"]),
+    ],
+)
+def test_evaluations_are_told_apart(change: dict[str, Any], said: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "knn.json"
+    write_result(result(), path)
+    found = differences(result(**change), result())
+    assert set(said) <= set(found)
+    assert bool(found) == bool(said)
+    assert free_path(path, result(**change))[0].name == ("knn-2.json" if said else "knn.json")
+
+
+@pytest.mark.parametrize("there", ["[", '{"name": "mine"}', "", None])
+def test_files_that_are_no_results_stay(there: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "knn.json"
+    path.mkdir() if there is None else path.write_text(there)
+    assert free_path(path, result()) == (tmp_path / "knn-2.json", ["what it is"])
+    (tmp_path / "knn-2.json").symlink_to("nowhere")
+    assert free_path(path, result())[0].name == "knn-3.json"
 
 
 def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:

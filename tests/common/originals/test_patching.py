@@ -3,9 +3,11 @@
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +21,7 @@ from hvp.common.originals.patching import (
     Patch,
     apply_patch,
     diff_lines,
+    is_patched_copy,
     load_patch,
     markdown_table,
     parse_patch,
@@ -216,6 +219,67 @@ def test_a_copy_that_fails_leaves_nothing(clone, patch, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         apply_patch(patch, clone, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+def end(*_: object) -> None:
+    raise Ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_copy_leaves_nothing(clone, patch, tmp_path, monkeypatch, number):
+    """A signal comes while a file is copied, and again while the unfinished copy is deleted."""
+
+    def interrupted(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            signal.raise_signal(number)
+            return function(*arguments, **options)
+
+        return call
+
+    (clone / "src").chmod(0o555)
+    for name in ("copy2", "rmtree"):
+        monkeypatch.setattr(patching.shutil, name, interrupted(getattr(patching.shutil, name)))
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(Ended):
+            apply_patch(patch, clone, tmp_path / "out")
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+        (clone / "src").chmod(0o755)
+    assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+
+
+def test_a_hangup_that_nohup_ignores_does_not_stop_the_copy(clone, patch, tmp_path, monkeypatch):
+    copy2 = patching.shutil.copy2
+    monkeypatch.setattr(patching.shutil, "copy2", lambda *files: signal.raise_signal(signal.SIGHUP) or copy2(*files))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        apply_patch(patch, clone, tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "out" / "src" / "train.py").read_text() == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["src/train.py", "tools.py"])
+def test_a_pipe_in_a_clone_is_refused_by_name(clone, patch, tmp_path, name):
+    (clone / name).unlink()
+    os.mkfifo(clone / name)
+    with pytest.raises(UserError, match=rf"cannot (read|copy) {clone}/{name}.*: not a regular file"):
+        apply_patch(patch, clone, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+
+
+def test_a_pipe_in_a_clone_whose_copy_is_compared(clone, patch, tmp_path):
+    apply_patch(patch, clone, tmp_path / "out")
+    assert is_patched_copy(patch, clone, tmp_path / "out")
+    os.mkfifo(clone / "pipe")
+    with pytest.raises(UserError, match=rf"cannot read {clone}/pipe: not a regular file"):
+        is_patched_copy(patch, clone, tmp_path / "out")
 
 
 def test_a_missing_last_line_end_is_told_to_git(tmp_path):

@@ -160,3 +160,14 @@ def test_reading_in_threads_leaves_the_filters_of_warnings(source):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(source.read, [index % 6 for index in range(200)]))
         assert warnings.filters == before
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
+def test_pictures_of_extreme_shape_keep_their_size_until_they_are_cropped(shape):
+    """An operation that made a square of one would need gigabytes."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    for name, operation in OPERATIONS.items():
+        assert operation(Image.fromarray(image), 0.99).size == shape[::-1], name
+    for index in range(10):
+        view = strong_view(image, uniform_stream("strong", 0, 0, index, 0), StrongTransform(VIEW))
+        assert view.shape == (32, 32, 3)
