@@ -45,7 +45,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = 300
-"""Seconds without a new image after which a wait ends, unless told otherwise."""
+"""Seconds without a new image after which a wait ends, for those who have no `data.timeout`."""
 
 TICK = 0.5
 """Seconds between two looks at a wait."""
@@ -58,6 +58,10 @@ METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 class NoBatch(UserError):
     """The workers made no batch: one died, hangs, or could not be started. Training up to here is intact."""
+
+
+class Hanging(NoBatch):
+    """For `timeout` seconds no worker got on to another image."""
 
 
 class WaitInterrupted(BaseException):
@@ -206,6 +210,9 @@ class Batches(Generic[T]):
             with _explained(self._workers, starting=self._loader.processes is None):
                 try:
                     got = watch.over(get)
+                    if isinstance(got, _Lost):
+                        raise got.error
+                    return got
                 except (RuntimeError, OSError, EOFError) as error:
                     # A worker that died before its tensors were fetched from it breaks the connection.
                     if found := self._dead_worker(patience=0.0 if isinstance(error, RuntimeError) else 1.0):
@@ -214,10 +221,7 @@ class Batches(Generic[T]):
                 except _WorkerDied:
                     raise NoBatch(self._dead_worker() or "A loader worker died.") from None
                 except _TimedOut:
-                    raise NoBatch(self._hang()) from None
-                if isinstance(got, _Lost):
-                    raise got.error
-                return got
+                    raise Hanging(self._hang()) from None
         except BaseException:
             self.close()
             raise
@@ -238,20 +242,20 @@ class Batches(Generic[T]):
         """What is waited for."""
         processes = self._loader.processes
         if processes is None:
-            who = f"This process is reading {self._source.image_of(0)}" if self._workers == 0 else "They do not start"
+            who = f"This process has {self._source.image_of(0)} in hand" if self._workers == 0 else "No worker starts"
         else:
             task = processes._task_info.get(processes._rcvd_idx)
-            numbers = range(self._workers) if task is None else [task[0]]  # at the start of a pass all are waited for
-            who = "; ".join(
-                f"loader worker {processes._workers[number].pid}{_state(processes._workers[number].pid)} has "
-                + (f"{image} in hand" if (image := self._source.image_of(number)) else "read no image yet")
-                for number in numbers
-            )
-            who = who[0].upper() + who[1:]
+            said = []
+            for number, worker in enumerate(processes._workers):
+                state, image = _state(worker.pid), self._source.image_of(number)
+                # at the start of a pass all are waited for
+                if task is None or task[0] == number or state:
+                    doing = f"which has {image} in hand" if image else "which has read no image yet"
+                    said.append(f"loader worker {worker.pid}{state}, {doing}")
+            who = "Waiting for " + "; ".join(said)
         return (
             f"No image was read for {self._timeout:g} seconds. {who}.\n"
-            "    Is its disk or network gone, or was the process stopped? Storage that is only slow may have more time: "
-            "--set data.timeout=SECONDS, or 0 to wait for ever."
+            "    Its disk or network may be gone, or the process may have been stopped."
         )
 
 
@@ -270,9 +274,7 @@ class _Watch:
     the one that fetches a tensor from a worker that is stopped, and most of them know no timeout.
     """
 
-    def __init__(
-        self, loader: "_Loader", source: WatchedSource, timeout: float, stopped: Callable[[], bool]
-    ) -> None:
+    def __init__(self, loader: "_Loader", source: WatchedSource, timeout: float, stopped: Callable[[], bool]) -> None:
         self._loader, self._source, self._timeout, self._stopped = loader, source, timeout, stopped
         self._on = False
         self._begun, self._waited = -1, 0.0
@@ -322,8 +324,9 @@ def _explained(workers: int, *, starting: bool = False) -> Iterator[None]:
         lost = workers > 0 and (isinstance(error, (OSError, EOFError)) or "DataLoader worker (pid" in reason)
         if remedy is None and not lost:
             raise
+        who = "A loader worker failed" if workers else "The loader failed"
         raise NoBatch(
-            f"A loader worker failed{' to start' if starting else ''}: {reason}\n    {remedy or _MEMORY.format(workers)}"
+            f"{who}{' to start' if starting and workers else ''}: {reason}\n    {remedy or _MEMORY.format(workers)}"
         ) from error
 
 
@@ -452,8 +455,8 @@ class _Processes(_MultiProcessingDataLoaderIter):
             raise
 
     def _shutdown_workers(self) -> None:
-        # DataLoader's own way asks them, waits five seconds for each in turn, and then sends a SIGTERM. A stopped worker
-        # stays, and the interpreter waits for it when it exits.
+        # DataLoader's own way asks them, waits five seconds for each in turn, and then sends a SIGTERM. A worker
+        # that is stopped stays, and the interpreter waits for it when it exits.
         if self._shutdown:
             return
         self._shutdown = True

@@ -377,7 +377,7 @@ def test_a_folder_called_like_an_image(tmp_path):
     put(tmp_path, "a/ok.png", "b/ok.png")
     (tmp_path / "a/x.jpg").mkdir()
     source = open_dataset(str(tmp_path), "train")
-    with pytest.raises(BadImage, match=r"a/x\.jpg: Is a directory"):
+    with pytest.raises(BadImage, match=r"a/x\.jpg: a folder, not a regular file"):
         source.read(paths(source).index("a/x.jpg"))
 
 
