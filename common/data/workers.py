@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing import process
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import cv2
@@ -52,6 +52,9 @@ TICK = 0.5
 
 FAREWELL = 5.0
 """Seconds that killed workers have to be gone; one that the system cannot end is left behind."""
+
+LIMIT_REACHED = 64
+"""Exit code of a worker that cannot hand over its batches, plus the error's number."""
 
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -228,9 +231,9 @@ class Batches(Generic[T]):
 
     def _dead_worker(self, patience: float = 0.0) -> str | None:
         """What killed a worker, if one is dead or will be `patience` seconds from now."""
-        until = time.monotonic() + patience
-        while self._loader.processes is not None:
-            for number, worker in enumerate(self._loader.processes._workers):
+        processes, until = self._loader.processes, time.monotonic() + patience
+        while processes is not None and not processes._shutdown:  # then they are dead by our own hand
+            for number, worker in enumerate(processes._workers):
                 if not worker.is_alive():
                     return _death(worker.exitcode or 0, worker.pid, self._source.image_of(number), self._workers)
             if time.monotonic() >= until:
@@ -320,6 +323,8 @@ def _explained(workers: int, *, starting: bool = False) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        if "items of ancdata" in reason:  # a file's descriptor was dropped on its way
+            reason = os.strerror(errno.EMFILE)
         remedy = _remedy(error, workers)
         lost = workers > 0 and (isinstance(error, (OSError, EOFError)) or "DataLoader worker (pid" in reason)
         if remedy is None and not lost:
@@ -361,6 +366,9 @@ def _remedy(error: BaseException, workers: int) -> str | None:
 def _death(exitcode: int, pid: int | None, image: str | None, workers: int) -> str:
     """What a dead worker died of, and what to do."""
     last = f" The last image it was given is {image}." if image else ""
+    if exitcode > LIMIT_REACHED:
+        error = OSError(exitcode - LIMIT_REACHED, os.strerror(exitcode - LIMIT_REACHED))
+        return f"A loader worker failed: {error}\n    {_remedy(error, workers) or _MEMORY.format(workers)}"
     if exitcode >= 0:
         return f"A loader worker failed: process {pid} ended with exit code {exitcode}.{last}"
     name = signal.Signals(-exitcode).name
@@ -512,3 +520,10 @@ def _start_worker(_: int) -> None:
     # PyTorch's handlers print a line of their own; the main process explains what a worker died of.
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)
+    sys.excepthook = _end_worker
+
+
+def _end_worker(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """Ends a worker whose thread that hands over tensors cannot open another connection. It would print the error and
+    try again for ever, while the main process waits."""
+    os._exit(LIMIT_REACHED + (getattr(error, "errno", None) or 0))
