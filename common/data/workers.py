@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import weakref
+from _weakrefset import WeakSet
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ FAREWELL = 5.0
 
 LIMIT_REACHED = 64
 """Exit code of a worker that cannot hand over its batches, plus the error's number."""
+
+FINALIZERS = {weakref.__file__, WeakSet.add.__code__.co_filename}
+"""Files whose functions are called when an object goes."""
 
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -299,8 +303,8 @@ class _Watch:
             signal.signal(signal.SIGALRM, before)
             signal.setitimer(signal.ITIMER_REAL, left, interval)
 
-    def _look(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._on:
+    def _look(self, _number: int, frame: FrameType | None) -> None:
+        if not self._on or _swallows(frame):
             return
         if self._stopped():
             raise WaitInterrupted
@@ -314,6 +318,16 @@ class _Watch:
         self._waited += TICK  # by ticks, so that the time in which this process was itself stopped does not count
         if 0 < self._timeout <= self._waited:
             raise _TimedOut
+
+
+def _swallows(frame: FrameType | None) -> bool:
+    """Whether an exception that is raised now would be printed and dropped, because an object is being finalised."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename in FINALIZERS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
