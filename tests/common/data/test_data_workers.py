@@ -274,8 +274,14 @@ def test_files_that_do_not_suffice(number, capfd):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_files_that_do_not_suffice_in_a_worker(number, capfd):
-    """So that it cannot make a batch, and so that it cannot hand one over."""
-    limit = files(number)
+    """So that it cannot pack a batch, and so that it cannot hand one over while it makes the next."""
+
+    def on_read(index: int) -> None:
+        if index == 5:
+            files(number)()
+        elif index == 9:
+            time.sleep(1)
+
     with pytest.raises(NoBatch, match=r"Too many open files\n.*ulimit -n"):
-        values(batches_of(lambda index: index != 5 or limit()).one_pass())
+        values(batches_of(on_read).one_pass())
     assert capfd.readouterr().err == ""
