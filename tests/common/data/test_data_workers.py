@@ -1,10 +1,12 @@
 """Every wait for a worker ends, and every way in which one can fail is one message that says what to do."""
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -272,16 +274,13 @@ def test_files_that_do_not_suffice(number, capfd):
     assert "Traceback" not in said + capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_files_that_do_not_suffice_in_a_worker(number, capfd):
-    """So that it cannot pack a batch, and so that it cannot hand one over while it makes the next."""
+def no_more(*_: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def on_read(index: int) -> None:
-        if index == 5:
-            files(number)()
-        elif index == 9:
-            time.sleep(1)
 
+@pytest.mark.parametrize("limit", [files(0), lambda: setattr(socket.socket, "accept", no_more)])
+def test_files_that_do_not_suffice_in_a_worker(limit, capfd):
+    """So that it cannot pack a batch, and so that it cannot hand one over."""
     with pytest.raises(NoBatch, match=r"Too many open files\n.*ulimit -n"):
-        values(batches_of(on_read).one_pass())
+        values(batches_of(lambda index: index != 5 or limit(), timeout=5).one_pass())
     assert capfd.readouterr().err == ""
