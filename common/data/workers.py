@@ -470,6 +470,7 @@ class _Processes(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: "_Loader") -> None:
         loader.processes = self  # already while it starts, for those who watch
         self._workers: list[Any] = []
+        self._owner = os.getpid()
         try:
             super().__init__(loader)
         except BaseException:
@@ -479,7 +480,7 @@ class _Processes(_MultiProcessingDataLoaderIter):
     def _shutdown_workers(self) -> None:
         # DataLoader's own way asks them, waits five seconds for each in turn, and then sends a SIGTERM. A worker
         # that is stopped stays, and the interpreter waits for it when it exits.
-        if self._shutdown:
+        if self._shutdown or os.getpid() != self._owner:  # a forked process has copies of this, too
             return
         self._shutdown = True
         for worker in self._workers:

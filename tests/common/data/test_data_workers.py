@@ -143,6 +143,17 @@ def test_a_slow_batch_is_no_hang():
     batches.close()
 
 
+def test_a_forked_process_leaves_the_workers_alone():
+    batches = batches_of()
+    one_pass = batches.one_pass()
+    next(one_pass)
+    child = multiprocessing.get_context("fork").Process(target=batches.close)
+    child.start()
+    child.join()
+    assert values(one_pass) == list(range(BATCH, COUNT))
+    batches.close()
+
+
 def test_a_timer_of_the_caller_goes_on():
     rang = []
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
