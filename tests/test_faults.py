@@ -17,7 +17,8 @@
     a loss or gradient that is not finite   step, rate, checkpoint; 2      weights of the step before; nonfinite.json
     full disk, at a checkpoint or a row     the file and why; code 2       the last good checkpoint
     the data set vanishes                   the image; code 2              the last good checkpoint
-    a loader worker dies                    the worker; code 2             the last good checkpoint
+    a loader worker dies, or hangs          the worker and its image; 2    a checkpoint of that very step
+    a signal while the loader hangs         the step; code 130, 143, 75    a checkpoint of that very step
     one of several processes is killed      the rank; no code 0            the last good checkpoint; nobody waits on
 
 A message is one, on stderr, without a traceback. Configuration, folders and single images: tests/cli/test_cli.py.
@@ -25,6 +26,7 @@ A message is one, on stderr, without a traceback. Configuration, folders and sin
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -32,23 +34,33 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from processes import in_two_processes
+from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from hvp.cli.main import main
+from hvp.common.config import read_yaml, resolve
 from hvp.common.engine import checkpoint, log
 from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
+from hvp.common.engine.distributed import World
 from hvp.common.engine.precision import Precision
-from hvp.common.engine.run import Run
+from hvp.common.engine.run import Run, claimed
+from hvp.common.engine.training import build_loader, open_training_data
+from hvp.common.errors import Stopped
+from hvp.methods import get_method, get_preset
 
 HVP = str(Path(sys.executable).with_name("hvp"))
+CPU = torch.device("cpu")
 STEPS = 10
 QUICK = [
     *("pretrain", "dino", "--preset", "tiny", "--epochs", "2", "--batch-size", "8", "--workers", "0"),
@@ -557,18 +569,94 @@ def test_a_data_set_that_vanishes(hvp, monkeypatch, tmp_path):
     assert hvp("resume", "run")[0] == 2
 
 
-def test_a_loader_worker_that_dies(hvp, monkeypatch, tmp_path):
-    def kill_workers() -> None:
-        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+def to_workers(number: signal.Signals) -> None:
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
 
-    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
-        pytest.skip("children are found in /proc")
-    at_step(monkeypatch, 2, kill_workers)
-    code, said = hvp(*QUICK, "--workers", "1", "--epochs", "8", "--out", "run")
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_loader_worker_that_dies(hvp, whole, monkeypatch, tmp_path, step):
+    """In an epoch, and at the end of one, after which it is asked for the next."""
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: to_workers(signal.SIGKILL))
+        code, said = hvp(*QUICK, "--workers", "1", "--save-every", "0", "--out", "run")
     assert code == 2
-    assert "A loader worker failed" in said
-    assert 2 <= step_of(tmp_path / "run") < 40
+    assert "was killed by SIGKILL" in said
+    assert step <= step_of(tmp_path / "run") < STEPS
+    assert f"Step {step_of(tmp_path / 'run')} is saved. Go on with: hvp resume run" in said
+    assert hvp("resume", "run", "--workers", "0")[0] == 0
+    assert_finished_like(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("ended_by", ["timeout", "SIGTERM"])
+def test_a_loader_worker_that_hangs(hvp, whole, monkeypatch, tmp_path, ended_by):
+    def hang() -> None:
+        to_workers(signal.SIGSTOP)
+        if ended_by == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, hang)
+        limit = ["--set", f"data.timeout={1 if ended_by == 'timeout' else 0}"]
+        code, said = hvp(*QUICK, *limit, "--workers", "1", "--save-every", "0", "--out", "run")
+    step = step_of(tmp_path / "run")
+    assert 2 <= step <= 4
+    if ended_by == "SIGTERM":
+        assert code == 143
+        assert f"SIGTERM: stopped after step {step} of 10" in said
+    else:
+        assert code == 2
+        assert re.search(r"No image was read for 1 seconds. Waiting for loader worker \d+ \(stopped\), .* shapes", said)
+        assert "data.timeout" in said
+        assert f"Step {step} is saved" in said
+    assert not multiprocessing.active_children()
+    assert hvp("resume", "run", "--workers", "0")[0] == 0
+    assert_finished_like(tmp_path / "run", whole)
+
+
+def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
+    out = Path(os.environ["HVP_TEST_OUT"])
+
+    def hang() -> None:
+        if world.rank == 1:
+            to_workers(signal.SIGSTOP)
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters())
+    config = resolve(
+        get_method("simsiam").config,
+        [
+            ("", read_yaml(get_preset("simsiam", "tiny"))),
+            ("", {"train.batch_size": 8, "train.epochs": 2, "train.log_every": 1, "data.workers": 1}),
+            ("", {"data.path": "shapes", "data.shapes.train": 40, "data.shapes.size": 32, "train.device": "cpu"}),
+        ],
+    ).config
+    source = open_training_data(config)
+    with (
+        closing(build_loader(config, source, CPU, world)) as loader,
+        claimed(out, world, resume=False, overwrite=False) as claim,
+        Run("simsiam", config, out, claim, loader, {"layer": layer}, CPU, Console(quiet=True), world) as run,
+    ):
+        try:
+            for epoch in run.epochs:
+                for step, _ in run.steps(epoch):
+                    if step == 1:
+                        hang()
+                    run.record(run.check(torch.tensor(0.5), optimizer))
+        except Stopped as stopped:
+            say(str(stopped))
+            say(run.step)
+    say(len(multiprocessing.active_children()))
+
+
+def test_a_signal_ends_the_wait_of_one_process_and_of_those_that_wait_for_it(monkeypatch, tmp_path):
+    out = tmp_path / "run"
+    monkeypatch.setenv("HVP_TEST_OUT", str(out))
+    for said, step, left in in_two_processes(_hang_in_one, tmp_path):
+        assert said.startswith(f"SIGTERM: stopped after step {step} of 10")
+        assert step == step_of(out)
+        assert left == 0
 
 
 def children(process: subprocess.Popen) -> list[int]:

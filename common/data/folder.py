@@ -12,8 +12,11 @@ that start with a dot are ignored; links are followed.
 """
 
 import difflib
+import errno
 import logging
 import os
+import resource
+import stat
 import threading
 import warnings
 from collections import Counter
@@ -110,15 +113,19 @@ class ImageFolder:
         """Decode image `index` as upstream does, by Pillow and without EXIF rotation; uint8 [H, W, 3], RGB.
 
         Raises:
-            BadImage: the file cannot be opened or decoded, or is so large that Pillow suspects a decompression bomb.
+            BadImage: the file cannot be opened or decoded, is no regular file, or is so large that Pillow suspects a
+                decompression bomb.
+            UserError: this process may open no more files.
         """
         path = self.path(index)
         try:
-            with _QUIET, open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            with _QUIET, open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
                 return _to_rgb(image)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on a damaged file
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UserError(_too_many_files(path)) from error
             raise BadImage(_shown(path), _reason(error, path)) from error
 
     def labels(self) -> NDArray[np.int64] | None:
@@ -200,6 +207,42 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         grey = np.clip(np.array(image), 0, 65535) >> 8
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))  # a copy: the image's own memory is read-only
+
+
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """An opener that refuses what may have no end or no beginning, and does not wait for it."""
+    try:
+        file = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        kind = os.stat(path).st_mode  # a socket, or a device that is not there
+        raise ValueError(_irregular(kind)) from error
+    if not stat.S_ISREG(kind := os.fstat(file).st_mode):
+        os.close(file)
+        raise ValueError(_irregular(kind))
+    return file
+
+
+def _irregular(mode: int) -> str:
+    return f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
+
+
+def _too_many_files(path: str) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"{_shown(path)}: cannot be opened: this process has too many open files.\n"
+        f"    Allow more (`ulimit -n`, now {limit}), or use fewer workers (--workers)."
+    )
 
 
 def _reason(error: Exception, path: str) -> str:

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from hvp.common.config import flatten, to_yaml
 from hvp.common.data import ImageSource, same_dataset
+from hvp.common.data.workers import Hanging, NoBatch, WaitInterrupted
 from hvp.common.engine.archive import DamagedCheckpoint, require_file
 from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from hvp.common.engine.collapse import CollapseWatch
@@ -349,28 +350,36 @@ class Run:
         """The steps of an epoch that are not done yet, each with its parts (`train.accumulate` of them).
 
         When the loop asks for the next step, the last one counts as done; a checkpoint is written if one is due, or if
-        a signal asked to stop.
+        a signal asked to stop. A signal also ends a wait for the loader, and so does a loader that hangs for
+        `data.timeout` seconds or has died; the steps done by then are saved.
 
         Raises:
             UserError: images cannot be read, or the checkpoint cannot be written.
+            NoBatch: the loader hangs or has died.
             Stopped: a signal asked to stop.
         """
-        batches = self._loader.epoch(epoch, start_step=self.step - epoch * self.steps_per_epoch)
+        batches = self._loader.epoch(
+            epoch,
+            start_step=self.step - epoch * self.steps_per_epoch,
+            stopped=lambda: self._signals.received is not None,
+        )
         first_step, started = self.step, time.perf_counter()
         while True:
-            with self.waiting.running(), self.world.agreeing():
-                parts = next(batches, None)
-            if parts is None:
-                return
-            self.skipped += [name for part in parts for name in part.skipped]
-            self._batches = parts
-            yield self.step, parts
-            self.step += 1
-            self.log.advance(self.step, epoch + 1)
-            if self.step % self.steps_per_epoch == 0:
-                self._note_epoch(epoch, self.step - first_step, time.perf_counter() - started)
-            saved = self._save_if_due()
-            stop = self._signals.received if self.world.size == 1 else self._stop
+            parts, stop = self._fetch(batches)
+            if stop is None:
+                if parts is None:
+                    return
+                self.skipped += [name for part in parts for name in part.skipped]
+                self._batches = parts
+                yield self.step, parts
+                self.step += 1
+                self.log.advance(self.step, epoch + 1)
+                if self.step % self.steps_per_epoch == 0:
+                    self._note_epoch(epoch, self.step - first_step, time.perf_counter() - started)
+                saved = self._save_if_due()
+                stop = self._signals.received if self.world.size == 1 else self._stop
+            else:
+                saved = self._nothing_to_save
             if stop is not None and self.step < self.total_steps:
                 if not saved:
                     self.save()
@@ -380,6 +389,48 @@ class Run:
                     EXIT_CODES[stop],
                     self.world.leader,
                 )
+
+    def _fetch(self, batches: Iterator[list[ViewBatch]]) -> tuple[list[ViewBatch] | None, signal.Signals | None]:
+        """The next step's parts, None at the end of the epoch; or the signal that ended a process's wait for them."""
+        parts: list[ViewBatch] | None = None
+        mistake: UserError | None = None
+        stop: signal.Signals | None = None
+        with self.waiting.running():
+            try:
+                parts = next(batches, None)
+            except WaitInterrupted:
+                stop = self._signals.received
+            except UserError as error:
+                if self.world.size == 1 and not isinstance(error, NoBatch):
+                    raise
+                mistake = error
+            # one exchange in all, for what `World.agreeing()` would exchange and for the signal
+            bad, lost, *stops = self.world.sum(
+                [mistake is not None, isinstance(mistake, NoBatch), *(stop is number for number in EXIT_CODES)]
+            )
+        if lost:
+            with suppress(UserError):  # which would hide what happened
+                if not self._nothing_to_save:
+                    self.save()
+            if isinstance(mistake, NoBatch):
+                mistake = self._with_advice(mistake)
+        if bad:
+            with self.world.agreeing():
+                if mistake is not None:
+                    raise mistake
+        return parts, next((number for number, count in zip(EXIT_CODES, stops, strict=True) if count), None)
+
+    @property
+    def _nothing_to_save(self) -> bool:
+        return self.step in (0, self._saved)
+
+    def _with_advice(self, error: NoBatch) -> NoBatch:
+        lines = [str(error)]
+        if isinstance(error, Hanging):
+            lines.append("Storage that is only slow may have more time: --set data.timeout=SECONDS, or 0 for ever.")
+        if self._saved is not None:
+            lines.append(f"Step {self._saved} is saved. Go on with: hvp resume {self.out}")
+        return type(error)("\n    ".join(lines))
 
     def check(self, loss: Tensor, optimizer: torch.optim.Optimizer, **values: float) -> float:
         """The loss of the step, mean over the processes; to be asked for before clipping and the optimiser's step.
@@ -691,7 +742,7 @@ def versions() -> dict[str, str]:
 
 # What may differ between a run and its continuation without changing what is computed.
 FREE_TO_CHANGE = {
-    *("data.workers", "train.save_every", "train.keep_every", "train.log_every", "train.device"),
+    *("data.workers", "data.timeout", "train.save_every", "train.keep_every", "train.log_every", "train.device"),
     "train.sharding",
 }
 

@@ -189,6 +189,7 @@ def build_loader(
         pin_memory=device.type == "cuda",
         selects=ViewSelector(config, total_steps).acts_on,
         masks=masks,
+        timeout=config.data.timeout,
     )
 
 

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import logging
-import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from hvp.common.data import BadImage, ImageSource
+from hvp.common.data.workers import Batches, WatchedSource, shared_empty
 from hvp.common.engine.archive import read_archive, save_sealed
 from hvp.common.engine.checkpoint import write_atomically
 from hvp.common.errors import UserError
@@ -115,35 +114,26 @@ def _fixed_to_uint8(values: np.ndarray) -> np.ndarray:
     return np.clip((values + (1 << 21)) >> 22, 0, 255)
 
 
-class _Views(Dataset[Tensor | BadImage]):
-    """The evaluation view of every image of a source, in order."""
+class _Views:
+    """The evaluation views of some images of a source."""
 
     def __init__(self, source: ImageSource, resolution: int) -> None:
         self.source, self.resolution = source, resolution
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor | BadImage:
-        # A worker's exception arrives wrapped in its traceback; as a value it arrives as it was raised.
-        try:
-            return torch.from_numpy(evaluation_view(self.source.read(index), self.resolution))
-        except BadImage as error:
-            return error
+    def __call__(self, indices: range) -> Tensor:
+        """[B, resolution, resolution, 3] uint8."""
+        views = shared_empty((len(indices), self.resolution, self.resolution, 3), torch.uint8)
+        rows = views.numpy()
+        for row, index in zip(rows, indices, strict=True):
+            row[:] = evaluation_view(self.source.read(index), self.resolution)
+        return views
 
 
-def _collate(items: list[Tensor | BadImage]) -> Tensor | BadImage:
-    views: list[Tensor] = []
-    for item in items:
-        if isinstance(item, BadImage):
-            return item
-        views.append(item)
-    return torch.stack(views)  # [B, H, W, 3]
-
-
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _read(batches: Batches[Tensor]) -> Iterator[Tensor]:
+    try:
+        yield from batches.one_pass()
+    except BadImage as error:
+        raise unusable(error) from error
 
 
 def unusable(error: BadImage) -> UserError:
@@ -198,26 +188,22 @@ def extract(
 
     Raises:
         UserError: an image cannot be read (an evaluation over fewer images would not be comparable), or its features
-            are not finite.
+            are not finite; or a worker died or hangs.
     """
     features = features or encoder
     total = len(source)
-    # A generator of its own: a DataLoader without one draws from the global generator.
-    loader = DataLoader(
-        _Views(source, resolution),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
+    watched = WatchedSource(source, workers)
+    batches = Batches(
+        _Views(watched, resolution),
+        [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)],
+        watched,
+        workers=workers,
         pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),
-        worker_init_fn=_leave_interrupts,
     )
     table: Tensor | None = None
     done = 0
-    with frozen(encoder, device, precision):
-        for pixels in loader:
-            if isinstance(pixels, BadImage):
-                raise unusable(pixels) from pixels
+    with frozen(encoder, device, precision), closing(batches):
+        for pixels in _read(batches):
             output = features(normalize(pixels.to(device, non_blocking=True))).float()  # [B, D]
             bad = ~output.isfinite().all(dim=1)
             if bad.any():

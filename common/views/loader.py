@@ -5,23 +5,17 @@ micro-batches, nor from where a run was resumed: `order.py` says which images a 
 (seed, epoch, image index, view number). Workers hold no state but the data set.
 """
 
-import signal
-import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hvp.common.data import BadImage, ImageSource
+from hvp.common.data.workers import TIMEOUT, Batches, WatchedSource, shared_empty
 from hvp.common.errors import UserError
 from hvp.common.views import fast, pil
 from hvp.common.views.order import epoch_order, micro_batches, steps_per_epoch
@@ -109,8 +103,10 @@ class MultiViewLoader:
         masks: makes a tensor for a micro-batch of its keys, (epoch, index of the image that was used), for methods that
             hide parts of views from the network. Runs in the workers, so it must be picklable, and should depend on
             nothing but the keys.
+        timeout: seconds that a wait for the workers lasts although none of them gets on to another image; 0: for ever.
 
     Raises:
+        NoBatch: the machine's limits leave no room for workers.
         UserError: the source is smaller than a global batch, or the seed is negative.
         ValueError: a number is out of its range, or a name is unknown.
     """
@@ -131,6 +127,7 @@ class MultiViewLoader:
         pin_memory: bool = False,
         selects: Callable[[int], bool] | None = None,
         masks: Callable[[Sequence[Key]], Tensor] | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         if pipeline not in PIPELINES or on_bad_image not in ("error", "skip"):
             raise ValueError(f"MultiViewLoader: pipeline={pipeline!r}, on_bad_image={on_bad_image!r}")
@@ -151,86 +148,49 @@ class MultiViewLoader:
         self.global_batch = global_batch
         self.accumulate = accumulate
         self.steps_per_epoch = steps_per_epoch(len(source), global_batch)
-        self._workers = workers
         self._keys = _Keys(len(source), seed, batch_size, accumulate, rank, world_size, selects)
-        self._loader = DataLoader(
-            _Renderer(source, tuple(slots), seed, pipeline, on_bad_image, masks),
-            batch_sampler=cast(Any, self._keys),  # its batches are no lists; the data set is what reads them
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
-            persistent_workers=workers > 0,
-            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            generator=torch.Generator(),  # its seeds are not used; without its own it would draw from the global one
+        watched = WatchedSource(source, workers)
+        self._batches: Batches[ViewBatch] = Batches(
+            _Renderer(watched, tuple(slots), seed, pipeline, on_bad_image, masks),
+            self._keys,
+            watched,
+            workers=workers,
+            pin_memory=pin_memory,
+            timeout=timeout,
         )
 
-        # Workers ignore SIGTERM, by which multiprocessing would end those that are left when the interpreter exits.
-        weakref.finalize(self, _end_workers, self._loader)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[ViewBatch]]:
+    def epoch(
+        self, epoch: int, start_step: int = 0, *, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[ViewBatch]]:
         """The batches of one epoch, from `start_step` on. One epoch is read at a time.
 
         Args:
             epoch: 0 or more.
             start_step: optimiser steps of this epoch that are already done.
+            stopped: asked twice a second while a batch is waited for; True ends the wait.
 
         Yields:
             For every optimiser step its `accumulate` micro-batches.
 
         Raises:
-            UserError: an image does not decode, or a worker process died.
+            UserError: an image does not decode.
+            NoBatch: a worker died, hangs, or could not be started.
+            WaitInterrupted: `stopped()` was True.
             ValueError: epoch or start_step is out of range.
         """
         if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"epoch: epoch={epoch}, start_step={start_step} of {self.steps_per_epoch}")
-        return self._steps(epoch, start_step)
+        return self._steps(epoch, start_step, stopped)
 
-    def _steps(self, epoch: int, start_step: int) -> Iterator[list[ViewBatch]]:
+    def _steps(self, epoch: int, start_step: int, stopped: Callable[[], bool]) -> Iterator[list[ViewBatch]]:
         self._keys.epoch, self._keys.start_step = epoch, start_step
-        batches = self._start()
+        batches = self._batches.one_pass(stopped)
         for _ in range(start_step, self.steps_per_epoch):
-            yield [self._next(batches) for _ in range(self.accumulate)]
+            yield [next(batches) for _ in range(self.accumulate)]
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch; a further epoch starts new ones."""
-        _end_workers(self._loader)
-
-    def _start(self) -> Iterator["ViewBatch | _Failure"]:
-        # DataLoader installs a SIGCHLD handler that raises a RuntimeError wherever the main process happens to be,
-        # for example in a backward pass. Without it a dead worker is found when its batch is asked for, in `_next`.
-        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        batches = iter(self._loader)
-        if before is not None and threading.current_thread() is threading.main_thread():
-            # what was there may itself be the handler of an earlier DataLoader
-            from_loader = getattr(before, "__module__", "").startswith("torch.utils.data")
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if from_loader else before)
-        return batches
-
-    def _next(self, batches: Iterator["ViewBatch | _Failure"]) -> ViewBatch:
-        try:
-            batch = next(batches)
-        except (RuntimeError, OSError, EOFError) as error:
-            # A worker that died, maybe before its tensors were fetched from it, so that the connection breaks; or one
-            # that could not get shared memory. Anything else is a mistake of ours.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            lost = self._workers > 0 and isinstance(error, (OSError, EOFError))
-            if not lost and "DataLoader worker (pid" not in reason and "shared memory" not in reason:
-                raise
-            self.close()
-            raise UserError(
-                f"A loader worker failed: {reason}\n"
-                "    Most likely the machine ran out of memory, or of shared memory (/dev/shm; in a container: "
-                "--shm-size).\n"
-                f"    Use fewer workers (now {self._workers}) or a smaller batch size, or give it more memory."
-            ) from error
-        if isinstance(batch, _Failure):
-            self.close()
-            try:
-                raise batch.error
-            finally:
-                del batch  # or the error, whose traceback holds this frame, would keep itself and the loader alive
-        return batch
+        self._batches.close()
 
 
 class _Keys:
@@ -268,14 +228,7 @@ class _Keys:
                 yield [(epoch, index) for index in indices.tolist()], all_candidates
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A user's mistake on its way to the main process: DataLoader would wrap a raised one in a traceback."""
-
-    error: UserError
-
-
-class _Renderer(Dataset["ViewBatch | _Failure"]):
+class _Renderer:
     """What runs in the workers: keys in, a finished micro-batch out."""
 
     def __init__(
@@ -290,16 +243,8 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
         self.source, self.slots, self.seed = source, slots, seed
         self.pipeline, self.on_bad_image, self.masks = pipeline, on_bad_image, masks
 
-    def __getitem__(self, key: Key) -> "ViewBatch | _Failure":
-        return self.__getitems__(([key], True))
-
-    def __getitems__(self, part: Part) -> "ViewBatch | _Failure":
-        try:
-            return self._batch(*part)
-        except UserError as error:
-            return _Failure(error)
-
-    def _batch(self, keys: list[Key], all_candidates: bool) -> ViewBatch:
+    def __call__(self, part: Part) -> ViewBatch:
+        keys, all_candidates = part
         num_candidates, numbers = len(view_layout(self.slots)), list(first_views(self.slots))
         slots = self.slots
         if all_candidates:
@@ -310,9 +255,9 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
         pixels = []
         for resolution, size in enumerate(resolutions(slots)):
             num_views = sum(place[0] == resolution for place in layout)
-            pixels.append(_empty((num_views, len(keys), size, size, 3), torch.uint8))
-        parameters = _empty((len(keys), len(layout), len(COLUMNS)), torch.float32)
-        index = _empty((len(keys),), torch.int64)
+            pixels.append(shared_empty((num_views, len(keys), size, size, 3), torch.uint8))
+        parameters = shared_empty((len(keys), len(layout), len(COLUMNS)), torch.float32)
+        index = shared_empty((len(keys),), torch.int64)
         skipped: list[str] = []
 
         arrays, rows_of_batch = [tensor.numpy() for tensor in pixels], parameters.numpy()
@@ -343,29 +288,3 @@ class _Renderer(Dataset["ViewBatch | _Failure"]):
                     raise
                 skipped.append(bad.where)
         raise UserError(f"{self.source.name}: none of its {count} images can be decoded.")
-
-
-def _end_workers(loader: "DataLoader[ViewBatch | _Failure]") -> None:
-    workers, loader._iterator = loader._iterator, None
-    if isinstance(workers, _MultiProcessingDataLoaderIter):
-        workers._shutdown_workers()
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor; in a worker one in shared memory, so that it is filled there and not copied on its way."""
-    tensor = torch.empty(shape, dtype=dtype)
-    return tensor if get_worker_info() is None else tensor.share_memory_()
-
-
-def _unchanged(batch: Any) -> Any:
-    """Collation: there is nothing left to do, `__getitems__` made the whole batch."""
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    # One thread a worker: the workers are the parallelism. Signals that ask to stop reach whole process groups, but are
-    # for the main process: it has a step to finish, and then ends the workers.
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

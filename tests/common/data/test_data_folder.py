@@ -1,11 +1,13 @@
 """Image folders: which files are found, in which order, how they decode, and what a user is told when it goes wrong."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import pickle
 import re
+import socket
 import warnings
 from pathlib import Path
 
@@ -403,7 +405,7 @@ def test_a_folder_called_like_an_image(tmp_path):
     put(tmp_path, "a/ok.png", "b/ok.png")
     (tmp_path / "a/x.jpg").mkdir()
     source = open_dataset(str(tmp_path), "train")
-    with pytest.raises(BadImage, match=r"a/x\.jpg: Is a directory"):
+    with pytest.raises(BadImage, match=r"a/x\.jpg: a folder, not a regular file"):
         source.read(paths(source).index("a/x.jpg"))
 
 
@@ -444,3 +446,29 @@ def test_bad_images_pickle(tmp_path):
 @pytest.fixture(autouse=True)
 def _messages(caplog):
     caplog.set_level(logging.WARNING)
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    """A pipe would be waited for, and a device may have no end."""
+    put(tmp_path, "a/ok.png")
+    path = tmp_path / "a/x.jpg"
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    source = open_dataset(str(tmp_path), "train")
+    with pytest.raises(BadImage, match=rf"a/x\.jpg: {kind}, not a regular file\.\n"):
+        source.read(1)
+
+
+def test_too_many_open_files_are_no_mistake_of_the_image(tmp_path, monkeypatch):
+    put(tmp_path, "a/ok.png")
+    source = open_dataset(str(tmp_path), "train")
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(UserError, match=r"a/ok\.png: cannot be opened: .*\n.*ulimit -n") as caught:
+        source.read(0)
+    assert not isinstance(caught.value, BadImage)
