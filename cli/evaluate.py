@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hvp.cli.output import progress_console, result_console
 from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def linear(
         workers=available_workers(workers, on),
         seed=seed,
     )
-    Console(stderr=True).print(
+    progress_console().print(
         f"protocol: {preset}, {options.epochs} epochs of {options.optimizer}, base lr {options.base_lr:g}, batch size "
         f"{options.batch_size}",
         highlight=False,
@@ -230,8 +230,8 @@ def _result_path(out: Path | None, meta: "BackboneMeta", name: str) -> Path:
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = progress_console()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
@@ -250,7 +250,7 @@ def _report(result: Any, path: Path, rows: list[tuple[str, Any]]) -> None:
     table = Table("", "top-1", "top-5", box=None)
     for label, row in rows:
         table.add_row(label, *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("top1", "top5")))
-    console = Console()
+    console = result_console()
     console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", markup=False)

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Rescued", "Selection", "Slots", "rescue", "select"]
 
-_HOMES = {"Rescued": "rescue", "Selection": "hardviews", "Slots": "hardviews", "rescue": "rescue", "select": "hardviews"}
+_MODULES = {name: "rescue" if name in ("Rescued", "rescue") else "hardviews" for name in __all__}
 
 
 def __getattr__(name: str) -> Any:
     """Import what `__all__` lists on first use: the command line has to start without PyTorch."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"hvp.common.{_HOMES[name]}"), name)
+    return getattr(import_module(f"hvp.common.{_MODULES[name]}"), name)
 
 
 class _Package(ModuleType):

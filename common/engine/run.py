@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import socket
@@ -186,6 +187,7 @@ class Run:
         resume: go on from the last checkpoint, if there is one.
         force: resume even though the configuration differs.
         on_row: told every row of the log once it is written; what it raises ends the run.
+        temporary: the folder goes when the run ends, so a signal ends it without a checkpoint.
 
     Raises:
         UserError: no checkpoint in the folder can be read, or it does not fit the configuration.
@@ -205,6 +207,7 @@ class Run:
         resume: bool = False,
         force: bool = False,
         on_row: Callable[[Mapping[str, Any]], None] | None = None,
+        temporary: bool = False,
     ):
         self.out = out
         self.world = world
@@ -222,7 +225,8 @@ class Run:
         self._parts = dict(parts)
         self._device = device
         self._on_row = on_row
-        self._signals = StopSignals()
+        self._temporary = temporary
+        self._signals = StopSignals(leader=world.leader, saves=not temporary)
         self._stop: signal.Signals | None = None
         self._loss_sum, self._loss_count = 0.0, 0
         self._batches: list[ViewBatch] = []
@@ -295,11 +299,11 @@ class Run:
             saved = self._save_if_due()
             stop = self._signals.received if self.world.size == 1 else self._stop
             if stop is not None and self.step < self.total_steps:
-                if not saved:
+                if not saved and not self._temporary:
                     self.save()
+                go_on = "" if self._temporary else f" Go on with: hvp resume {shlex.quote(str(self.out))}"
                 raise Stopped(
-                    f"{stop.name}: stopped after step {self.step} of {self.total_steps}. Go on with: "
-                    f"hvp resume {self.out}",
+                    f"{stop.name}: stopped after step {self.step} of {self.total_steps}.{go_on}",
                     EXIT_CODES[stop],
                     self.world.leader,
                 )

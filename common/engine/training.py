@@ -43,6 +43,9 @@ class RunOptions(TypedDict, total=False):
     on_row: Callable[[Mapping[str, Any]], None] | None
     """Told every row of the log; what it raises ends the run."""
 
+    temporary: bool
+    """The folder goes when the run ends, so a signal ends it without a checkpoint."""
+
 
 @dataclass
 class Session:
@@ -90,6 +93,7 @@ class Session:
                 resume=resume,
                 force=options.get("force", False),
                 on_row=options.get("on_row"),
+                temporary=options.get("temporary", False),
             ) as run,
         ):
             for note in self.config.notes():

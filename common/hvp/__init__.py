@@ -8,6 +8,6 @@ import os
 
 __version__ = "0.1.0"
 
-# OpenMP's threads spin while they wait for each other, which slows a step tenfold as soon as anything else needs a core,
-# be it the loader's workers. OpenMP reads this once, when PyTorch is imported; whatever the user has set stays.
+# OpenMP's threads spin while they wait for each other, which slows a step tenfold as soon as anything else needs a
+# core, be it the loader's workers. OpenMP reads this once, when PyTorch is imported. What the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
