@@ -11,7 +11,7 @@ app = typer.Typer(
     name="hvp",
     help="Self-supervised pretraining of image encoders on hard views.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

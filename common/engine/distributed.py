@@ -118,6 +118,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_beside_loader(cores: int) -> int:
+    """Threads to train with on a CPU: all cores but those of as many loader workers as `available_workers()` starts.
+
+    It does not follow the workers that are asked for, since PyTorch's results depend on its number of threads.
+    """
+    return max(1, cores - max(1, cores // 4))
+
+
 def environment_world(environment: Mapping[str, str] = os.environ) -> World:
     """The place that a launcher gave this process: torchrun's variables, or srun's. Without either, alone.
 
@@ -342,7 +350,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from hvp.common.engine.signals import EXIT_CODES
 
     logging.disable()  # the launcher reports signals and exit codes; the processes say themselves what is wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_beside_loader(available_cores() // processes)))
     pass_on = Path("/proc/self/task").is_dir() and threading.current_thread() is threading.main_thread()
     handled = [signal.SIGHUP] if pass_on else [*EXIT_CODES, signal.SIGHUP]
     with tempfile.TemporaryDirectory(prefix="hvp-") as folder, _passing_on(EXIT_CODES if pass_on else ()):

@@ -114,7 +114,8 @@ class CommandInterrupts:
         if issubclass(about.exc_type, KeyboardInterrupt):
             say_interrupted()
             leave()
-        self._hook(about)
+        else:
+            self._hook(about)
 
 
 def leave() -> None:
