@@ -265,12 +265,12 @@ def test_a_run_outlives_whoever_reads_its_output(hvp, whole, monkeypatch, tmp_pa
     reader, writer = os.pipe()
     os.close(reader)
     with monkeypatch.context() as patch, open(writer, "wb", 0) as nobody:
-        for stream in ("stdout", "stderr"):
-            patch.setattr(sys, stream, io.TextIOWrapper(io.BufferedWriter(nobody), line_buffering=True))
+        to = io.TextIOWrapper(io.BufferedWriter(nobody), line_buffering=True)
+        patch.setattr(sys, "stdout", to)
+        patch.setattr(sys, "stderr", to)
         patch.setattr(sys, "argv", ["hvp", *QUICK, "--out", "run"])
         with pytest.raises(SystemExit, match="0"):
             main()
-        sys.stdout.detach(), sys.stderr.detach()
     assert_finished_like(tmp_path / "run", whole)
 
 

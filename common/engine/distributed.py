@@ -185,8 +185,9 @@ def _let_go() -> None:
     that has ended meanwhile, PyTorch aborts. Where DistributedDataParallel, in a cycle of references, is a group's last
     owner, it waits for the threads without letting them have the interpreter, for ever. The group itself does let them.
     """
-    gc.collect()
-    _GROUPS.clear()
+    if _GROUPS:
+        gc.collect()
+        _GROUPS.clear()
 
 
 @contextmanager
