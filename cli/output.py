@@ -50,7 +50,7 @@ def _outliving(stream: TextIO, dropped: set[int]) -> TextIO:
         io.BufferedWriter(_Droppable(raw.fileno(), dropped)),
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=stream.line_buffering,  # type: ignore[attr-defined]
+        line_buffering=bool(stream.line_buffering),
     )
 
 
@@ -61,7 +61,7 @@ class _Droppable(io.FileIO):
         super().__init__(number, "w", closefd=False)
         self._dropped = dropped
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
