@@ -3,6 +3,7 @@
 The command handles Ctrl-C from its first moment on, so this module imports nothing that takes time.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ class StopSignals:
     def __init__(self, *, leader: bool = True, saves: bool = True) -> None:
         self.received: signal.Signals | None = None
         self._leader, self._saves = leader, saves
+        self._counted = itertools.count()
         self._process = 0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -53,14 +55,16 @@ class StopSignals:
         global _asked
         if os.getpid() != self._process:
             return  # a loader worker just after its fork; the main process ends it
-        if number == signal.SIGINT and self.received is not None:
+        # Counting is one step: a second signal may interrupt this very function.
+        first, _asked = next(self._counted) == 0, True
+        if number == signal.SIGINT and not first:
             before = self._before[signal.SIGINT]
             if not callable(before):
                 raise KeyboardInterrupt
             before(number, frame)
             return
-        again, self.received, _asked = self.received is not None, signal.Signals(number), True
-        if self._leader and not again:
+        self.received = signal.Signals(number)
+        if self._leader and first:
             words = f"{self.received.name}: stopping after this step" + (", saving" if self._saves else "")
             if number == signal.SIGINT:
                 words += "; press again to stop without" if self._saves else "; press again to stop at once"
