@@ -42,15 +42,18 @@ def outlive_readers() -> None:
 
 
 def _outliving(stream: TextIO, dropped: set[int]) -> TextIO:
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    buffer: Any = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # with PYTHONUNBUFFERED there is none in between
     if not isinstance(raw, io.FileIO) or isinstance(raw, _Droppable):
         return stream  # not a file: a test's, or a notebook's
     stream.flush()
+    file: Any = _Droppable(raw.fileno(), dropped)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Droppable(raw.fileno(), dropped)),
+        file if buffer is raw else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=bool(stream.line_buffering),
+        write_through=buffer is raw,
     )
 
 

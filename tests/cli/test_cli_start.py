@@ -125,16 +125,20 @@ def test_a_path_that_is_too_long_is_one_message(hvp, arguments):
     assert ran.err.count("hvp: ") == 1
 
 
-def stream(number: int, dropped: set[int]) -> io.TextIOWrapper:
-    raw = io.TextIOWrapper(io.BufferedWriter(io.FileIO(number, "w", closefd=False)), line_buffering=True)
+def stream(number: int, dropped: set[int], buffered: bool = True) -> io.TextIOWrapper:
+    file = io.FileIO(number, "w", closefd=False)
+    raw = io.TextIOWrapper(
+        io.BufferedWriter(file) if buffered else file, line_buffering=buffered, write_through=not buffered
+    )
     wrapped = _outliving(raw, dropped)
     assert wrapped is not raw
     return wrapped
 
 
-def test_output_without_a_reader_is_dropped():
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_without_a_reader_is_dropped(buffered):
     reader, writer = os.pipe()
-    to = stream(writer, {errno.EPIPE})
+    to = stream(writer, {errno.EPIPE}, buffered)
     print("read", file=to)
     assert os.read(reader, 9) == b"read\n"
     os.close(reader)
