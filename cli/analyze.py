@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from hvp.cli.evaluate import (
@@ -21,6 +20,7 @@ from hvp.cli.evaluate import (
     say_origin,
     summary,
 )
+from hvp.cli.output import result_console
 from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def diversity(
     table = Table("views", "cosine", "std", "paper", box=None)
     table.add_row("two common", f"{result['common']['mean']:.4f}", f"{result['common']['std']:.4f}", "0.7069")
     table.add_row("common, strong", f"{result['strong']['mean']:.4f}", f"{result['strong']['std']:.4f}", "0.6690")
-    console = Console()
+    console = result_console()
     console.print(table)
     console.print(
         f"Of {result['images']} images, {result['harder']:.0%} have a strong view that is less alike than the common "

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from hvp.cli.output import result_console
 from hvp.cli.pretrain import Device
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _report(rows: "list[Row]", path: Path | None) -> None:
         target = "-" if row["target"] is None else f"{row['bound']} {row['target']:g}"
         memory = "-" if row["memory_mb"] is None else f"{row['memory_mb']:.1f} MB"
         table.add_row(row["case"], f"{row['ratio']:.2f}", target, "yes" if row["ok"] else "NO", memory)
-    Console().print(table)
+    result_console().print(table)
     if path is not None:
         write_result(dicts, path)
         print(f"wrote {path}")

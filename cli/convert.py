@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from hvp.cli.evaluate import Which
+from hvp.cli.output import result_console
 from hvp.methods import METHODS
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _show(converted: "Converted", out: Path) -> None:
         column.justify = "right"
     for fate in converted.fates:
         table.add_row(fate.group, str(fate.tensors), f"{fate.numbers:,}", fate.became, fate.to or fate.why)
-    console = Console()
+    console = result_console()
     console.print(table)
     for note in converted.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

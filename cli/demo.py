@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from hvp.cli.output import progress_console, result_console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,7 @@ def demo(
     from hvp.methods import get_method
     from hvp.methods.dino.preview import preview_selection
 
-    console = Console()
+    console = result_console()
     started = time.perf_counter()
     flags: dict[str, Any] = {"train.seed": seed, "selection.hard_views": "hvp" if hard_views else "none"}
     config = resolve_flags("dino", "tiny", None, flags, []).config
@@ -45,7 +46,7 @@ def demo(
             "start at once).",
             highlight=False,
         )
-    checkpoint = method.train(config, out / "run", overwrite=(out / "run").exists(), console=Console(stderr=True))
+    checkpoint = method.train(config, out / "run", overwrite=(out / "run").exists(), console=progress_console())
     trained_seconds = time.perf_counter() - started
 
     trained, _ = load_encoder(checkpoint, "teacher")

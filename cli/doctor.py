@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hvp.cli.output import progress_console, result_console
 from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ def doctor(
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     checks: list[Check] = []
-    with Console(stderr=True).status("Examining ..."):
+    with progress_console().status("Examining ..."):
         for check in examine(data, out or Path("runs"), run, build_modules):
             checks.append(check)
             found = Text(check.found)
             if check.advice:
                 found.append(f"\n-> {check.advice}", style="bold")
             table.add_row(Text(check.status, style=STYLES[check.status]), check.name, found)
-    Console(highlight=False).print(table)
+    result_console().print(table)
     failures = sum(check.status == "failure" for check in checks)
     warnings = sum(check.status == "warning" for check in checks)
     print(f"\n{_count(failures, 'failure')}, {_count(warnings, 'warning')}")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hvp.cli.output import progress_console, result_console
 from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def linear(
         workers=available_workers(workers, on),
         seed=seed,
     )
-    Console(stderr=True).print(
+    progress_console().print(
         f"protocol: {preset}, {options.epochs} epochs of {options.optimizer}, base lr {options.base_lr:g}, batch size "
         f"{options.batch_size}",
         highlight=False,
@@ -274,7 +274,7 @@ def _open(checkpoint: Path, which: Which | None, data: str, resolution: int | No
 
 def say(line: str) -> None:
     """Tells the user, beside the result."""
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+    progress_console().print(line, soft_wrap=True)
 
 
 def say_origin(encoder: "Encoder", meta: "BackboneMeta") -> None:
@@ -368,17 +368,17 @@ def keep(result: Mapping[str, Any], place: Place) -> None:
         ) from error
     if differs:
         say(f"note: {place.path} holds another evaluation, and stays; it differs in {', '.join(differs)}")
-    Console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    result_console().print(f"wrote {path}", soft_wrap=True)
 
 
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage on a terminal, a line now and then elsewhere."""
-    console = Console(stderr=True)
+    console = progress_console()
     if not console.is_terminal:
         yield _Lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
@@ -414,7 +414,7 @@ def _report(result: Mapping[str, Any], place: Place, rows: list[tuple[str, Any]]
     table = Table("", "top-1", "top-5", box=None)
     for label, row in rows:
         table.add_row(label, *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("top1", "top5")))
-    console = Console()
+    console = result_console()
     console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", markup=False)

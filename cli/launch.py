@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         UserError: the arguments ask for a help text or the like, and run nothing.
         click.ClickException: what the command itself would say to them.
     """
-    from hvp.cli.main import app as hvp
+    from hvp.cli.app import app as hvp
 
     root = typer.main.get_command(hvp)
     _answer_with_parameters(root, "")

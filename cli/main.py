@@ -1,59 +1,32 @@
-"""The `hvp` command."""
+"""The `hvp` command. It handles Ctrl-C before anything that takes time is imported; the command line is in app.py."""
 
 import os
 import sys
-from importlib.metadata import version
-from typing import Annotated
 
-import typer
-
-from hvp.cli import analyze, bench, convert, demo, doctor, evaluate, launch, patch, presets, pretrain, resume
+from hvp.common.engine.signals import CommandInterrupts, say_interrupted
 from hvp.common.errors import LostProcess, SharedError, Stopped, UserError
-
-# PyTorch's threads wait for each other by spinning, which stalls a step tenfold as soon as anything else wants the
-# cores, be it only the loader's workers. Read when PyTorch is imported, which the commands do when they run.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-app = typer.Typer(
-    name="hvp",
-    help="Self-supervised pretraining of image encoders on hard views.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-app.command("pretrain")(pretrain.pretrain)
-app.command("resume")(resume.resume)
-app.add_typer(evaluate.app, name="eval")
-app.command("convert")(convert.convert)
-app.add_typer(analyze.app, name="analyze")
-app.command("presets")(presets.presets)
-app.add_typer(bench.app, name="bench")
-app.command("demo")(demo.demo)
-app.command("doctor")(doctor.doctor)
-app.add_typer(launch.app, name="launch")
-app.add_typer(patch.app, name="patch")
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(f"hvp {version('hvp')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None: ...
 
 
 def main() -> None:
     """Runs the command line. A mistake the user can mend is one message and exit code 2, never a traceback; a run that
     a signal stopped has the signal's code. Of several processes one prints the message."""
+    with CommandInterrupts() as interrupts:
+        try:
+            _run()
+        except BaseException:
+            if not interrupts.raised:
+                raise
+            say_interrupted()  # whatever became of the KeyboardInterrupt on its way
+            sys.exit(130)
+
+
+def _run() -> None:
+    from hvp.cli.app import command_line
+    from hvp.cli.output import outlive_readers
+
+    outlive_readers()
     try:
-        app()
+        command_line()()
     except (SharedError, Stopped) as error:
         from hvp.common.engine.distributed import leave_together
 
@@ -66,9 +39,17 @@ def main() -> None:
     except UserError as error:
         print(f"hvp: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("hvp: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A path that no command asked about: one that is too long, or in a folder that may not be read.
+        print(f"hvp: {_short(error.filename)}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _short(path: object) -> str:
+    whole = os.fsdecode(path) if isinstance(path, bytes) else str(path)
+    return whole if len(whole) <= 300 else f"{whole[:100]}... ({len(whole)} characters)"
 
 
 if __name__ == "__main__":

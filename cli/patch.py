@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hvp.cli.output import result_console
 from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def list_patches(
         patch = load_patch(method)
         brings, lines = ", ".join(patch.brings), f"+{patch.num_added} -{patch.num_removed}"
         table.add_row(method, patch.repository, patch.commit[:7], patch.licence, brings, lines)
-    Console().print(table)
+    result_console().print(table)
 
 
 @app.command()
@@ -87,7 +87,7 @@ def diff(
     patch = load_patch(method)
     found, remarks = patch_clone(patch, upstream)
     _remark(remarks)
-    console = Console(soft_wrap=True, highlight=False)
+    console = result_console()
     if stat:
         table = Table("file", "added", "removed", box=None)
         for file in patch.files:
@@ -98,7 +98,7 @@ def diff(
     for changed in found:
         for line in diff_lines(changed):
             if console.is_terminal:
-                console.print(Text(line, style=_STYLES.get(line[0], "")), end="")
+                console.print(Text(line, style=_STYLES.get(line[0], "")), end="", soft_wrap=True)
             else:
                 sys.stdout.write(line)
 
@@ -144,7 +144,7 @@ def _compare_selection(method: str, released: "Released", clone: Path) -> bool:
     table = Table("", "images", "same views", "tied views", "close images", "loss differs by", box=None)
     for name, part in found.items():
         table.add_row(name, *map(str, (part.images, part.equal, part.ties, part.close)), f"{part.loss:.1e}")
-    Console().print(table)
+    result_console().print(table)
     print(f"Tied: other views were chosen, whose loss is the same up to rounding, {TOLERANCE:g}.")
     print("Close: so is that of the two best combinations, whichever was chosen.")
     print("There:")
@@ -165,7 +165,7 @@ def _compare_training(method: str, original: "Original", patch: "Patch", upstrea
     table.add_row("loss of a step", f"{found.loss:.1e}", f"{LOSS_TOLERANCE:g}")
     table.add_row("learning rate", f"{found.lr:.1e}", f"{LR_TOLERANCE:g}")
     table.add_row("final tensor", f"{found.parameters:.1e}", f"{PARAMETER_TOLERANCE:g}")
-    Console().print(table)
+    result_console().print(table)
     if found.parameters:
         print(f"The tensor that differs most is {found.worst}.")
     same = "the same losses and tensors, bit for bit" if found.untouched else "NOT the same losses and tensors"

@@ -3,8 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from hvp.cli.output import result_console
 
 
 def presets(
@@ -23,4 +24,4 @@ def presets(
         for preset, file in known(each).items():
             title = file.read_text(encoding="utf-8").partition("\n")[0]
             table.add_row(each, preset, title.removeprefix("# "))
-    Console().print(table)
+    result_console().print(table)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from hvp.cli.output import progress_console, result_console
 from hvp.methods import METHODS
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def pretrain(
     hard_views: Annotated[HardViews | None, typer.Option(help="Select hard views, or train as upstream.")] = None,
     rescue: Annotated[
         bool | None,
-        typer.Option("--rescue/--no-rescue", help="Give the easiest images of a batch a strong view.", show_default=""),
+        typer.Option(
+            "--rescue/--no-rescue", help="Give the easiest images of a batch a strong view.", show_default=False
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images of one step, over all processes.")] = None,
@@ -184,7 +186,7 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
         with said_once():
             raise UserError(f"--devices {devices}, but the launcher started {started} processes. Leave out --devices")
     with memory_advice(config):
-        last = get_method(method).train(config, out, console=Console(stderr=True), **options)
+        last = get_method(method).train(config, out, console=progress_console(), **options)
     if environment_world().leader:
         print(f"wrote {last}")
 
@@ -292,7 +294,7 @@ def with_absolute_data(resolved: "Resolved") -> "Resolved":
 
 def show(method: str, resolved: "Resolved") -> None:
     """Every value with its origin, and what follows from them."""
-    console = Console()
+    console = result_console()
     table = Table("key", "value", "from", title=f"hvp pretrain {method}", title_justify="left", box=None)
     for key, value, source in resolved.values():
         table.add_row(key, "null" if value is None else str(value), source)
@@ -342,11 +344,11 @@ def _measure(method: str, config: Any) -> None:
     from hvp.common.engine.measure import measure
     from hvp.methods import get_method
 
-    progress = Console(stderr=True)
+    progress = progress_console()
     found = measure(
         get_method(method).train, config, on_stage=lambda stage: progress.print(f"Measuring {stage} ...", markup=False)
     )
-    console = Console()
+    console = result_console()
     place = f"on {found.device.type}, {found.workers} loader worker{'' if found.workers == 1 else 's'}"
     console.print(f"\nMeasured over {found.steps} steps after {found.warmup_steps} of warm-up, {place}:", markup=False)
     console.print(_costs(found))

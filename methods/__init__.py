@@ -7,7 +7,6 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING, Any
 
-from hvp.common.config import nearest
 from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def get_method(name: str) -> Method:
         UserError: there is none.
     """
     if name not in METHODS:
-        raise UserError(f"unknown method {name}.{nearest(name, list(METHODS))} Known: {', '.join(METHODS)}")
+        raise _unknown(name)
     method: Method = import_module(f"hvp.methods.{name}").METHOD
     return method
 
@@ -104,7 +103,7 @@ def presets(method: str) -> dict[str, Traversable]:
         UserError: there is no such method.
     """
     if method not in METHODS:
-        raise UserError(f"unknown method {method}.{nearest(method, list(METHODS))} Known: {', '.join(METHODS)}")
+        raise _unknown(method)
     folder = files("hvp.methods") / method / "presets"
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".yaml"))
     return {name.removesuffix(".yaml"): folder / name for name in names}
@@ -116,7 +115,15 @@ def get_preset(method: str, name: str) -> Traversable:
     Raises:
         UserError: the method has no such preset.
     """
+    from hvp.common.config import nearest
+
     known = presets(method)
     if name not in known:
         raise UserError(f"{method} has no preset {name}.{nearest(name, list(known))} Known: {', '.join(known)}")
     return known[name]
+
+
+def _unknown(method: str) -> UserError:
+    from hvp.common.config import nearest  # needs Pydantic, which takes longer to import than `hvp --help` to run
+
+    return UserError(f"unknown method {method}.{nearest(method, list(METHODS))} Known: {', '.join(METHODS)}")

@@ -1,5 +1,8 @@
 """What holds for every test."""
 
+import signal
+from collections.abc import Iterator
+
 import cv2
 import pytest
 import torch
@@ -15,3 +18,10 @@ def _one_thread():
     """The tests' tensors are small: more threads would only wait for each other, above all beside loader workers."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_interrupts() -> Iterator[None]:
+    """A command that has ended leaves its handler for Ctrl-C behind, which ends the process."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)

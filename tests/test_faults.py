@@ -5,7 +5,9 @@
     SIGKILL at any moment, also while a     nothing                        a whole checkpoint, readable rows, events;
     checkpoint is being written                                            resumed: the uninterrupted weights
     SIGINT, SIGTERM, SIGUSR1                the step; code 130, 143, 75    a checkpoint of that very step
-    a second SIGINT                         nothing; code 130              the checkpoint that was there
+    SIGINT before the first step            one line; code 130             what was there
+    a second SIGINT, also inside a save     nothing; code 130              the checkpoint that was there
+    nobody reads the output any more        nothing                        the run goes on
     last.pt truncated, with a flipped bit,  its name, and what is taken    previous.pt, which is gone on from and stays
     empty, a pipe, incomplete or gone                                      until last.pt is whole
     both damaged; unknown version           the files; code 2              both, untouched
@@ -25,6 +27,7 @@ A message is one, on stderr, without a traceback. Configuration, folders and sin
 """
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -39,7 +42,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -50,7 +53,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from hvp.cli.main import main
 from hvp.common.config import read_yaml, resolve
-from hvp.common.engine import checkpoint, log
+from hvp.common.engine import checkpoint, log, signals
 from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
 from hvp.common.engine.distributed import World
 from hvp.common.engine.precision import Precision
@@ -193,10 +196,14 @@ def test_twenty_kill_points_give_twenty_equal_runs(whole, tmp_path, point):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)], ids=lambda x: str(x)
 )
 def test_a_signal_stops_after_the_step_with_a_checkpoint(hvp, whole, monkeypatch, tmp_path, number, code):
+    acknowledged: list[str] = []
     with monkeypatch.context() as patch:
+        patch.setattr(signals, "_write", acknowledged.append)
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         stopped, said = hvp(*QUICK, "--save-every", "0", "--out", "run")
     assert stopped == code
+    again = "; press again to stop without" if number == signal.SIGINT else ""
+    assert "".join(acknowledged).strip() == f"{number.name}: stopping after this step, saving{again}"
     assert f"{number.name}: stopped after step 3 of 10. Go on with: hvp resume run" in said
     assert step_of(tmp_path / "run") == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -210,8 +217,78 @@ def test_a_second_interrupt_does_not_wait(hvp, monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     at_step(monkeypatch, 3, twice)
+    monkeypatch.setattr(signals.os, "_exit", ended)
     assert hvp(*QUICK, "--out", "run")[0] == 130
     assert step_of(tmp_path / "run") == 2
+
+
+def test_a_second_interrupt_inside_a_save_leaves_the_checkpoint_before(hvp, whole, monkeypatch, tmp_path):
+    write = torch.save
+
+    def interrupted(content: dict[str, Any], file: BinaryIO) -> None:
+        if content["step"] == 4:
+            file.write(b"half a checkpoint")
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        write(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.os, "_exit", ended)
+        patch.setattr(torch, "save", interrupted)
+        code, said = hvp(*QUICK, "--out", "run")
+    assert (code, "cannot be written" in said) == (130, False)
+    assert step_of(tmp_path / "run") == 3
+    assert hvp("resume", "run")[0] == 0
+    assert_finished_like(tmp_path / "run", whole)
+
+
+def ended(code: int) -> None:
+    """Stands for os._exit(), which would end the tests."""
+    raise SystemExit(code)
+
+
+def interrupt(*arguments: object, seconds: float, again: float | None = None) -> str:
+    """Starts the command, presses Ctrl-C after a while, and perhaps once more; what it said."""
+    process = start(*arguments)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    if again is not None:
+        time.sleep(again)
+        process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "Exception" not in said
+    return said
+
+
+def test_an_interrupt_while_pytorch_is_imported_is_one_line(tmp_path):
+    assert interrupt(*QUICK, "--out", tmp_path / "run", seconds=0.7) == "hvp: interrupted\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(12))
+def test_interrupts_at_any_moment_leave_no_traceback(whole, tmp_path, moment):
+    choose = random.Random(moment)
+    out = tmp_path / "run"
+    arguments = [*QUICK, "--epochs", "200", "--workers", "1", "--out", out]
+    said = interrupt(*arguments, seconds=0.4 + 8 * choose.random(), again=choose.choice([None, 0.4 * choose.random()]))
+    assert said.count("SIGINT: stopping after this step, saving; press again to stop without") <= 1
+    if (out / "last.pt").exists():
+        step_of(out)
+
+
+def test_a_run_outlives_whoever_reads_its_output(hvp, whole, monkeypatch, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "wb", 0) as nobody:
+        to = io.TextIOWrapper(io.BufferedWriter(nobody), line_buffering=True)
+        patch.setattr(sys, "stdout", to)
+        patch.setattr(sys, "stderr", to)
+        patch.setattr(sys, "argv", ["hvp", *QUICK, "--out", "run"])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    assert_finished_like(tmp_path / "run", whole)
 
 
 def damage_checkpoint(path: Path, damage: str) -> None:

@@ -4,10 +4,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+
+import hvp
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -21,12 +24,49 @@ def test_environment_and_project_list_the_same_packages():
 
 
 def test_every_folder_with_code_is_packaged():
-    packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    own = {folder: package for package, folder in setuptools["package-dir"].items()}
     folders = set()
     for top in ("cli", "common", "methods", "patches"):
         for file in [*(ROOT / top).rglob("*.py"), *(ROOT / top).rglob("*.yaml")]:
-            folders.add("hvp." + ".".join(file.parent.relative_to(ROOT).parts))
-    assert folders == packages
+            folder = file.parent.relative_to(ROOT)
+            folders.add(own.get(str(folder), "hvp." + ".".join(folder.parts)))
+    assert folders == set(setuptools["packages"])
+
+
+def test_the_package_knows_its_version():
+    assert hvp.__version__ == version("hvp")
+
+
+def test_no_command_needs_pytorch_to_start():
+    """PyTorch takes seconds to import, and may be imported only after `hvp` has set up OpenMP."""
+    code = """
+import sys, typer
+import hvp.cli.main, hvp.common.config, hvp.methods
+from hvp.cli.app import app
+def names(command):
+    return [command.name, *(name for part in getattr(command, "commands", {}).values() for name in names(part))]
+assert "knn" in names(typer.main.get_command(app))
+print(*sorted({"torch", "pydantic", "numpy"} & {name.partition(".")[0] for name in sys.modules}))
+"""
+    assert _run([sys.executable, "-c", code.replace("hvp.common.config, ", "")], ROOT).strip() == ""
+    assert _run([sys.executable, "-c", code], ROOT).split() == ["pydantic"]
+
+
+def test_threads_wait_without_spinning(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    code = "import hvp.common, torch; torch.rand(9)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    settings = dict(re.findall(r"(OMP_WAIT_POLICY|GOMP_SPINCOUNT) = '(\w+)'", done.stderr))
+    if "GOMP_SPINCOUNT" not in settings:
+        pytest.skip("PyTorch has another OpenMP here")
+    assert settings == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+
+
+def test_how_threads_wait_is_left_to_the_user(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert _run([sys.executable, "-c", "import hvp, os; print(os.environ['OMP_WAIT_POLICY'])"], ROOT) == "active\n"
 
 
 @pytest.mark.slow
@@ -57,8 +97,8 @@ def test_an_installed_wheel_works_in_any_folder(tmp_path):
     (site / "lent.pth").write_text(here)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    where = _run([python, "-c", "import hvp.common; print(hvp.common.__file__)"], elsewhere)
-    assert str(site) in where
+    where = _run([python, "-c", "import hvp.common; print(hvp.common.__file__, hvp.__file__)"], elsewhere)
+    assert where.count(str(site)) == 2
     command = environment / "bin" / "hvp"
     assert "vitb16-400ep" in _run([command, "presets", "dino"], elsewhere)
     assert "facebookresearch/dino" in _run([command, "patch", "list"], elsewhere)

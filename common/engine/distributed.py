@@ -26,10 +26,13 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -115,6 +118,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_beside_loader(cores: int) -> int:
+    """Threads to train with on a CPU: all cores but those of as many loader workers as `available_workers()` starts.
+
+    It does not follow the workers that are asked for, since PyTorch's results depend on its number of threads.
+    """
+    return max(1, cores - max(1, cores // 4))
+
+
 def environment_world(environment: Mapping[str, str] = os.environ) -> World:
     """The place that a launcher gave this process: torchrun's variables, or srun's. Without either, alone.
 
@@ -174,8 +185,9 @@ def _let_go() -> None:
     that has ended meanwhile, PyTorch aborts. Where DistributedDataParallel, in a cycle of references, is a group's last
     owner, it waits for the threads without letting them have the interpreter, for ever. The group itself does let them.
     """
-    gc.collect()
-    _GROUPS.clear()
+    if _GROUPS:
+        gc.collect()
+        _GROUPS.clear()
 
 
 @contextmanager
@@ -328,8 +340,9 @@ def digest(module: nn.Module) -> str:
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Runs `python ARGUMENTS` in several processes on this machine, by PyTorch's elastic launcher.
 
-    A signal that asks a run to stop is passed on, and the processes have the launcher's grace (30 seconds, or
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT) for their step and checkpoint.
+    A signal that asks a run to stop is passed on as often as it comes, and the processes have the time that they need
+    for their step and checkpoint. (Where there is no /proc: the launcher's grace of 30 seconds, or
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT, and a second signal leaves them to themselves.)
 
     Returns:
         The exit code: 0, or that of the process that failed first.
@@ -344,8 +357,10 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from hvp.common.engine.signals import EXIT_CODES
 
     logging.disable()  # the launcher reports signals and exit codes; the processes say themselves what is wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
-    with tempfile.TemporaryDirectory(prefix="hvp-") as folder:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_beside_loader(available_cores() // processes)))
+    pass_on = Path("/proc/self/task").is_dir() and threading.current_thread() is threading.main_thread()
+    handled = [signal.SIGHUP] if pass_on else [*EXIT_CODES, signal.SIGHUP]
+    with tempfile.TemporaryDirectory(prefix="hvp-") as folder, _passing_on(EXIT_CODES if pass_on else ()):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -355,7 +370,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle=",".join(number.name for number in EXIT_CODES),
+            signals_to_handle=",".join(number.name for number in handled),
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
@@ -366,7 +381,42 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
                 raise UserError(f"rank {rank} was killed by {name}, and the others with it") from None
             return failure.exitcode
         except SignalException as error:
-            return EXIT_CODES[signal.Signals(error.sigval)]
+            number = signal.Signals(error.sigval)
+            return EXIT_CODES.get(number, 128 + number)
         finally:
             logging.disable(logging.NOTSET)
     return 0
+
+
+@contextmanager
+def _passing_on(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Sends signals on to the processes that this one has launched, which do not belong to its terminal's group."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        launched = [child for child in _children() if _leads_a_group(child)]
+        if not launched:
+            raise SignalException("before the processes were there", signal.Signals(number))
+        for child in launched:
+            with suppress(ProcessLookupError):
+                os.killpg(child, number)
+
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _children() -> list[int]:
+    """This process's children, as Linux knows them."""
+    files = Path("/proc/self/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def _leads_a_group(process: int) -> bool:
+    try:
+        return os.getpgid(process) == process
+    except ProcessLookupError:
+        return False

@@ -152,7 +152,7 @@ def _cost(train: Callable[..., Path], config: Any, warmup: int, steps: int, devi
 
     reset_peak_memory(device)
     with tempfile.TemporaryDirectory(prefix="hvp-measure-") as folder, suppress(_Enough):
-        train(config, Path(folder) / "run", console=Console(quiet=True), on_row=watch)
+        train(config, Path(folder) / "run", console=Console(quiet=True), on_row=watch, temporary=True)
     seconds = [config.train.batch_size / row["images_per_s"] for row in rows[warmup:]]
     total = sum(seconds)
 

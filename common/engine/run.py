@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import socket
@@ -235,6 +236,7 @@ class Run:
         force: resume even though the configuration differs.
         data_moved: resume with the same images in another place.
         on_row: told every row of the log once it is written; what it raises ends the run.
+        temporary: the folder goes when the run ends, so a signal ends it without a checkpoint.
 
     Raises:
         UserError: no checkpoint in the folder can be read, or it does not fit the configuration.
@@ -256,6 +258,7 @@ class Run:
         force: bool = False,
         data_moved: bool = False,
         on_row: Callable[[Mapping[str, Any]], None] | None = None,
+        temporary: bool = False,
     ):
         self.out = out
         self.world = world
@@ -276,7 +279,8 @@ class Run:
         self._parts = dict(parts)
         self._device = device
         self._on_row = on_row
-        self._signals = StopSignals()
+        self._temporary = temporary
+        self._signals = StopSignals(leader=world.leader, saves=not temporary)
         self._stop: signal.Signals | None = None
         self._loss_sum, self._loss_count = 0.0, 0
         """Of the steps since the last row."""
@@ -381,11 +385,11 @@ class Run:
             else:
                 saved = self._nothing_to_save
             if stop is not None and self.step < self.total_steps:
-                if not saved:
+                if not saved and not self._temporary:
                     self.save()
+                go_on = "" if self._temporary else f" Go on with: hvp resume {shlex.quote(str(self.out))}"
                 raise Stopped(
-                    f"{stop.name}: stopped after step {self.step} of {self.total_steps}. Go on with: "
-                    f"hvp resume {self.out}",
+                    f"{stop.name}: stopped after step {self.step} of {self.total_steps}.{go_on}",
                     EXIT_CODES[stop],
                     self.world.leader,
                 )

@@ -1,6 +1,7 @@
 """What every trainer does around its loop: processes, device, seed, data, the run's folder."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from hvp.common.data import ImageSource, open_dataset
-from hvp.common.engine.distributed import World, available_cores, joined, share_of_batch
+from hvp.common.engine.distributed import World, available_cores, joined, share_of_batch, threads_beside_loader
 from hvp.common.engine.precision import Precision, pick_device
 from hvp.common.engine.rescuing import RescuedNetwork, Rescuer, images_to_rescue, strong_transform
 from hvp.common.engine.run import Run, Stateful, available_workers, claimed, seeded
@@ -47,6 +48,9 @@ class RunOptions(TypedDict, total=False):
 
     on_row: Callable[[Mapping[str, Any]], None] | None
     """Told every row of the log; what it raises ends the run."""
+
+    temporary: bool
+    """The folder goes when the run ends, so a signal ends it without a checkpoint."""
 
 
 @dataclass
@@ -91,12 +95,13 @@ class Session:
                 self.loader,
                 {**parts, "precision": self.precision},
                 self.device,
-                options.get("console") or Console(stderr=True),
+                options.get("console") or Console(stderr=True, markup=False, emoji=False),
                 self.world,
                 resume=resume,
                 force=options.get("force", False),
                 data_moved=options.get("data_moved", False),
                 on_row=options.get("on_row"),
+                temporary=options.get("temporary", False),
             ) as run,
         ):
             for note in (*self.about(run, parts), *self.config.notes()):
@@ -145,6 +150,7 @@ def session(
         with world.agreeing():
             device = pick_device(config.train.device)
             precision = Precision(config.train.precision, device)
+            held.enter_context(_cores_for_loader(device, world))
             held.enter_context(seeded(config.train.seed, device))
             source = open_training_data(config)
             loader = held.enter_context(closing(build_loader(config, source, device, world, masks)))
@@ -153,6 +159,18 @@ def session(
                 share = -(-num_strong // world.size)
                 strong = held.enter_context(closing(build_strong_views(config, source, share, world)))
         yield Session(config, out, options, world, device, precision, loader, strong)
+
+
+@contextmanager
+def _cores_for_loader(device: torch.device, world: World) -> Iterator[None]:
+    """Has PyTorch leave some of the cores to the loader's workers, unless OMP_NUM_THREADS says otherwise."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(before, threads_beside_loader(available_cores() // world.local_size)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def open_training_data(config: RunConfig) -> ImageSource:

@@ -1,7 +1,9 @@
 """`--dry-run --measure`, and what is said when memory runs out."""
 
 import errno
+import os
 import re
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvp.common.engine import signals
 from hvp.common.engine.measure import _how_many, measure
+from hvp.common.engine.run import Run
 from hvp.common.engine.selecting import ViewSelector, selecting_steps
 from hvp.methods import get_method
 from hvp.methods.dino.config import DinoConfig
@@ -49,6 +53,24 @@ def test_measuring_reports_both_kinds_of_step_and_leaves_nothing(hvp, tmp_path, 
     assert "Of the whole run's 48 steps, 33 select" in ran.out
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert not any((tmp_path / "tmp").iterdir())
+
+
+def test_an_interrupt_while_measuring_says_nothing_of_a_folder_that_is_gone(hvp, tmp_path, monkeypatch):
+    record, acknowledged = Run.record, []
+
+    def interrupted(self: Run, loss: float, **values: float | list[float]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        record(self, loss, **values)
+
+    monkeypatch.setattr(Run, "record", interrupted)
+    monkeypatch.setattr(Run, "save", None)
+    monkeypatch.setattr(signals, "_write", acknowledged.append)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ran = hvp(*TINY, *QUICK, "--dry-run", "--measure")
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == "hvp: SIGINT: stopped after step 1 of 48."
+    assert "".join(acknowledged).strip() == "SIGINT: stopping after this step; press again to stop at once"
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_in_which_every_step_selects_is_its_steps(monkeypatch):

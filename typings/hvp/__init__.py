@@ -1,0 +1,1 @@
+../../common/hvp/__init__.py
