@@ -5,7 +5,9 @@ A method's configuration is a tree of `Section`s. Values are merged in the order
 """
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -32,9 +34,24 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+# Every number has a range that can work. The bounds are generous: they stop what is mistyped or hopeless, such as a
+# crop of 10^25 pixels, before anything is built from it. `hvp.common.engine.footprint` looks at their products.
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
-Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
+FractionRange = Annotated[tuple[Fraction, Fraction], Field(strict=False), AfterValidator(_ascending)]
+_Area = Annotated[float, Field(ge=1e-4, le=1)]
+Scale = Annotated[tuple[_Area, _Area], Field(strict=False), AfterValidator(_ascending)]
+"""Area of a crop as a fraction of the image's, (min, max)."""
+CropSize = Annotated[int, Field(ge=8, le=4096)]
+PatchSize = Annotated[int, Field(ge=1, le=512)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Prototypes = Annotated[int, Field(ge=2, le=2**24)]
+Temperature = Annotated[float, Field(ge=1e-4, le=1e6)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
+Every = Annotated[int, Field(ge=1, le=10**9)]
+"""Steps between two things that happen."""
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -63,8 +80,42 @@ class Resolved:
             yield key, value, self.sources.get(key, "default")
 
 
+MAX_CHARACTERS = 100_000
+"""Length of a configuration file; the longest presets have 4000."""
+
+MAX_DEPTH = 16
+"""Levels of nesting in a configuration; its own keys have 3."""
+
+
+class _NotRead(yaml.MarkedYAMLError):
+    """Valid YAML that no configuration needs."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number, and a key given twice is an error."""
+    """YAML as people write it: `1e-6` is a number, and a key given twice is an error.
+
+    Whatever lets a short text stand for a large or endless value, or for anything but text, numbers, lists and
+    mappings, is refused: aliases, tags, deep nesting. No configuration needs them.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"*{event.anchor:.40} refers to another value, which is not read here. Write the value out"
+        elif event.tag is not None:
+            problem = f"the tag {event.tag:.60} is not read here. Write the value without it"
+        elif self._depth == MAX_DEPTH:
+            problem = f"nested more than {MAX_DEPTH} levels deep, so it is no configuration"
+        if problem:
+            raise _NotRead(None, None, problem, event.start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -87,19 +138,31 @@ def read_yaml(path: Path | Traversable) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is not valid YAML, or holds no mapping.
+        UserError: the file cannot be read, is not a regular file, is longer than any configuration, is not valid YAML,
+            or holds no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        text = _read_regular(path) if isinstance(path, Path) else path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a path that cannot be one
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{path}: is longer than {MAX_CHARACTERS} characters, so it is no configuration")
+    content = _load(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold `key: value` lines, but holds {type(content).__name__} {content!r:.60}")
+        raise UserError(f"{path}: must hold `key: value` lines, but holds {type(content).__name__} {_shown(content)}")
     return content
+
+
+def _read_regular(path: Path) -> str:
+    """The beginning of a regular file, enough to see that it is too long. A pipe may never end, or never begin."""
+    # O_NONBLOCK, as opening a pipe would wait for somebody who writes to it
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path}: is not a regular file. Write the values into one, and name it")
+        content = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 has at most 4 bytes a character
+    return content.decode("utf-8", errors="ignore" if len(content) > 4 * MAX_CHARACTERS else "strict")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -110,15 +173,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {text}: must read key=value, for example --set selection.comparisons=64")
-    try:
-        return key.strip(), yaml.load(value, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"--set {text}: {value!r} is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"--set {text:.80}: must read key=value, for example --set selection.comparisons=64")
+    return key.strip(), _load(value, f"--set {text:.80}")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}. Empty mappings vanish."""
+    """{"a": {"b": 1}} as {"a.b": 1}. Empty mappings vanish.
+
+    Raises:
+        UserError: a mapping that is nested deeper than any configuration, as one that contains itself is.
+    """
+    if prefix.count(".") > MAX_DEPTH:
+        raise UserError(f"{prefix:.40}...: nested more than {MAX_DEPTH} levels deep, so it is no configuration")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -218,11 +284,27 @@ def _invalid(details: Any, values: Mapping[str, Value]) -> str:
     if details["type"] == "literal_error" and isinstance(given, str):
         message += "." + nearest(given, re.findall(r"'([^']*)'", details["ctx"]["expected"]))
     source = f"{values[key].source}: " if key in values else ""
-    shown = "null" if given is None else given
-    return (
-        f"{source}{key} = {shown!r:.80}: {message}" if isinstance(given, str) else f"{source}{key} = {shown}: {message}"
-    )
+    return f"{source}{key} = {_shown(given)}: {message}"
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+def _load(text: str, where: str) -> Any:
+    """The value in a YAML text; `where` opens the message of a UserError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, error.problem or error.context
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        invalid = "" if isinstance(error, _NotRead) else "is not valid YAML: "
+        raise UserError(f"{where}: {invalid}{problem}{place}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date, or a number of 5000 digits
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise UserError(f"{where}: is not valid YAML: {reason:.200}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, at most 80 characters of it."""
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:  # Python does not print an integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
