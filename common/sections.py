@@ -171,6 +171,10 @@ class RunConfig(Section, ABC):
     def peak_lr(self) -> float:
         """The learning rate after warm-up, scaled by the batch size."""
 
+    def objective_bytes(self, images: int) -> int:
+        """Bytes that the loss needs at once for so many images, at least; 0 where they are few."""
+        return 0
+
     def notes(self) -> list[str]:
         """What whoever starts the run should know of its values; said when it starts, and by --dry-run."""
         return []

@@ -99,6 +99,23 @@ class MultiCropSelection(SelectionConfig):
     """One global crop of each transform (HVP's released code), or any two (the paper's count of combinations)."""
 
 
+MAX_PATCHES = 256**2
+"""Of a view: as many as 4096 pixels have in patches of 16."""
+
+
+def check_num_patches(key: str, size: int, patch_size: int) -> None:
+    """Sees to it that a view has not too many patches for a ViT.
+
+    Raises:
+        ValueError: it has.
+    """
+    if (patches := (size // patch_size) ** 2) > MAX_PATCHES:
+        raise ValueError(
+            f"{key} = {size} makes {patches} patches of {patch_size} pixels, but a ViT takes at most {MAX_PATCHES}. "
+            "Make the views smaller, or the patches larger"
+        )
+
+
 class MultiCropConfig(RunConfig, ABC):
     """A run on two global crops, which are targets too, and local ones."""
 
@@ -126,6 +143,7 @@ class MultiCropConfig(RunConfig, ABC):
                 raise ValueError(
                     f"views.{key} = {getattr(self.views, key)} is not a multiple of model.patch_size = {patch_size}"
                 )
+            check_num_patches(f"views.{key}", getattr(self.views, key), patch_size)
 
     def view_slots(self) -> tuple[ViewSlot, ...]:
         """What the loader samples for an image: both global transforms, then local crops."""
@@ -147,6 +165,10 @@ class MultiCropConfig(RunConfig, ABC):
     def combination_slots(self) -> Slots:
         """Which combinations of those views `select()` compares."""
         return self.slots_of_crops(diagonal=False)
+
+    def logits_bytes(self, images: int, prototypes: int) -> int:
+        """The logits of all crops that are trained on, float32."""
+        return 4 * images * (2 + self.views.local_crops_number) * prototypes
 
     def slots_of_crops(self, *, diagonal: bool) -> Slots:
         """The combinations of a global crop of each transform, or of any two, and of local crops.

@@ -85,6 +85,10 @@ class DinoConfig(MultiCropConfig):
                 raise ValueError(f"{key} = {epochs} is longer than train.epochs = {self.train.epochs}")
         return self
 
+    def objective_bytes(self, images: int) -> int:
+        """The student's logits of the [CLS] prototypes, float32."""
+        return self.logits_bytes(images, self.model.out_dim)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up, by the linear scaling rule."""

@@ -193,6 +193,10 @@ class DINOv2Config(MultiCropConfig):
         """The sizes of the head that patches go through."""
         return self.ibot if self.ibot.separate_head else self.dino
 
+    def objective_bytes(self, images: int) -> int:
+        """The student's logits of the [CLS] prototypes, float32."""
+        return self.logits_bytes(images, self.dino.head_n_prototypes)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up, by the square-root scaling rule."""

@@ -171,6 +171,10 @@ class IbotConfig(MultiCropConfig):
         """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
         return self.slots_of_crops(diagonal=True)
 
+    def objective_bytes(self, images: int) -> int:
+        """The student's logits of the [CLS] prototypes, float32."""
+        return self.logits_bytes(images, self.model.out_dim)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up, by the linear scaling rule."""

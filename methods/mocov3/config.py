@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from hvp.common import sections
 from hvp.common.config import CropSize, Epochs, Fraction, LearningRate, Scale, Section, Temperature, Weight, Width
 from hvp.common.hardviews import Slots
-from hvp.common.view_sections import ColorConfig
+from hvp.common.view_sections import ColorConfig, check_num_patches
 from hvp.common.views import ViewSlot
 from hvp.methods.mocov3.vits import PATCH_SIZE
 
@@ -114,6 +114,8 @@ class MoCoConfig(sections.RunConfig):
                 f"views.crop_size = {self.views.crop_size} is not a multiple of {patch_size}, the patch size of "
                 f"model.arch = {model.arch}"
             )
+        if patch_size > 1:
+            check_num_patches("views.crop_size", self.views.crop_size, patch_size)
         if self.optim.warmup_epochs > train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs = {self.optim.warmup_epochs} is longer than train.epochs = {train.epochs}"
@@ -147,6 +149,10 @@ class MoCoConfig(sections.RunConfig):
         if self.selection.pairs == "any":
             return Slots.from_counts((num_first + num_second,), (2,))
         return Slots.from_counts((num_first, num_second), (1, 1))
+
+    def objective_bytes(self, images: int) -> int:
+        """The similarities of a process's queries and keys, float32."""
+        return 4 * images**2
 
     def notes(self) -> list[str]:
         """That parts of a batch change the objective, where there are any."""

@@ -108,6 +108,10 @@ class SimclrConfig(TwoViewConfig):
         scale = math.sqrt(batch_size) if self.optim.lr_scaling == "sqrt" else batch_size / 256
         return self.optim.base_lr * scale
 
+    def objective_bytes(self, images: int) -> int:
+        """The similarities of both views of a process's images, float32."""
+        return 4 * (2 * images) ** 2
+
     def notes(self) -> list[str]:
         """That parts of a batch change the objective, where there are any."""
         train = self.train
