@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hvp.cli import analyze, bench, convert, demo, doctor, evaluate, launch, patch, presets, pretrain, resume
+from hvp.cli import analyze, bench, config, convert, demo, doctor, evaluate, launch, patch, presets, pretrain, resume
 from hvp.common.errors import LostProcess, SharedError, Stopped, UserError
 
 # PyTorch's threads wait for each other by spinning, which stalls a step tenfold as soon as anything else wants the
@@ -27,6 +27,7 @@ app.command("resume")(resume.resume)
 app.add_typer(evaluate.app, name="eval")
 app.command("convert")(convert.convert)
 app.add_typer(analyze.app, name="analyze")
+app.command("config")(config.config)
 app.command("presets")(presets.presets)
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)

@@ -127,7 +127,7 @@ def pretrain(
     """Pretrain an encoder.
 
     Values come from the defaults, then the preset, then --config, then the other options; later ones win.
-    `hvp pretrain dino --dry-run` lists every key that --set accepts.
+    `hvp config dino` explains every key that --set accepts; `--dry-run` shows the values of this run.
 
     SIGINT, SIGTERM and SIGUSR1 end the run after the step in progress, with a checkpoint; the exit codes are 130, 143
     and 75 (queue me again). `hvp resume` goes on. A mistake that you can mend is exit code 2.

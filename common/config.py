@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from hvp.common.allowed import allowed_values, is_list
 from hvp.common.errors import UserError
 
 
@@ -214,7 +215,7 @@ def resolve(config_class: type[ConfigT], layers: list[tuple[str, Mapping[str, An
     try:
         config = config_class.model_validate(tree)
     except ValidationError as error:
-        problems += [_invalid(details, values) for details in error.errors()]
+        problems += dict.fromkeys(_invalid(details, values, known) for details in error.errors())  # each once
     if problems:
         raise UserError("\n".join(problems))
     return Resolved(config, {key: value.source for key, value in values.items()})
@@ -236,13 +237,62 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     """` Did you mean X?`, or nothing when nothing is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    if not matches and "." not in word:
-        # `epochs` for `train.epochs`
-        matches = [key for key in known if key.rpartition(".")[2] == word][:1]
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def chosen_keys(key: str | None, known: Mapping[str, Any]) -> list[str]:
+    """The keys that a key or a section's name stands for, all of them where there is none.
+
+    Raises:
+        UserError: there is no such key, and no such section.
+    """
+    chosen = [name for name in known if key is None or name == key or name.startswith(f"{key}.")]
+    if key is not None and not chosen:
+        raise UserError(f"unknown key {key}.{_instead(key, known)}")
+    return chosen
+
+
+OTHER_NAMES = {
+    "lr": "base_lr",
+    "learning_rate": "base_lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "num_workers": "workers",
+    "num_epochs": "epochs",
+}
+"""Names that people bring from elsewhere, and ours."""
+
+
+def nearest_key(key: str, known: Mapping[str, Any]) -> str:
+    """` Did you mean X?` for a key that is none, or nothing when nothing is near: a slip of the keys, a name from
+    elsewhere, a key of another section, or keys of the same section that have all the words of this one."""
+    section, _, name = key.rpartition(".")
+    inside = [each for each in known if each.rpartition(".")[0] == section]
+    wanted = OTHER_NAMES.get(name, name)
+    words = set(name.split("_"))
+    ways = (
+        [each for each in inside if each.rpartition(".")[2] == wanted],
+        difflib.get_close_matches(key, list(known), n=1, cutoff=0.85),
+        [each for each in known if each.rpartition(".")[2] == wanted][:1],
+        [each for each in inside if words <= set(each.rpartition(".")[2].split("_"))][:3],
+        difflib.get_close_matches(key, list(known), n=1, cutoff=0.6),
+    )
+    found = next((way for way in ways if way), [])
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def _instead(key: str, known: Mapping[str, Any]) -> str:
+    """What to write instead of an unknown key: the nearest ones, or those that there are."""
+    if hint := nearest_key(key, known):
+        return hint
+    section = key.rpartition(".")[0]
+    inside = [name for name in known if name.rpartition(".")[0] == section]
+    if inside:
+        return f" Known there: {', '.join(inside)}."
+    return f" Sections: {', '.join(sorted({name.rpartition('.')[0] for name in known}))}."
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,15 +311,10 @@ def _unknown(key: str, source: str, known: Mapping[str, Any]) -> str:
     if key in sections:
         inside = ", ".join(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
         return f"{source}: {key} is a section and takes no value itself; its keys are {inside}"
-    hint = nearest(key, known)
-    if not hint:
-        section = key.rpartition(".")[0]
-        inside_keys = [name for name in known if name.rpartition(".")[0] == section]
-        hint = f" Known there: {', '.join(inside_keys)}." if inside_keys else f" Sections: {', '.join(sections)}."
-    return f"{source}: unknown key {key}.{hint}"
+    return f"{source}: unknown key {key}.{_instead(key, known)}"
 
 
-def _invalid(details: Any, values: Mapping[str, Value]) -> str:
+def _invalid(details: Any, values: Mapping[str, Value], known: Mapping[str, Any]) -> str:
     """One sentence for one of pydantic's errors."""
     location = [str(part) for part in details["loc"]]
     # a location goes on inside a list or a union; the key is its longest known beginning
@@ -281,6 +326,9 @@ def _invalid(details: Any, values: Mapping[str, Value]) -> str:
     if not key:
         return message
     given = values[key].value if key in values else details["input"]
+    if details["type"] in ("tuple_type", "too_short", "too_long", "missing") and key in known and is_list(known[key]):
+        example = [*known[key].default]
+        message = f"takes {allowed_values(known[key])}, for example '{key}={example}'"
     if details["type"] == "literal_error" and isinstance(given, str):
         message += "." + nearest(given, re.findall(r"'([^']*)'", details["ctx"]["expected"]))
     source = f"{values[key].source}: " if key in values else ""

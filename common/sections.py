@@ -23,7 +23,7 @@ class DataConfig(Section):
     loader: Literal["fast", "pil"] = "fast"
     """View pipeline: `fast` (OpenCV) or `pil` (Pillow, as the upstreams do it)."""
 
-    workers: int | None = Field(None, ge=0, le=1024)
+    workers: int | None = Field(None, ge=0, le=256)
     """Processes that load views; 0 loads in the training process itself; null suits the cores at hand."""
 
     on_bad_image: Literal["error", "skip"] = "error"

@@ -66,7 +66,10 @@ def test_later_layers_win_and_are_remembered():
             {"inner": {"scale": [1, 0.5]}},
             r"^f: inner\.scale = \[1, 0\.5\]: the minimum 1\.0 is above the maximum 0\.5$",
         ),
-        ({"inner": {"scale": [1]}}, r"^f: inner\.scale = \[1\]: field required$"),
+        (
+            {"inner": {"scale": [1]}},
+            r"^f: inner\.scale = \[1\]: takes two numbers from 0 to 1, .* for example 'inner\.scale=\[0\.2, 1\.0\]'$",
+        ),
         ({"inner": {"scale": ["a", 1]}}, r"^f: inner\.scale = \['a', 1\]: input should be a valid number$"),
     ],
 )
