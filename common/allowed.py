@@ -18,6 +18,20 @@ def is_list(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple
 
 
+def number_limits(field: FieldInfo) -> list[float]:
+    """The ends of the range that a field's numbers are in, allowed or just not; empty where it takes none."""
+    return list(_number_limits(field.annotation, field.metadata))
+
+
+def _number_limits(annotation: Any, metadata: Any) -> Iterator[float]:
+    yield from (limit for name, limit in _bounds(metadata).items() if name in ("ge", "gt", "le", "lt"))
+    if get_origin(annotation) is Annotated:
+        yield from _number_limits(get_args(annotation)[0], get_args(annotation)[1:])
+    elif get_origin(annotation) is not Literal:
+        for each in get_args(annotation):
+            yield from _number_limits(each, ())
+
+
 def _words(annotation: Any, bounds: dict[str, Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

@@ -76,3 +76,14 @@ def test_what_is_no_pair_gets_an_example(hvp, value):
     else:
         assert "takes two numbers from 0.0001 to 1" in ran.err
         assert "for example 'views.global_crops_scale=[0.4, 1.0]'" in ran.err
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_leaves_anything(hvp, tmp_path):
+    values = ["--set", "model.out_dim=16777216", "--set", "model.head_bottleneck_dim=65536"]
+    ran = hvp("pretrain", "dino", "--preset", "tiny", *values, "--device", "cpu", "--out", "run")
+    assert ran.code == 2
+    assert "the run needs at least 20.0 TiB of memory in each process" in ran.err
+    assert not list(tmp_path.iterdir())
+    ran = hvp("pretrain", "dino", "--preset", "tiny", *values, "--dry-run")
+    assert ran.code == 0
+    assert "least memory: 20.0 TiB on the device of a single process" in ran.out

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hvp.common.allowed import allowed_values
+from hvp.common.allowed import allowed_values, number_limits
 from hvp.common.config import FractionRange, Section, leaf_keys
 from hvp.methods import METHODS, get_method
 
@@ -43,3 +43,14 @@ def test_every_number_of_every_method_has_a_range():
     """`allowed_values` raises KeyError for a number without a bound on one side."""
     for method in METHODS:
         assert all(allowed_values(field) for field in leaf_keys(get_method(method).config).values())
+
+
+def test_the_ends_of_a_range():
+    assert {name: number_limits(field) for name, field in Fields.model_fields.items() if number_limits(field)} == {
+        "count": [1, 256],
+        "seed": [0, 2**64],
+        "rate": [0, 1],
+        "width": [1, 8],
+        "pair": [0, 1, 0, 1],
+        "several": [0, 1],
+    }
