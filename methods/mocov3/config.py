@@ -19,7 +19,7 @@ WITH_CONV1 = ("vit_small", "vit_base")
 class ModelConfig(Section):
     """Encoders, projector and predictor."""
 
-    arch: Literal["resnet50", "vit_small", "vit_base", "vit_micro", "convnet_micro"] = "resnet50"
+    arch: Literal["resnet50", "resnet18", "vit_small", "vit_base", "vit_micro", "convnet_micro"] = "resnet50"
     """Both encoders. ViT-S has 12 heads, patches are 16 pixels; `vit_micro` (patches of 8 pixels) and `convnet_micro`
     are ours, for images of 32 pixels."""
 

@@ -12,7 +12,7 @@ from hvp.common.view_sections import TwoViewConfig, TwoViews
 class ModelConfig(Section):
     """Backbone and projector."""
 
-    arch: Literal["resnet50", "resnet18_cifar", "convnet_micro"] = "resnet50"
+    arch: Literal["resnet50", "resnet18", "resnet18_cifar", "convnet_micro"] = "resnet50"
     """Backbone. `resnet18_cifar` has a 3 x 3 stem without pooling, for 32 pixels; `convnet_micro` is ours, and tiny."""
 
     zero_init_residual: bool = True

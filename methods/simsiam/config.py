@@ -11,7 +11,7 @@ from hvp.common.view_sections import TwoViewConfig, TwoViews
 class ModelConfig(Section):
     """Encoder, projector and predictor."""
 
-    arch: Literal["resnet50", "resnet18_cifar", "convnet_micro"] = "resnet50"
+    arch: Literal["resnet50", "resnet18", "resnet18_cifar", "convnet_micro"] = "resnet50"
     """Encoder. `resnet18_cifar` has CIFAR's stem; `convnet_micro` is ours, for images of 32 pixels on two cores."""
 
     zero_init_residual: bool = True

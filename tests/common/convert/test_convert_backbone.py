@@ -50,6 +50,7 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
     "LayerScale, registers": lambda: build_register_vit("vit_small", patch_size=14, img_size=42, num_registers=4),
     "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
     "resnet50": CONVNETS["resnet50"],
+    "resnet18": CONVNETS["resnet18"],
 }
 
 
@@ -90,7 +91,9 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [CONVNETS["resnet50"], lambda: build_vit("vit_base", patch_size=16, img_size=32)], ids=["resnet50", "vit"]
+    "build",
+    [CONVNETS["resnet50"], CONVNETS["resnet18"], lambda: build_vit("vit_base", patch_size=16, img_size=32)],
+    ids=["resnet50", "resnet18", "vit"],
 )
 def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
     with torch.device("meta"):
