@@ -1,4 +1,4 @@
-"""Every preset is a whole configuration and says what it is; those for small data sets take a step on small pictures."""
+"""Every preset is whole and says what it is; those for small data sets take a step on small pictures."""
 
 import re
 
