@@ -39,6 +39,12 @@ TIMM_REGISTER_VITS = {
 }
 """timm's networks with LayerScale."""
 
+TAKEN = {
+    "timm": "ViT-Ti, ViT-S, ViT-B, ViT-L, ResNet-18 and ResNet-50",
+    "torchvision": "ViT-B, ResNet-18 and ResNet-50",
+}
+"""Networks of ours that the libraries have, for messages. torchvision's ViTs have no registers and no LayerScale."""
+
 UNREAD = "stands for masked patches in pretraining; no feature depends on it"
 
 TORCHVISION_VITS = {
@@ -101,8 +107,9 @@ def export_backbone(path: Path, library: Library, which: Which | None = None) ->
     export = EXPORTS[library](encoder, state)
     if export is None:
         raise UserError(
-            f"{path}: {library} has no network like this one ({_kind(encoder)}). Take --to safetensors, which keeps "
-            "the names it has here and loads with hvp.common.evaluation.checkpoints.load_encoder()"
+            f"{path}: {library} has no network like this one ({_kind(encoder)}); it takes {TAKEN.get(library)}.\n"
+            "    Take --to safetensors, which keeps the names it has here and loads with "
+            "hvp.common.evaluation.checkpoints.load_encoder()"
         )
     with torch.device("meta"):
         theirs = export.build().state_dict()

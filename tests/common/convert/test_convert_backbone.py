@@ -136,7 +136,7 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
 )
 def test_networks_that_the_library_lacks(library: Any, encoder: Callable[[], Encoder], tmp_path: Path) -> None:
     source = run_of(encoder(), tmp_path)
-    with pytest.raises(UserError, match=rf"{library} has no network like this one .* Take --to safetensors"):
+    with pytest.raises(UserError, match=rf"(?s){library} has no network like this one .* Take --to safetensors"):
         export_backbone(source, library)
     assert export_backbone(source, "safetensors").content
 
