@@ -168,9 +168,12 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
         UserError: something that the caller can mend.
         Stopped: a signal asked to stop.
     """
+    import torch
+
     from hvp.common.engine.distributed import environment_world, launch
     from hvp.common.engine.footprint import check_fits
     from hvp.common.engine.memory import memory_advice
+    from hvp.common.engine.training import build_loader, open_training_data
     from hvp.common.errors import UserError
     from hvp.methods import get_method
 
@@ -184,7 +187,13 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
         with said_once():
             raise UserError(f"--devices {devices}, but the launcher started {started} processes. Leave out --devices")
     with said_once():
-        check_fits(config, get_method(method).build_modules, environment_world())
+        world = environment_world()
+        try:
+            check_fits(config, get_method(method).build_modules, world)
+        except UserError:
+            # a batch that is larger than the dataset is said first, as it is the likelier mistake
+            build_loader(config, open_training_data(config), torch.device("cpu"), world)
+            raise
     with memory_advice(config):
         last = get_method(method).train(config, out, console=Console(stderr=True), **options)
     if environment_world().leader:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
@@ -155,8 +156,8 @@ def convnet_from_state(state: Mapping[str, Tensor]) -> ConvNet | None:
     if stem is not None and "layer4.1.conv2.weight" in state:
         if "layer4.2.conv2.weight" in state or "layer4.1.conv3.weight" in state:
             return None  # deeper, or of other blocks
-        build = {(64, 3, 7, 7): resnet18, (64, 3, 3, 3): resnet18_cifar}.get(tuple(stem.shape))
-        return build() if build else None
+        builders = {torch.Size((64, 3, 7, 7)): resnet18, torch.Size((64, 3, 3, 3)): resnet18_cifar}
+        return builders[stem.shape]() if stem.shape in builders else None
     if "stages.3.0.weight" in state and "pos_embed" not in state:
         return convnet_micro()
     return None
