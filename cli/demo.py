@@ -1,5 +1,6 @@
 """hvp demo: the whole way in a few minutes, on the embedded dataset."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,10 +77,19 @@ def demo(
         )
         picture.save(out / "selection.png")
         written.append(out / "selection.png")
+    checkpoint_folder, backbone = (shlex.quote(str(out / name)) for name in ("run", "backbone.safetensors"))
     seconds = time.perf_counter() - started
     console.print(f"{seconds:.0f} s, of which {trained_seconds:.0f} s training. Wrote:", highlight=False)
     for path in written:
         console.print(f"  {path}", highlight=False, markup=False)
+    console.print(
+        f"To take the encoder elsewhere: hvp convert {checkpoint_folder} --to safetensors --out {backbone}\n"
+        f"Its network, {config.model.arch}, is ours and so small that timm and torchvision have none like it. Those of "
+        "the other\npresets convert to them: ViTs and ResNets to timm, ViT-B and ResNets to torchvision.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:

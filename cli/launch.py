@@ -32,6 +32,22 @@ def slurm(
     ),
     partition: Annotated[str | None, typer.Option(help="Where to queue.", show_default="the cluster's own")] = None,
     account: Annotated[str | None, typer.Option(help="Whom to charge.", show_default="your own")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.", show_default="the cluster's own")] = None,
+    mem: Annotated[
+        str | None,
+        typer.Option(help="Memory of a node, such as 120G.", metavar="SIZE", show_default="the cluster's own"),
+    ] = None,
+    constraint: Annotated[
+        str | None, typer.Option(help="Features that a node must have, such as `a100|h100`.", show_default="none")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="A further option of sbatch, as `--sbatch=--exclusive`; repeatable.", metavar="OPTION"),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(help="A line of shell before it, as `--setup 'module load cuda'`; repeatable.", metavar="LINE"),
+    ] = None,
     job_name: Annotated[str | None, typer.Option(help="Name of the job.", show_default="METHOD-PRESET")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", metavar="FILE", show_default="to the screen")
@@ -55,7 +71,20 @@ def slurm(
     usual = "hvp-" + name.replace(" ", "-")
     if name == "pretrain":
         usual = f"{given['method']}-{given['preset'] or 'custom'}"
-    job = SlurmJob(job_name or usual, nodes, gpus_per_node, cpus_per_task, time, partition, account)
+    job = SlurmJob(
+        job_name or usual,
+        nodes,
+        gpus_per_node,
+        cpus_per_task,
+        time,
+        partition,
+        account,
+        qos,
+        mem,
+        constraint,
+        tuple(sbatch or ()),
+        tuple(setup or ()),
+    )
     script = sbatch_script(job, command, made_by=sys.argv[1:], resumes=is_run)
     if out is None:
         print(script, end="")

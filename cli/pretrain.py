@@ -130,7 +130,7 @@ def pretrain(
     """Pretrain an encoder.
 
     Values come from the defaults, then the preset, then --config, then the other options; later ones win.
-    `hvp pretrain dino --dry-run` lists every key that --set accepts.
+    `hvp config dino` explains every key that --set accepts; `--dry-run` shows the values of this run.
 
     SIGINT, SIGTERM and SIGUSR1 end the run after the step in progress, with a checkpoint; the exit codes are 130, 143
     and 75 (queue me again). `hvp resume` goes on. A mistake that you can mend is exit code 2.
@@ -171,8 +171,12 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
         UserError: something that the caller can mend.
         Stopped: a signal asked to stop.
     """
+    import torch
+
     from hvp.common.engine.distributed import environment_world, launch
+    from hvp.common.engine.footprint import check_fits
     from hvp.common.engine.memory import memory_advice
+    from hvp.common.engine.training import build_loader, open_training_data
     from hvp.common.errors import UserError
     from hvp.methods import get_method
 
@@ -185,6 +189,14 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
     if devices is not None and devices != started:
         with said_once():
             raise UserError(f"--devices {devices}, but the launcher started {started} processes. Leave out --devices")
+    with said_once():
+        world = environment_world()
+        try:
+            check_fits(config, get_method(method).build_modules, world)
+        except UserError:
+            # a batch that is larger than the dataset is said first, as it is the likelier mistake
+            build_loader(config, open_training_data(config), torch.device("cpu"), world)
+            raise
     with memory_advice(config):
         last = get_method(method).train(config, out, console=progress_console(), **options)
     if environment_world().leader:
@@ -299,15 +311,21 @@ def show(method: str, resolved: "Resolved") -> None:
     for key, value, source in resolved.values():
         table.add_row(key, "null" if value is None else str(value), source)
     console.print(table)
-    for line in consequences(resolved.config):
+    for line in consequences(method, resolved.config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def consequences(config: Any) -> list[str]:
-    """What a configuration amounts to: images, steps, learning rate, combinations, and the memory of the views."""
+def consequences(method: str, config: Any) -> list[str]:
+    """What a configuration amounts to: images, steps, learning rate, combinations, and memory.
+
+    Raises:
+        UserError: the images are less than a batch, or the networks cannot be built.
+    """
     from hvp.common.data import open_dataset
+    from hvp.common.engine.footprint import footprint, size
     from hvp.common.engine.rescuing import images_to_rescue
     from hvp.common.errors import UserError
+    from hvp.methods import get_method
 
     train, slots = config.train, config.view_slots()
     lines = [""]
@@ -336,14 +354,21 @@ def consequences(config: Any) -> list[str]:
         f"view memory:  {pixels / 2**20:.2f} MiB an image from the loader, {part * pixels / 2**20:.0f} MiB a batch of "
         f"{part}, {4 * part * pixels / 2**20:.0f} MiB normalised on the device"
     )
+    needs = footprint(config, get_method(method).build_modules)
+    lines.append(
+        f"least memory: {size(needs.device)} on the device of a single process, {size(needs.networks)} of it for the "
+        "networks and their optimiser; activations come on top"
+    )
     lines += [f"note:         {note}" for note in config.notes()]
     return lines
 
 
 def _measure(method: str, config: Any) -> None:
+    from hvp.common.engine.footprint import check_fits
     from hvp.common.engine.measure import measure
     from hvp.methods import get_method
 
+    check_fits(config, get_method(method).build_modules)
     progress = progress_console()
     found = measure(
         get_method(method).train, config, on_stage=lambda stage: progress.print(f"Measuring {stage} ...", markup=False)

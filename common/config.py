@@ -5,7 +5,9 @@ A method's configuration is a tree of `Section`s. Values are merged in the order
 """
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -15,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from hvp.common.allowed import allowed_values, is_list
 from hvp.common.errors import UserError
 
 
@@ -32,9 +35,24 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+# Every number has a range that can work. The bounds are generous: they stop what is mistyped or hopeless, such as a
+# crop of 10^25 pixels, before anything is built from it. `hvp.common.engine.footprint` looks at their products.
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
-Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
+FractionRange = Annotated[tuple[Fraction, Fraction], Field(strict=False), AfterValidator(_ascending)]
+_Area = Annotated[float, Field(ge=1e-4, le=1)]
+Scale = Annotated[tuple[_Area, _Area], Field(strict=False), AfterValidator(_ascending)]
+"""Area of a crop as a fraction of the image's, (min, max)."""
+CropSize = Annotated[int, Field(ge=8, le=4096)]
+PatchSize = Annotated[int, Field(ge=1, le=512)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Prototypes = Annotated[int, Field(ge=2, le=2**24)]
+Temperature = Annotated[float, Field(ge=1e-4, le=1e6)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
+Every = Annotated[int, Field(ge=1, le=10**9)]
+"""Steps between two things that happen."""
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -63,8 +81,42 @@ class Resolved:
             yield key, value, self.sources.get(key, "default")
 
 
+MAX_CHARACTERS = 100_000
+"""Length of a configuration file; the longest presets have 4000."""
+
+MAX_DEPTH = 16
+"""Levels of nesting in a configuration; its own keys have 3."""
+
+
+class _NotRead(yaml.MarkedYAMLError):
+    """Valid YAML that no configuration needs."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number, and a key given twice is an error."""
+    """YAML as people write it: `1e-6` is a number, and a key given twice is an error.
+
+    Whatever lets a short text stand for a large or endless value, or for anything but text, numbers, lists and
+    mappings, is refused: aliases, tags, deep nesting. No configuration needs them.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"*{event.anchor:.40} refers to another value, which is not read here. Write the value out"
+        elif event.tag is not None:
+            problem = f"the tag {event.tag:.60} is not read here. Write the value without it"
+        elif self._depth == MAX_DEPTH:
+            problem = f"nested more than {MAX_DEPTH} levels deep, so it is no configuration"
+        if problem:
+            raise _NotRead(None, None, problem, event.start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -87,19 +139,31 @@ def read_yaml(path: Path | Traversable) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is not valid YAML, or holds no mapping.
+        UserError: the file cannot be read, is not a regular file, is longer than any configuration, is not valid YAML,
+            or holds no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        text = _read_regular(path) if isinstance(path, Path) else path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a path that cannot be one
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{path}: is longer than {MAX_CHARACTERS} characters, so it is no configuration")
+    content = _load(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold `key: value` lines, but holds {type(content).__name__} {content!r:.60}")
+        raise UserError(f"{path}: must hold `key: value` lines, but holds {type(content).__name__} {_shown(content)}")
     return content
+
+
+def _read_regular(path: Path) -> str:
+    """The beginning of a regular file, enough to see that it is too long. A pipe may never end, or never begin."""
+    # O_NONBLOCK, as opening a pipe would wait for somebody who writes to it
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path}: is not a regular file. Write the values into one, and name it")
+        content = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 has at most 4 bytes a character
+    return content.decode("utf-8", errors="ignore" if len(content) > 4 * MAX_CHARACTERS else "strict")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -110,15 +174,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {text}: must read key=value, for example --set selection.comparisons=64")
-    try:
-        return key.strip(), yaml.load(value, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"--set {text}: {value!r} is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"--set {text:.80}: must read key=value, for example --set selection.comparisons=64")
+    return key.strip(), _load(value, f"--set {text:.80}")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}. Empty mappings vanish."""
+    """{"a": {"b": 1}} as {"a.b": 1}. Empty mappings vanish.
+
+    Raises:
+        UserError: a mapping that is nested deeper than any configuration, as one that contains itself is.
+    """
+    if prefix.count(".") > MAX_DEPTH:
+        raise UserError(f"{prefix:.40}...: nested more than {MAX_DEPTH} levels deep, so it is no configuration")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -148,7 +215,7 @@ def resolve(config_class: type[ConfigT], layers: list[tuple[str, Mapping[str, An
     try:
         config = config_class.model_validate(tree)
     except ValidationError as error:
-        problems += [_invalid(details, values) for details in error.errors()]
+        problems += dict.fromkeys(_invalid(details, values, known) for details in error.errors())  # each once
     if problems:
         raise UserError("\n".join(problems))
     return Resolved(config, {key: value.source for key, value in values.items()})
@@ -170,13 +237,62 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     """` Did you mean X?`, or nothing when nothing is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    if not matches and "." not in word:
-        # `epochs` for `train.epochs`
-        matches = [key for key in known if key.rpartition(".")[2] == word][:1]
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def chosen_keys(key: str | None, known: Mapping[str, Any]) -> list[str]:
+    """The keys that a key or a section's name stands for, all of them where there is none.
+
+    Raises:
+        UserError: there is no such key, and no such section.
+    """
+    chosen = [name for name in known if key is None or name == key or name.startswith(f"{key}.")]
+    if key is not None and not chosen:
+        raise UserError(f"unknown key {key}.{_instead(key, known)}")
+    return chosen
+
+
+OTHER_NAMES = {
+    "lr": "base_lr",
+    "learning_rate": "base_lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "num_workers": "workers",
+    "num_epochs": "epochs",
+}
+"""Names that people bring from elsewhere, and ours."""
+
+
+def nearest_key(key: str, known: Mapping[str, Any]) -> str:
+    """` Did you mean X?` for a key that is none, or nothing when nothing is near: a slip of the keys, a name from
+    elsewhere, a key of another section, or keys of the same section that have all the words of this one."""
+    section, _, name = key.rpartition(".")
+    inside = [each for each in known if each.rpartition(".")[0] == section]
+    wanted = OTHER_NAMES.get(name, name)
+    words = set(name.split("_"))
+    ways = (
+        [each for each in inside if each.rpartition(".")[2] == wanted],
+        difflib.get_close_matches(key, list(known), n=1, cutoff=0.85),
+        [each for each in known if each.rpartition(".")[2] == wanted][:1],
+        [each for each in inside if words <= set(each.rpartition(".")[2].split("_"))][:3],
+        difflib.get_close_matches(key, list(known), n=1, cutoff=0.6),
+    )
+    found = next((way for way in ways if way), [])
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def _instead(key: str, known: Mapping[str, Any]) -> str:
+    """What to write instead of an unknown key: the nearest ones, or those that there are."""
+    if hint := nearest_key(key, known):
+        return hint
+    section = key.rpartition(".")[0]
+    inside = [name for name in known if name.rpartition(".")[0] == section]
+    if inside:
+        return f" Known there: {', '.join(inside)}."
+    return f" Sections: {', '.join(sorted({name.rpartition('.')[0] for name in known}))}."
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,15 +311,10 @@ def _unknown(key: str, source: str, known: Mapping[str, Any]) -> str:
     if key in sections:
         inside = ", ".join(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
         return f"{source}: {key} is a section and takes no value itself; its keys are {inside}"
-    hint = nearest(key, known)
-    if not hint:
-        section = key.rpartition(".")[0]
-        inside_keys = [name for name in known if name.rpartition(".")[0] == section]
-        hint = f" Known there: {', '.join(inside_keys)}." if inside_keys else f" Sections: {', '.join(sections)}."
-    return f"{source}: unknown key {key}.{hint}"
+    return f"{source}: unknown key {key}.{_instead(key, known)}"
 
 
-def _invalid(details: Any, values: Mapping[str, Value]) -> str:
+def _invalid(details: Any, values: Mapping[str, Value], known: Mapping[str, Any]) -> str:
     """One sentence for one of pydantic's errors."""
     location = [str(part) for part in details["loc"]]
     # a location goes on inside a list or a union; the key is its longest known beginning
@@ -215,14 +326,33 @@ def _invalid(details: Any, values: Mapping[str, Value]) -> str:
     if not key:
         return message
     given = values[key].value if key in values else details["input"]
+    if details["type"] in ("tuple_type", "too_short", "too_long", "missing") and key in known and is_list(known[key]):
+        example = [*known[key].default]
+        message = f"takes {allowed_values(known[key])}, for example '{key}={example}'"
     if details["type"] == "literal_error" and isinstance(given, str):
         message += "." + nearest(given, re.findall(r"'([^']*)'", details["ctx"]["expected"]))
     source = f"{values[key].source}: " if key in values else ""
-    shown = "null" if given is None else given
-    return (
-        f"{source}{key} = {shown!r:.80}: {message}" if isinstance(given, str) else f"{source}{key} = {shown}: {message}"
-    )
+    return f"{source}{key} = {_shown(given)}: {message}"
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+def _load(text: str, where: str) -> Any:
+    """The value in a YAML text; `where` opens the message of a UserError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, error.problem or error.context
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        invalid = "" if isinstance(error, _NotRead) else "is not valid YAML: "
+        raise UserError(f"{where}: {invalid}{problem}{place}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date, or a number of 5000 digits
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise UserError(f"{where}: is not valid YAML: {reason:.200}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, at most 80 characters of it."""
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:  # Python does not print an integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import Fraction, Section
+from hvp.common.config import Epochs, Every, Fraction, LearningRate, Section, Weight
 from hvp.common.data import ShapesOptions
 from hvp.common.hardviews import Slots
 from hvp.common.views import ViewSlot
@@ -14,7 +14,7 @@ from hvp.common.views import ViewSlot
 class DataConfig(Section):
     """Where images come from and how they are read."""
 
-    path: str | None = None
+    path: str | None = Field(None, max_length=4096)
     """A folder of images, or `shapes`, the embedded dataset. Pretraining needs no labels."""
 
     shapes: ShapesOptions = ShapesOptions()
@@ -23,7 +23,7 @@ class DataConfig(Section):
     loader: Literal["fast", "pil"] = "fast"
     """View pipeline: `fast` (OpenCV) or `pil` (Pillow, as the upstreams do it)."""
 
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=256)
     """Processes that load views; 0 loads in the training process itself; null suits the cores at hand."""
 
     on_bad_image: Literal["error", "skip"] = "error"
@@ -45,7 +45,7 @@ class SelectionConfig(Section):
     search: Literal["sampled", "exact"] = "sampled"
     """`sampled` compares random combinations (the paper); `exact` finds the best of all."""
 
-    comparisons: int = Field(128, ge=1)
+    comparisons: int = Field(128, ge=1, le=100_000)
     """Random combinations compared for each image. HVP paper, appendix I: 128; appendix J times 64."""
 
     per_image: bool = False
@@ -54,7 +54,7 @@ class SelectionConfig(Section):
     mode: Literal["train", "eval"] = "train"
     """Mode of the networks while they score. `train` (released code) has stochastic depth and batch statistics on."""
 
-    every: int = Field(1, ge=1)
+    every: Every = 1
     """Select on every n-th step only; the steps between train on the first candidates. HVP paper, Table 15."""
 
     start: Fraction = 0.0
@@ -70,11 +70,11 @@ class RescueConfig(Section):
     enabled: bool = False
     """Add the Rescue loss."""
 
-    k: int | None = Field(None, ge=0)
+    k: int | None = Field(None, ge=0, le=2**20)
     """Images of a step that get a strong view, the easiest over all processes and parts; 0: none; null:
     batch_size / 64, the paper's rule, rounded up."""
 
-    s: float = Field(1.0, ge=0)
+    s: Weight = 1.0
     """Weight of the Rescue loss. Paper: 0.05 (MoCo v3), 0.75 (SimCLR), 1 (DINOv2)."""
 
     feature: Literal["projection", "backbone"] = "projection"
@@ -86,7 +86,7 @@ class RescueConfig(Section):
     direction: Literal["pull", "push"] = "pull"
     """`pull` the strong view to the common one (the paper's section 3); `push` is the sign that Equation 1 prints."""
 
-    num_ops: int = Field(2, ge=0)
+    num_ops: int = Field(2, ge=0, le=14)
     """RandAugment's operations, of FixMatch's 14, each with a random magnitude."""
 
     cutout: Fraction = 0.5
@@ -96,13 +96,13 @@ class RescueConfig(Section):
 class TrainConfig(Section):
     """The run itself."""
 
-    epochs: int = Field(100, ge=1)
+    epochs: int = Field(100, ge=1, le=1_000_000)
     """Passes over the training images."""
 
-    batch_size: int = Field(512, ge=1)
+    batch_size: int = Field(512, ge=1, le=2**20)
     """Images of one optimiser step, over all processes and accumulated parts."""
 
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=2**20)
     """Parts in which each process goes through its share of the batch, to save memory. The step stays the same."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -111,16 +111,16 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is the GPU where there is one."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     """Of weights, views, image order, combinations and stochastic depth."""
 
-    save_every: int = Field(0, ge=0)
+    save_every: int = Field(0, ge=0, le=10**9)
     """Write last.pt every that many steps; 0: once an epoch."""
 
-    keep_every: int = Field(0, ge=0)
+    keep_every: Epochs = 0
     """Keep a copy of the checkpoint every that many epochs; 0: none but last.pt."""
 
-    log_every: int = Field(10, ge=1)
+    log_every: Every = 10
     """Steps between two lines of metrics.jsonl."""
 
 
@@ -131,25 +131,25 @@ class TeacherOptimConfig(Section):
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """AdamW for ViTs; SGD (momentum 0.9) or LARS for convnets."""
 
-    base_lr: float = Field(0.0005, gt=0)
+    base_lr: LearningRate = 0.0005
     """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
 
-    min_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(1e-6, ge=0, le=1e6)
     """Learning rate at the end of the cosine. Not scaled by the batch size."""
 
-    warmup_epochs: int = Field(10, ge=0)
+    warmup_epochs: Epochs = 10
     """Linear warm-up of the learning rate from 0, epochs."""
 
-    weight_decay: float = Field(0.04, ge=0)
+    weight_decay: Weight = 0.04
     """Weight decay at the start; biases and 1-D parameters have none."""
 
-    weight_decay_end: float = Field(0.4, ge=0)
+    weight_decay_end: Weight = 0.4
     """Weight decay at the end of its cosine."""
 
-    clip_grad: float = Field(3.0, ge=0)
+    clip_grad: float = Field(3.0, ge=0, le=1e6)
     """Largest gradient norm, of each parameter tensor unless the method says otherwise; 0: no clipping."""
 
-    freeze_last_layer: int = Field(1, ge=0)
+    freeze_last_layer: Epochs = 1
     """Epochs in which the prototypes do not move."""
 
 
@@ -173,6 +173,10 @@ class RunConfig(Section, ABC):
     @abstractmethod
     def peak_lr(self) -> float:
         """The learning rate after warm-up, scaled by the batch size."""
+
+    def objective_bytes(self, images: int) -> int:
+        """Bytes that the loss needs at once for so many images, at least; 0 where they are few."""
+        return 0
 
     def notes(self) -> list[str]:
         """What whoever starts the run should know of its values; said when it starts, and by --dry-run."""

@@ -16,6 +16,14 @@ SAVED_ON_USR1, SAVED_ON_TERM = EXIT_CODES[signal.SIGUSR1], EXIT_CODES[signal.SIG
 """What hvp exits with after it was told to stop by SIGUSR1, or by SIGTERM, and saved."""
 
 
+OWN_OPTIONS = {
+    **{name: f"; use hvp's own --{name}" for name in ("job-name", "nodes", "gpus-per-node", "cpus-per-task", "time")},
+    **{name: f"; use hvp's own --{name}" for name in ("partition", "account", "qos", "mem", "constraint")},
+    **dict.fromkeys(("ntasks-per-node", "requeue", "output", "open-mode", "signal", "ntasks"), ", and relies on it"),
+}
+"""What the batch file says already, and where to change it."""
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     """What is asked of Slurm."""
@@ -31,13 +39,38 @@ class SlurmJob:
 
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    """Of a node, as sbatch reads it."""
+
+    constraint: str | None = None
+    """Features that a node must have."""
+
+    sbatch: tuple[str, ...] = ()
+    """Further options of sbatch, such as `--exclusive`."""
+
+    setup: tuple[str, ...] = ()
+    """Lines of shell that come before the run."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+-)?\d+(:\d\d?){0,2}", self.time):
             raise UserError(f"--time {self.time}: must read HH:MM:SS or D-HH:MM:SS, for example 1-12:00:00")
-        for option, value in (("job-name", self.name), ("partition", self.partition), ("account", self.account)):
+        words = {"job-name": self.name, "partition": self.partition, "account": self.account, "qos": self.qos}
+        for option, value in words.items():
             if value is not None and not re.fullmatch(r"[\w.,:@+=%/-]+", value):
                 raise UserError(f"--{option} {value!r}: must be one word of letters, digits and . , : @ + = % / _ -")
+        if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
+            raise UserError(f"--mem {self.mem!r}: must be a number with K, M, G or T, for example 120G, or 0 for all")
+        if self.constraint is not None and not re.fullmatch(r"[\w.,:@+=%/&|*()\[\]-]+", self.constraint):
+            raise UserError(f"--constraint {self.constraint!r}: must be features, such as a100|h100")
+        for line in self.sbatch:
+            if not re.fullmatch(r"--[a-z][a-z0-9-]*([= ][^\x00-\x1f\x7f]+)?", line):
+                raise UserError(f"--sbatch {line!r}: must be one option of sbatch, for example --sbatch=--exclusive")
+            if (option := re.split("[= ]", line)[0].removeprefix("--")) in OWN_OPTIONS:
+                raise UserError(f"--sbatch {line!r}: hvp writes --{option} itself{OWN_OPTIONS[option]}")
+        for line in self.setup:
+            if not line.strip() or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", line):
+                raise UserError(f"--setup {line!r}: must be one line of shell. Give --setup once for each line")
 
 
 RESOURCES = """\
@@ -108,12 +141,14 @@ def sbatch_script(job: SlurmJob, command: Sequence[str], *, made_by: Sequence[st
     """
     queue = "".join(
         f"#SBATCH --{option}={value}\n"
-        for option, value in (("partition", job.partition), ("account", job.account))
-        if value is not None
+        for option in ("partition", "account", "qos", "mem", "constraint")
+        if (value := getattr(job, option)) is not None
     )
+    queue += "".join(f"#SBATCH {line}\n" for line in job.sbatch)
     parts = [
         RESOURCES.format(job=job, queue=queue, made_by=_one_line(made_by)),
         EARLY_SIGNAL if resumes else "",
+        "".join(["\n# As given with --setup.\n", *(f"{line}\n" for line in job.setup)]) if job.setup else "",
         MEETING,
         RESUMING if resumes else "",
         STEP.format(command=_continued(command)),

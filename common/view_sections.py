@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import Fraction, Range, Section
+from hvp.common.config import CropSize, Fraction, Scale, Section
 from hvp.common.hardviews import Slots
 from hvp.common.sections import RunConfig, SelectionConfig
 from hvp.common.views import ViewSlot, ViewTransform
@@ -38,7 +38,7 @@ class ColorConfig(Section):
     """Probability of grey."""
 
     def transform(
-        self, size: int, scale: Range, blur: float, interpolation: Literal["bicubic", "bilinear"]
+        self, size: int, scale: Scale, blur: float, interpolation: Literal["bicubic", "bilinear"]
     ) -> ViewTransform:
         """The distribution of a view with these colours."""
         return ViewTransform(
@@ -58,19 +58,19 @@ class ColorConfig(Section):
 class MultiCropViews(ColorConfig):
     """The distribution of views: two global transforms and a local one."""
 
-    global_crops_size: int = Field(224, ge=8)
+    global_crops_size: CropSize = 224
     """Height and width of a global crop, pixels."""
 
-    local_crops_size: int = Field(96, ge=8)
+    local_crops_size: CropSize = 96
     """Height and width of a local crop, pixels."""
 
-    local_crops_number: int = Field(8, ge=0)
+    local_crops_number: int = Field(8, ge=0, le=256)
     """Local crops that are trained on."""
 
-    global_crops_scale: Range = (0.4, 1.0)
+    global_crops_scale: Scale = (0.4, 1.0)
     """Area of a global crop, as a fraction of the image's, (min, max)."""
 
-    local_crops_scale: Range = (0.05, 0.4)
+    local_crops_scale: Scale = (0.05, 0.4)
     """Area of a local crop, as a fraction of the image's, (min, max)."""
 
     blur_global1: Fraction = 1.0
@@ -89,14 +89,31 @@ class MultiCropViews(ColorConfig):
 class MultiCropSelection(SelectionConfig):
     """Which of the sampled crops are trained on (HVP)."""
 
-    global_candidates: int = Field(2, ge=1)
+    global_candidates: int = Field(2, ge=1, le=32)
     """Crops sampled for each of the two global transforms. HVP: 2."""
 
-    local_candidates: int = Field(16, ge=0)
+    local_candidates: int = Field(16, ge=0, le=256)
     """Local crops sampled. HVP: 2 for each that is kept."""
 
     global_pairs: Literal["by_transform", "any"] = "by_transform"
     """One global crop of each transform (HVP's released code), or any two (the paper's count of combinations)."""
+
+
+MAX_PATCHES = 256**2
+"""Of a view: as many as 4096 pixels have in patches of 16."""
+
+
+def check_num_patches(key: str, size: int, patch_size: int) -> None:
+    """Sees to it that a view has not too many patches for a ViT.
+
+    Raises:
+        ValueError: it has.
+    """
+    if (patches := (size // patch_size) ** 2) > MAX_PATCHES:
+        raise ValueError(
+            f"{key} = {size} makes {patches} patches of {patch_size} pixels, but a ViT takes at most {MAX_PATCHES}. "
+            "Make the views smaller, or the patches larger"
+        )
 
 
 class MultiCropConfig(RunConfig, ABC):
@@ -126,6 +143,7 @@ class MultiCropConfig(RunConfig, ABC):
                 raise ValueError(
                     f"views.{key} = {getattr(self.views, key)} is not a multiple of model.patch_size = {patch_size}"
                 )
+            check_num_patches(f"views.{key}", getattr(self.views, key), patch_size)
 
     def view_slots(self) -> tuple[ViewSlot, ...]:
         """What the loader samples for an image: both global transforms, then local crops."""
@@ -148,6 +166,10 @@ class MultiCropConfig(RunConfig, ABC):
         """Which combinations of those views `select()` compares."""
         return self.slots_of_crops(diagonal=False)
 
+    def logits_bytes(self, images: int, prototypes: int) -> int:
+        """The logits of all crops that are trained on, float32."""
+        return 4 * images * (2 + self.views.local_crops_number) * prototypes
+
     def slots_of_crops(self, *, diagonal: bool) -> Slots:
         """The combinations of a global crop of each transform, or of any two, and of local crops.
 
@@ -164,10 +186,10 @@ class MultiCropConfig(RunConfig, ABC):
 class TwoViews(ColorConfig):
     """The distribution of views, one for both."""
 
-    crop_size: int = Field(224, ge=8)
+    crop_size: CropSize = 224
     """Height and width of a view, pixels."""
 
-    crop_scale: Range = (0.2, 1.0)
+    crop_scale: Scale = (0.2, 1.0)
     """Area of a view, as a fraction of the image's, (min, max)."""
 
     blur: Fraction = 0.5
@@ -177,7 +199,7 @@ class TwoViews(ColorConfig):
 class PairSelection(SelectionConfig):
     """Which pair of the sampled views is trained on (HVP)."""
 
-    candidates: int = Field(4, ge=2)
+    candidates: int = Field(4, ge=2, le=64)
     """Views sampled of every image, of which a pair is kept. HVP: 4, so 6 pairs."""
 
 

@@ -39,6 +39,12 @@ TIMM_REGISTER_VITS = {
 }
 """timm's networks with LayerScale."""
 
+TAKEN = {
+    "timm": "ViT-Ti, ViT-S, ViT-B, ViT-L, ResNet-18 and ResNet-50",
+    "torchvision": "ViT-B, ResNet-18 and ResNet-50",
+}
+"""Networks of ours that the libraries have, for messages. torchvision's ViTs have no registers and no LayerScale."""
+
 UNREAD = "stands for masked patches in pretraining; no feature depends on it"
 
 TORCHVISION_VITS = {
@@ -86,8 +92,9 @@ def export_backbone(path: Path, library: Library, which: Which | None = None) ->
     export = EXPORTS[library](encoder, state)
     if export is None:
         raise UserError(
-            f"{path}: {library} has no network like this one ({_kind(encoder)}). Take --to safetensors, which keeps "
-            "the names it has here and loads with hvp.common.evaluation.checkpoints.load_encoder()"
+            f"{path}: {library} has no network like this one ({_kind(encoder)}); it takes {TAKEN.get(library)}.\n"
+            "    Take --to safetensors, which keeps the names it has here and loads with "
+            "hvp.common.evaluation.checkpoints.load_encoder()"
         )
     with torch.device("meta"):
         theirs = export.build().state_dict()
@@ -145,8 +152,15 @@ def _num_heads(encoder: VisionTransformer) -> int:
     return heads
 
 
+def _resnet(encoder: ResNet) -> str | None:
+    """What both libraries call a ResNet; None for one with CIFAR's stem, which neither has."""
+    if encoder.state_dict()["conv1.weight"].shape[-1] != 7:
+        return None
+    return {2048: "resnet50", 512: "resnet18"}[encoder.embed_dim]
+
+
 def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
-    """timm's ViTs and ResNet-50 have our names, but for registers."""
+    """timm's ViTs and ResNets have our names, but for registers."""
     theirs = dict(state)
     changed, left_out = {}, {}
     arguments: dict[str, Any] = {"num_classes": 0}
@@ -171,8 +185,8 @@ def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
                 changed["pos_embed"] = "the position of [CLS] is part of cls_token, as timm has it"
         if not any(isinstance(module, SwiGLU) for module in encoder.modules()):  # timm's giant has other widths
             model = models.get((encoder.embed_dim, encoder.num_blocks))
-    elif isinstance(encoder, ResNet) and encoder.embed_dim == 2048:
-        model = "resnet50"
+    elif isinstance(encoder, ResNet):
+        model = _resnet(encoder)
     if model is None:
         return None
     shown = "".join(f", {name}={value!r}" for name, value in arguments.items())
@@ -181,10 +195,10 @@ def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
 
 
 def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
-    """torchvision's ResNet-50 has our names, its ViTs have their own. Its classifier becomes the identity."""
+    """torchvision's ResNets have our names, its ViTs have their own. Its classifier becomes the identity."""
     arguments: dict[str, Any] = {}
-    if isinstance(encoder, ResNet) and encoder.embed_dim == 2048:
-        model, classifier, renamed = "resnet50", "fc", dict(state)
+    if isinstance(encoder, ResNet) and (resnet := _resnet(encoder)):
+        model, classifier, renamed = resnet, "fc", dict(state)
     elif type(encoder) is VisionTransformer and not isinstance(encoder.patch_embed, ConvStem):
         sizes = (encoder.embed_dim, encoder.num_blocks, _num_heads(encoder), encoder.patch_size)
         if sizes not in TORCHVISION_VITS:

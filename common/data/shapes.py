@@ -36,10 +36,10 @@ class ShapesOptions(Section):
     size: int = pydantic.Field(64, ge=8, le=4096)
     """Side of the square images, pixels. The scenes are the same at every size; the noise is drawn per pixel."""
 
-    train: int = pydantic.Field(6000, ge=1, le=2**32)
+    train: int = pydantic.Field(6000, ge=1, le=2**24)
     """Images in the training split."""
 
-    val: int = pydantic.Field(2000, ge=1, le=2**32)
+    val: int = pydantic.Field(2000, ge=1, le=2**24)
     """Images in the validation split."""
 
     seed: int = pydantic.Field(0, ge=0, lt=2**32)

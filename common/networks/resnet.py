@@ -1,4 +1,4 @@
-"""Convolutional encoders: ResNet-50, the ResNet-18 for images of CIFAR's size, and a small one for two cores.
+"""Convolutional encoders: ResNet-50, ResNet-18, also for images of CIFAR's size, and a small one for two cores.
 
 Blocks are timm's, whose parameter names and initialisation are torchvision's, which the upstream trainers take.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
@@ -116,6 +117,11 @@ def resnet50(*, zero_init_residual: bool = False) -> ResNet:
     return ResNet(bottleneck=True, layers=(3, 4, 6, 3), zero_init_residual=zero_init_residual)
 
 
+def resnet18(*, zero_init_residual: bool = False) -> ResNet:
+    """ResNet-18, 11.2 M parameters, features of 512."""
+    return ResNet(bottleneck=False, layers=(2, 2, 2, 2), zero_init_residual=zero_init_residual)
+
+
 def resnet18_cifar(*, zero_init_residual: bool = False) -> ResNet:
     """ResNet-18 with CIFAR's stem, 11.2 M parameters, features of 512."""
     return ResNet(bottleneck=False, layers=(2, 2, 2, 2), zero_init_residual=zero_init_residual, small_images=True)
@@ -128,6 +134,7 @@ def convnet_micro(*, zero_init_residual: bool = False) -> ConvNetMicro:
 
 CONVNETS: dict[str, Callable[..., ConvNet]] = {
     "resnet50": resnet50,
+    "resnet18": resnet18,
     "resnet18_cifar": resnet18_cifar,
     "convnet_micro": convnet_micro,
 }
@@ -146,10 +153,11 @@ def convnet_from_state(state: Mapping[str, Tensor]) -> ConvNet | None:
     if "layer4.2.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
         return resnet50()
     stem = state.get("conv1.weight")
-    if stem is not None and tuple(stem.shape) == (64, 3, 3, 3) and "layer4.1.conv2.weight" in state:
+    if stem is not None and "layer4.1.conv2.weight" in state:
         if "layer4.2.conv2.weight" in state or "layer4.1.conv3.weight" in state:
             return None  # deeper, or of other blocks
-        return resnet18_cifar()
+        builders = {torch.Size((64, 3, 7, 7)): resnet18, torch.Size((64, 3, 3, 3)): resnet18_cifar}
+        return builders[stem.shape]() if stem.shape in builders else None
     if "stages.3.0.weight" in state and "pos_embed" not in state:
         return convnet_micro()
     return None

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from hvp.common.config import Fraction, Section
+from hvp.common.config import Epochs, Fraction, PatchSize, Prototypes, Section, Temperature, Width
 from hvp.common.sections import TeacherOptimConfig
 from hvp.common.view_sections import MultiCropConfig
 
@@ -15,13 +15,13 @@ class ModelConfig(Section):
     arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_micro", "resnet50"] = "vit_small"
     """Backbone. `vit_micro` is ours: width 96, depth 3, a convolutional stem, for pictures of 32 pixels."""
 
-    patch_size: int = Field(16, ge=1)
+    patch_size: PatchSize = 16
     """Height and width of a ViT's patch, pixels. Smaller patches cost memory and time. ResNet-50 does not read it."""
 
     drop_path_rate: Fraction = 0.1
     """Stochastic depth of the student's last block; the teacher has none. ResNet-50 does not read it."""
 
-    out_dim: int = Field(65536, ge=2)
+    out_dim: Prototypes = 65536
     """Prototypes K."""
 
     norm_last_layer: bool = True
@@ -30,10 +30,10 @@ class ModelConfig(Section):
     use_bn_in_head: bool = False
     """Batch norm in the projection head."""
 
-    head_hidden_dim: int = Field(2048, ge=1)
+    head_hidden_dim: Width = 2048
     """Width of the head's hidden layers."""
 
-    head_bottleneck_dim: int = Field(256, ge=1)
+    head_bottleneck_dim: Width = 256
     """Width of the head's normalised output, before the prototypes."""
 
     momentum_teacher: Fraction = 0.996
@@ -43,16 +43,16 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """Cross-entropy between teacher and student."""
 
-    warmup_teacher_temp: float = Field(0.04, gt=0)
+    warmup_teacher_temp: Temperature = 0.04
     """Teacher temperature at the start."""
 
-    teacher_temp: float = Field(0.04, gt=0)
+    teacher_temp: Temperature = 0.04
     """Teacher temperature after its linear warm-up."""
 
-    warmup_teacher_temp_epochs: int = Field(0, ge=0)
+    warmup_teacher_temp_epochs: Epochs = 0
     """Length of the temperature's warm-up, epochs."""
 
-    student_temp: float = Field(0.1, gt=0)
+    student_temp: Temperature = 0.1
     """Student temperature."""
 
     center_momentum: Fraction = 0.9
@@ -84,6 +84,10 @@ class DinoConfig(MultiCropConfig):
             if epochs > self.train.epochs:
                 raise ValueError(f"{key} = {epochs} is longer than train.epochs = {self.train.epochs}")
         return self
+
+    def objective_bytes(self, images: int) -> int:
+        """The student's logits of the [CLS] prototypes, float32."""
+        return self.logits_bytes(images, self.model.out_dim)
 
     @property
     def peak_lr(self) -> float:

@@ -4,13 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import Fraction, Range, Section
+from hvp.common.config import (
+    Epochs,
+    Fraction,
+    PatchSize,
+    Prototypes,
+    Scale,
+    Section,
+    Temperature,
+    Weight,
+    Width,
+)
 from hvp.common.hardviews import Slots
 from hvp.common.sections import TeacherOptimConfig
 from hvp.common.view_sections import MultiCropConfig, MultiCropSelection, MultiCropViews
 
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
-Fractions = Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)]
+Fractions = Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1, max_length=64)]
 
 
 class ModelConfig(Section):
@@ -19,16 +29,16 @@ class ModelConfig(Section):
     arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_micro"] = "vit_small"
     """Backbone. `vit_micro` is ours: width 96, depth 3, a convolutional stem, for pictures of 32 pixels."""
 
-    patch_size: int = Field(16, ge=1)
+    patch_size: PatchSize = 16
     """Height and width of a patch, pixels. Smaller patches cost memory and time."""
 
     drop_path_rate: Fraction = 0.1
     """Stochastic depth of the student's last block; the teacher has none."""
 
-    out_dim: int = Field(8192, ge=2)
+    out_dim: Prototypes = 8192
     """[CLS] prototypes K."""
 
-    patch_out_dim: int = Field(8192, ge=2)
+    patch_out_dim: Prototypes = 8192
     """Patch prototypes K2; with a shared head they are the same as K."""
 
     shared_head: bool = True
@@ -40,10 +50,10 @@ class ModelConfig(Section):
     norm_in_head: Literal["bn"] | None = None
     """Norm in the projection head. `bn`: batch norm, over [CLS] tokens and over patches separately."""
 
-    head_hidden_dim: int = Field(2048, ge=1)
+    head_hidden_dim: Width = 2048
     """Width of the head's hidden layers."""
 
-    head_bottleneck_dim: int = Field(256, ge=1)
+    head_bottleneck_dim: Width = 256
     """Width of the head's normalised output, before the prototypes."""
 
     momentum_teacher: Fraction = 0.996
@@ -62,35 +72,35 @@ class MasksConfig(Section):
     pred_shape: Literal["block", "rand"] = "block"
     """Rectangles of patches, or single ones."""
 
-    pred_start_epoch: int = Field(0, ge=0)
+    pred_start_epoch: Epochs = 0
     """First epoch with masks."""
 
 
 class LossConfig(Section):
     """Cross-entropies between teacher and student, of [CLS] tokens and of masked patches."""
 
-    lambda1: float = Field(1.0, ge=0)
+    lambda1: Weight = 1.0
     """Weight of the [CLS] part."""
 
-    lambda2: float = Field(1.0, ge=0)
+    lambda2: Weight = 1.0
     """Weight of the patch part."""
 
-    warmup_teacher_temp: float = Field(0.04, gt=0)
+    warmup_teacher_temp: Temperature = 0.04
     """Teacher temperature of [CLS] tokens at the start."""
 
-    teacher_temp: float = Field(0.04, gt=0)
+    teacher_temp: Temperature = 0.04
     """Teacher temperature of [CLS] tokens after its linear warm-up."""
 
-    warmup_teacher_patch_temp: float = Field(0.04, gt=0)
+    warmup_teacher_patch_temp: Temperature = 0.04
     """Teacher temperature of patches at the start."""
 
-    teacher_patch_temp: float = Field(0.07, gt=0)
+    teacher_patch_temp: Temperature = 0.07
     """Teacher temperature of patches after its linear warm-up, which begins when masks do."""
 
-    warmup_teacher_temp_epochs: int = Field(30, ge=0)
+    warmup_teacher_temp_epochs: Epochs = 30
     """Length of both warm-ups, epochs."""
 
-    student_temp: float = Field(0.1, gt=0)
+    student_temp: Temperature = 0.1
     """Student temperature."""
 
     center_momentum: Fraction = 0.9
@@ -103,17 +113,17 @@ class LossConfig(Section):
 class ViewsConfig(MultiCropViews):
     """The distribution of views: two global transforms and a local one (DataAugmentationiBOT)."""
 
-    local_crops_number: int = Field(0, ge=0)
+    local_crops_number: int = Field(0, ge=0, le=256)
     """Local crops that are trained on. HVP: none; the upstream's recipes: 10."""
 
-    global_crops_scale: Range = (0.14, 1.0)
+    global_crops_scale: Scale = (0.14, 1.0)
     """Area of a global crop, as a fraction of the image's, (min, max)."""
 
 
 class IbotSelection(MultiCropSelection):
     """Which of the sampled crops are trained on (HVP)."""
 
-    local_candidates: int = Field(0, ge=0)
+    local_candidates: int = Field(0, ge=0, le=256)
     """Local crops sampled. HVP: none."""
 
 
@@ -160,6 +170,10 @@ class IbotConfig(MultiCropConfig):
     def combination_slots(self) -> Slots:
         """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
         return self.slots_of_crops(diagonal=True)
+
+    def objective_bytes(self, images: int) -> int:
+        """The student's logits of the [CLS] prototypes, float32."""
+        return self.logits_bytes(images, self.model.out_dim)
 
     @property
     def peak_lr(self) -> float:

@@ -6,9 +6,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hvp.common import sections
-from hvp.common.config import Fraction, Range, Section
+from hvp.common.config import CropSize, Epochs, Fraction, LearningRate, Scale, Section, Temperature, Weight, Width
 from hvp.common.hardviews import Slots
-from hvp.common.view_sections import ColorConfig
+from hvp.common.view_sections import ColorConfig, check_num_patches
 from hvp.common.views import ViewSlot
 from hvp.methods.mocov3.vits import PATCH_SIZE
 
@@ -19,17 +19,17 @@ WITH_CONV1 = ("vit_small", "vit_base")
 class ModelConfig(Section):
     """Encoders, projector and predictor."""
 
-    arch: Literal["resnet50", "vit_small", "vit_base", "vit_micro", "convnet_micro"] = "resnet50"
+    arch: Literal["resnet50", "resnet18", "vit_small", "vit_base", "vit_micro", "convnet_micro"] = "resnet50"
     """Both encoders. ViT-S has 12 heads, patches are 16 pixels; `vit_micro` (patches of 8 pixels) and `convnet_micro`
     are ours, for images of 32 pixels."""
 
     stop_grad_conv1: bool = False
     """Do not train the patch projection of `vit_small` or `vit_base`. Upstream: on in the ViTs' commands."""
 
-    dim: int = Field(256, ge=2)
+    dim: int = Field(256, ge=2, le=65536)
     """Width D of projections, queries and keys."""
 
-    mlp_dim: int = Field(4096, ge=1)
+    mlp_dim: Width = 4096
     """Width of the hidden layers of projector and predictor."""
 
     momentum: Fraction = 0.99
@@ -42,7 +42,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """InfoNCE."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: Temperature = 1.0
     """Divides the cosines. Upstream: 1.0 for ResNet-50, 0.2 in the ViTs' commands."""
 
 
@@ -52,23 +52,23 @@ class OptimConfig(Section):
     optimizer: Literal["lars", "adamw"] = "lars"
     """LARS (trust 0.001, momentum 0.9) for ResNet-50, AdamW for ViTs."""
 
-    base_lr: float = Field(0.6, gt=0)
+    base_lr: LearningRate = 0.6
     """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
 
-    warmup_epochs: int = Field(10, ge=0)
+    warmup_epochs: Epochs = 10
     """Linear warm-up of the learning rate from 0, epochs."""
 
-    weight_decay: float = Field(1e-6, ge=0)
+    weight_decay: Weight = 1e-6
     """With AdamW of everything that is trained; with LARS not of biases and batch norm."""
 
 
 class ViewsConfig(ColorConfig):
     """The distributions of the two views, which differ in blur and solarisation (BYOL's)."""
 
-    crop_size: int = Field(224, ge=8)
+    crop_size: CropSize = 224
     """Height and width of a view, pixels."""
 
-    crop_scale: Range = (0.08, 1.0)
+    crop_scale: Scale = (0.08, 1.0)
     """Area of a view, as a fraction of the image's, (min, max). Upstream: from 0.2 in ResNet-50's commands."""
 
     blur_view1: Fraction = 1.0
@@ -84,7 +84,7 @@ class ViewsConfig(ColorConfig):
 class SelectionConfig(sections.SelectionConfig):
     """Which pair of the sampled views is trained on (HVP)."""
 
-    candidates: int = Field(2, ge=1)
+    candidates: int = Field(2, ge=1, le=32)
     """Views sampled of each of the two distributions. 2 makes HVP's 4 views in all."""
 
     pairs: Literal["by_transform", "any"] = "by_transform"
@@ -114,6 +114,8 @@ class MoCoConfig(sections.RunConfig):
                 f"views.crop_size = {self.views.crop_size} is not a multiple of {patch_size}, the patch size of "
                 f"model.arch = {model.arch}"
             )
+        if patch_size > 1:
+            check_num_patches("views.crop_size", self.views.crop_size, patch_size)
         if self.optim.warmup_epochs > train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs = {self.optim.warmup_epochs} is longer than train.epochs = {train.epochs}"
@@ -147,6 +149,10 @@ class MoCoConfig(sections.RunConfig):
         if self.selection.pairs == "any":
             return Slots.from_counts((num_first + num_second,), (2,))
         return Slots.from_counts((num_first, num_second), (1, 1))
+
+    def objective_bytes(self, images: int) -> int:
+        """The similarities of a process's queries and keys, float32."""
+        return 4 * images**2
 
     def notes(self) -> list[str]:
         """That parts of a batch change the objective, where there are any."""

@@ -4,7 +4,7 @@ from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
 from hvp.methods.mocov3.config import MoCoConfig
 from hvp.methods.mocov3.main_mocov3 import build_model, parameter_groups
 
-ARCHS = ("resnet50", "vit_small", "vit_base")
+ARCHS = ("resnet50", "resnet18", "vit_small", "vit_base")
 """The upstream's networks among ours."""
 
 

@@ -5,26 +5,26 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import Fraction, Range, Section
+from hvp.common.config import Epochs, Fraction, LearningRate, Scale, Section, Temperature, Weight, Width
 from hvp.common.view_sections import TwoViewConfig, TwoViews
 
 
 class ModelConfig(Section):
     """Backbone and projector."""
 
-    arch: Literal["resnet50", "resnet18_cifar", "convnet_micro"] = "resnet50"
+    arch: Literal["resnet50", "resnet18", "resnet18_cifar", "convnet_micro"] = "resnet50"
     """Backbone. `resnet18_cifar` has a 3 x 3 stem without pooling, for 32 pixels; `convnet_micro` is ours, and tiny."""
 
     zero_init_residual: bool = True
     """Start every residual branch at zero. `convnet_micro` has none."""
 
-    proj_hidden_dim: int = Field(2048, ge=1)
+    proj_hidden_dim: Width = 2048
     """Width of the projector's hidden layers."""
 
-    out_dim: int = Field(128, ge=1)
+    out_dim: Width = 128
     """Width of the projections, which the loss compares."""
 
-    num_proj_layers: int = Field(2, ge=2)
+    num_proj_layers: int = Field(2, ge=2, le=16)
     """Linear layers of the projector. google-research/simclr, tf2: 3."""
 
     use_bn_in_head: bool = True
@@ -34,7 +34,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """NT-Xent."""
 
-    temperature: float = Field(0.1, gt=0)
+    temperature: Temperature = 0.1
     """Divides the cosines. Fixed in HVP's code; google-research/simclr: 0.1, on CIFAR-10 0.5."""
 
 
@@ -44,26 +44,26 @@ class OptimConfig(Section):
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
     """LARS (trust 0.001) and SGD have a momentum of 0.9."""
 
-    base_lr: float = Field(0.3, gt=0)
+    base_lr: LearningRate = 0.3
     """Learning rate after warm-up, before `lr_scaling`. google-research/simclr: 0.3 linear, or 0.075 with sqrt."""
 
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """`linear`: the run uses base_lr * batch_size / 256; `sqrt`: base_lr * sqrt(batch_size), for smaller batches."""
 
-    min_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(1e-6, ge=0, le=1e6)
     """Learning rate at the end of the cosine. Not scaled by the batch size. google-research/simclr: 0."""
 
-    warmup_epochs: int = Field(10, ge=0)
+    warmup_epochs: Epochs = 10
     """Linear warm-up of the learning rate from 0, epochs."""
 
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: Weight = 1e-4
     """Weight decay; biases and 1-D parameters have none. SimCLR paper: 1e-6."""
 
 
 class ViewsConfig(TwoViews):
     """The distribution of views, one for all of them (SimCLRTransform)."""
 
-    crop_scale: Range = (0.08, 1.0)
+    crop_scale: Scale = (0.08, 1.0)
     """Area of a view, as a fraction of the image's, (min, max)."""
 
     brightness: Fraction = 0.8
@@ -107,6 +107,10 @@ class SimclrConfig(TwoViewConfig):
         batch_size = self.train.batch_size
         scale = math.sqrt(batch_size) if self.optim.lr_scaling == "sqrt" else batch_size / 256
         return self.optim.base_lr * scale
+
+    def objective_bytes(self, images: int) -> int:
+        """The similarities of both views of a process's images, float32."""
+        return 4 * (2 * images) ** 2
 
     def notes(self) -> list[str]:
         """That parts of a batch change the objective, where there are any."""

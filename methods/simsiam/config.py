@@ -4,23 +4,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from hvp.common.config import Fraction, Section
+from hvp.common.config import Fraction, LearningRate, Section, Weight, Width
 from hvp.common.view_sections import TwoViewConfig, TwoViews
 
 
 class ModelConfig(Section):
     """Encoder, projector and predictor."""
 
-    arch: Literal["resnet50", "resnet18_cifar", "convnet_micro"] = "resnet50"
+    arch: Literal["resnet50", "resnet18", "resnet18_cifar", "convnet_micro"] = "resnet50"
     """Encoder. `resnet18_cifar` has CIFAR's stem; `convnet_micro` is ours, for images of 32 pixels on two cores."""
 
     zero_init_residual: bool = True
     """Start every residual branch at zero."""
 
-    dim: int = Field(2048, ge=2)
+    dim: int = Field(2048, ge=2, le=65536)
     """Width D of the projection."""
 
-    pred_dim: int = Field(512, ge=1)
+    pred_dim: Width = 512
     """Width of the predictor's hidden layer."""
 
     projector_layers: Literal[2, 3] = 3
@@ -37,10 +37,10 @@ class OptimConfig(Section):
     optimizer: Literal["sgd"] = "sgd"
     """SGD, with momentum 0.9."""
 
-    base_lr: float = Field(0.05, gt=0)
+    base_lr: LearningRate = 0.05
     """Learning rate of the first epoch, per 256 images: the run uses base_lr * batch_size / 256."""
 
-    weight_decay: float = Field(0.0001, ge=0)
+    weight_decay: Weight = 0.0001
     """Of everything that is trained, batch norm and biases too."""
 
     fix_pred_lr: bool = False

@@ -20,7 +20,7 @@ def upstream_layout(config: SimSiamConfig) -> Layout:
             {"params": list(model.predictor.parameters()), "fix_lr": True},
         ]
     notes = []
-    if config.model.arch != "resnet50":
+    if config.model.arch not in ("resnet50", "resnet18"):
         notes.append(f"the upstream has no network like {config.model.arch}")
     if not config.model.projector_bias or config.model.projector_layers != 3:
         notes.append("the upstream's projector has 3 layers, the last with a bias: its trainer cannot resume this")

@@ -1,7 +1,9 @@
 """`hvp demo`: a short one that shows that everything is left, and the real one, which must learn."""
 
 import json
+import shlex
 import sys
+from contextlib import suppress
 
 import pytest
 from PIL import Image
@@ -40,6 +42,19 @@ def test_a_short_demo_leaves_everything_and_can_be_repeated(monkeypatch, tmp_pat
     assert (tmp_path / "demo" / "run" / "last.pt").exists()
     out = capsys.readouterr().out
     assert ("Selection starts after" in out) is not vanilla
+    # what the demo says of its encoder holds
+    convert = shlex.split(next(line for line in out.splitlines() if "hvp convert" in line).partition("hvp ")[2])
+    monkeypatch.setattr(sys, "argv", ["hvp", *convert])
+    with suppress(SystemExit):
+        main()
+    assert (tmp_path / "demo" / "backbone.safetensors").exists()
+    for library in ("timm", "torchvision"):
+        assert "timm and torchvision have none like it" in out
+        monkeypatch.setattr(sys, "argv", ["hvp", "convert", "demo/run", "--to", library, "--out", "x.pth"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert f"{library} has no network like this one" in capsys.readouterr().err
     picture = tmp_path / "demo" / "selection.png"
     assert picture.exists() is not vanilla
     if not vanilla:

@@ -93,6 +93,21 @@ def test_the_file_asks_for_what_was_asked(hvp, tmp_path):
     )
 
 
+def test_what_else_a_cluster_wants(hvp, tmp_path, cluster):
+    """Options of sbatch stand among the others; setup lines run before the command, in order, and may hold anything."""
+    asked = ["--qos", "high", "--mem", "120G", "--constraint", "a100|h100", "--sbatch=--exclusive"]
+    asked += ["--sbatch", "--mail-user=me@example.org", "--setup", 'export CODE="7"', "--setup", "echo $CODE > ready"]
+    ran = hvp("launch", "slurm", *asked, "--", *RUN)
+    assert ran.code == 0, ran.err
+    found = directives(ran.out)
+    assert {"qos": "high", "mem": "120G", "constraint": "a100|h100", "exclusive": ""}.items() <= found.items()
+    assert found["mail-user"] == "me@example.org"
+    status, arguments, _, _ = cluster(ran.out)
+    assert status == 7  # of the stand-in for hvp, which read CODE
+    assert arguments[: len(RUN)] == RUN
+    assert (tmp_path / "work" / "ready").read_text() == "7\n"
+
+
 def test_an_existing_file_is_kept(hvp, tmp_path):
     (tmp_path / "job.sh").write_text("mine")
     ran = hvp("launch", "slurm", "--out", "job.sh", "--", *RUN)
@@ -169,6 +184,16 @@ def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
         (["--partition", "a b"], "pretrain dino", "--partition 'a b': must be one word"),
         (["--job-name", "a\nrm"], "pretrain dino", "must be one word"),
         (["--nodes", "0"], "pretrain dino", "--nodes"),
+        (["--qos", "a b"], "pretrain dino", "--qos 'a b': must be one word"),
+        (["--mem", "much"], "pretrain dino", "--mem 'much': must be a number"),
+        (["--constraint", "a;b"], "pretrain dino", "--constraint 'a;b': must be features"),
+        (["--constraint", "a\nb"], "pretrain dino", "must be features"),
+        (["--sbatch", "exclusive"], "pretrain dino", "must be one option of sbatch"),
+        (["--sbatch", "--comment=a\n#SBATCH --nodes=9"], "pretrain dino", "must be one option of sbatch"),
+        (["--sbatch", "--nodes=9"], "pretrain dino", "hvp writes --nodes itself; use hvp's own --nodes"),
+        (["--sbatch", "--signal=USR1@5"], "pretrain dino", "hvp writes --signal itself, and relies on it"),
+        (["--setup", "a\nb"], "pretrain dino", "must be one line of shell"),
+        (["--setup", " "], "pretrain dino", "must be one line of shell"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_queued(hvp, tmp_path, options, command, message):

@@ -1,6 +1,8 @@
 """Merging and checking configuration."""
 
+import os
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from hvp.common.config import Range, Section, flatten, leaf_keys, parse_assignment, read_yaml, resolve, to_yaml
+from hvp.common.config import FractionRange, Section, flatten, leaf_keys, parse_assignment, read_yaml, resolve, to_yaml
 from hvp.common.errors import UserError
 
 
@@ -18,7 +20,7 @@ class Inner(Section):
     rate: float = Field(0.1, gt=0)
     """A number."""
 
-    scale: Range = (0.2, 1.0)
+    scale: FractionRange = (0.2, 1.0)
     """A range."""
 
 
@@ -64,7 +66,10 @@ def test_later_layers_win_and_are_remembered():
             {"inner": {"scale": [1, 0.5]}},
             r"^f: inner\.scale = \[1, 0\.5\]: the minimum 1\.0 is above the maximum 0\.5$",
         ),
-        ({"inner": {"scale": [1]}}, r"^f: inner\.scale = \[1\]: field required$"),
+        (
+            {"inner": {"scale": [1]}},
+            r"^f: inner\.scale = \[1\]: takes two numbers from 0 to 1, .* for example 'inner\.scale=\[0\.2, 1\.0\]'$",
+        ),
         ({"inner": {"scale": ["a", 1]}}, r"^f: inner\.scale = \['a', 1\]: input should be a valid number$"),
     ],
 )
@@ -121,7 +126,16 @@ def test_values_read_as_people_write_them(text, value):
         ("a: [1", "is not valid YAML"),
         ("- 1\n- 2\n", "must hold `key: value` lines"),
         ("1: 2\n", "key 1 is not text"),
-        ("a: !!python/object:os.system {}\n", "is not valid YAML"),
+        ("a: !!python/object:os.system {}\n", r"the tag tag:yaml\.org,2002:python/object:os\.system is not read here"),
+        ("a: !!bool x\n", r"the tag .*bool is not read here"),
+        ("a: 1\nb: &b [x, x]\nc: [*b, *b]\n", r"\*b refers to another value, .* \(line 3, column 5\)$"),
+        ("a: &a [*a]\n", r"\*a refers to another value"),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n", r"\*a refers to another value"),
+        ("a: " + 5000 * "[", "nested more than 16 levels deep"),
+        (3000 * "- ", "nested more than 16 levels deep"),
+        ("a: 1\n" * 20_001, "longer than 100000 characters"),
+        ("a: " + 5000 * "9", "is not valid YAML: Exceeds the limit"),
+        ("a: 2020-13-45", "is not valid YAML: month"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
@@ -138,6 +152,26 @@ def test_missing_and_binary_files_are_named(tmp_path):
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"b\.yaml: cannot be read"):
         read_yaml(tmp_path / "b.yaml")
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """A pipe that nobody writes to would be waited for, and /dev/zero never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path}: is not a regular file"):
+            read_yaml(path)
+
+
+def test_a_value_that_contains_itself_is_refused():
+    inside: dict = {}
+    inside["inner"] = inside
+    with pytest.raises(UserError, match="nested more than 16 levels deep"):
+        resolve(Outer, [("f", inside)])
+
+
+def test_a_number_that_python_does_not_print_is_refused_without_it():
+    with pytest.raises(UserError, match=r"^--set: inner\.rate = a number of thousands of digits: "):
+        resolve(Outer, [("--set", dict([parse_assignment("inner.rate=-0x" + 9000 * "F")]))])
 
 
 def test_an_empty_file_changes_nothing(tmp_path):

@@ -52,6 +52,7 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
     "LayerScale": lambda: build_register_vit("vit_small", patch_size=14, img_size=42),
     "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
     "resnet50": CONVNETS["resnet50"],
+    "resnet18": CONVNETS["resnet18"],
 }
 
 
@@ -106,7 +107,9 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [CONVNETS["resnet50"], lambda: build_vit("vit_base", patch_size=16, img_size=32)], ids=["resnet50", "vit"]
+    "build",
+    [CONVNETS["resnet50"], CONVNETS["resnet18"], lambda: build_vit("vit_base", patch_size=16, img_size=32)],
+    ids=["resnet50", "resnet18", "vit"],
 )
 def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
     with torch.device("meta"):
@@ -198,7 +201,7 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
 )
 def test_networks_that_the_library_lacks(library: Any, encoder: Callable[[], Encoder], tmp_path: Path) -> None:
     source = run_of(encoder(), tmp_path)
-    with pytest.raises(UserError, match=rf"{library} has no network like this one .* Take --to safetensors"):
+    with pytest.raises(UserError, match=rf"(?s){library} has no network like this one .* Take --to safetensors"):
         export_backbone(source, library)
     assert export_backbone(source, "safetensors").content
 

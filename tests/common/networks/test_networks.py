@@ -45,11 +45,15 @@ def images(batch: int, side: int, seed: int = 1) -> Tensor:
         ("vit_small", 384, 12, 21.7),
         ("vit_base", 768, 12, 85.8),
         ("resnet50", 2048, 0, 23.5),
+        ("resnet18", 512, 0, 11.2),
     ],
 )
 def test_sizes(arch: str, embed_dim: int, num_blocks: int, millions: float) -> None:
     with torch.device("meta"):
-        backbone = build_backbone(arch, patch_size=8 if arch == "vit_micro" else 16)
+        if arch == "resnet18":
+            backbone = CONVNETS[arch]()
+        else:
+            backbone = build_backbone(arch, patch_size=8 if arch == "vit_micro" else 16)
         assert (backbone.embed_dim, backbone.num_blocks) == (embed_dim, num_blocks)
         assert backbone(torch.empty(2, 3, 96, 96)).shape == (2, embed_dim)
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
@@ -185,9 +189,11 @@ def test_weights_of_others_are_not_recognised(micro: VisionTransformer) -> None:
         assert encoder_from_state(build_backbone("resnet50").state_dict()) is not None
         odd = VisionTransformer(embed_dim=24, depth=2, num_heads=2).state_dict()
     not_square = micro.state_dict() | {"pos_embed": torch.zeros(1, 1 + 12, 96)}
+    resnet34 = CONVNETS["resnet18"]().state_dict() | {"layer4.2.conv2.weight": torch.empty(0)}
+    wide_stem = CONVNETS["resnet18"]().state_dict() | {"conv1.weight": torch.empty(128, 3, 7, 7)}
     resnet101 = {"layer3.6.conv3.weight": torch.empty(0), "layer4.2.conv3.weight": torch.empty(0)}
     no_position = {key: p for key, p in micro.state_dict().items() if key != "pos_embed"}
-    for state in ({}, odd, not_square, resnet101, no_position, {"fc.weight": torch.zeros(2, 2)}):
+    for state in ({}, odd, not_square, resnet34, wide_stem, resnet101, no_position, {"fc.weight": torch.zeros(2, 2)}):
         assert encoder_from_state(state) is None
 
 
