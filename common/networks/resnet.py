@@ -1,4 +1,4 @@
-"""Convolutional encoders: ResNet-50, the ResNet-18 for images of CIFAR's size, and a small one for two cores.
+"""Convolutional encoders: ResNet-50, ResNet-18 with ImageNet's or CIFAR's stem, and a small one for two cores.
 
 Blocks are timm's, whose parameter names and initialisation are torchvision's, which the upstream trainers take.
 
@@ -116,6 +116,11 @@ def resnet50(*, zero_init_residual: bool = False) -> ResNet:
     return ResNet(bottleneck=True, layers=(3, 4, 6, 3), zero_init_residual=zero_init_residual)
 
 
+def resnet18(*, zero_init_residual: bool = False) -> ResNet:
+    """ResNet-18, 11.2 M parameters, features of 512. It is read from checkpoints of the upstream trainers."""
+    return ResNet(bottleneck=False, layers=(2, 2, 2, 2), zero_init_residual=zero_init_residual)
+
+
 def resnet18_cifar(*, zero_init_residual: bool = False) -> ResNet:
     """ResNet-18 with CIFAR's stem, 11.2 M parameters, features of 512."""
     return ResNet(bottleneck=False, layers=(2, 2, 2, 2), zero_init_residual=zero_init_residual, small_images=True)
@@ -128,6 +133,7 @@ def convnet_micro(*, zero_init_residual: bool = False) -> ConvNetMicro:
 
 CONVNETS: dict[str, Callable[..., ConvNet]] = {
     "resnet50": resnet50,
+    "resnet18": resnet18,
     "resnet18_cifar": resnet18_cifar,
     "convnet_micro": convnet_micro,
 }
@@ -146,10 +152,13 @@ def convnet_from_state(state: Mapping[str, Tensor]) -> ConvNet | None:
     if "layer4.2.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
         return resnet50()
     stem = state.get("conv1.weight")
-    if stem is not None and tuple(stem.shape) == (64, 3, 3, 3) and "layer4.1.conv2.weight" in state:
-        if "layer4.2.conv2.weight" in state or "layer4.1.conv3.weight" in state:
+    if stem is not None and "layer4.1.conv2.weight" in state:
+        if any(key in state for key in ("layer3.2.conv2.weight", "layer4.2.conv2.weight", "layer4.1.conv3.weight")):
             return None  # deeper, or of other blocks
-        return resnet18_cifar()
+        if tuple(stem.shape) == (64, 3, 3, 3):
+            return resnet18_cifar()
+        if tuple(stem.shape) == (64, 3, 7, 7):
+            return resnet18()
     if "stages.3.0.weight" in state and "pos_embed" not in state:
         return convnet_micro()
     return None
