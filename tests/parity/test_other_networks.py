@@ -27,6 +27,7 @@ Facts = dict[str, Any]
 Entries = list[list[Any]]
 
 
+@pytest.mark.slow
 def test_other_networks_are_tested_as_well(tmp_path: Path) -> None:
     """ViT-Ti, ViT-B, ViT-g and both kinds of ResNet-18; none of them is among our fixtures."""
     ours = json.loads(gzip.decompress((folder() / f"{CHECKPOINT_KEYS}.json.gz").read_bytes()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import dino_steps
@@ -250,6 +251,32 @@ def test_training_steps_with_hard_views(case: str) -> None:
         torch.testing.assert_close(kept.loss * num_terms, f.tensors["score"][step], rtol=rtol, atol=0.0)
     assert len(outcome.selections) == len(f.tensors["selected"])
     dino_steps.assert_outcome(f, outcome)
+
+
+def outcome_as_expected(f: Fixture) -> dino_steps.Outcome:
+    """What a training that differs in nothing from the fixture leaves."""
+    t, epochs = f.tensors, range(1, f.config["epochs"] + 1)
+    return dino_steps.Outcome(
+        losses=t["losses"].tolist(),
+        student=[f.group(f"student_epoch{epoch}") for epoch in epochs],
+        teacher=[f.group(f"teacher_epoch{epoch}") for epoch in epochs],
+        center=[t[f"center_epoch{epoch}"] for epoch in epochs],
+        lr=t["lr"].tolist(),
+        weight_decay=t["weight_decay"].tolist(),
+        momentum=t["momentum"].tolist(),
+    )
+
+
+@pytest.mark.parametrize(("third", "share", "passes"), [(1, 0.99, True), (1, 1.01, False), (0, 0.99, False)])
+@pytest.mark.parametrize("case", cases("dino_step"))
+def test_a_key_bias_may_be_off_by_the_steps_of_the_run(case: str, third: int, share: float, passes: bool) -> None:
+    f = load(case)
+    outcome = outcome_as_expected(f)
+    key = next(key for key in outcome.student[-1] if key.endswith("attn.qkv.bias"))
+    moved = outcome.student[-1][key] = outcome.student[-1][key].clone()
+    moved.chunk(3)[third].add_(share * f.tensors["lr"].sum())
+    with nullcontext() if passes else pytest.raises(AssertionError, match=key):
+        dino_steps.assert_outcome(f, outcome)
 
 
 MODELS = [*checkpoint_models("dino_"), *checkpoint_models("hvp_dino_")]
