@@ -7,12 +7,15 @@ far as a machine's timing can be repeated.
 """
 
 import argparse
+import resource
+import shutil
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
@@ -98,7 +101,7 @@ def main() -> int:
     """Runs the campaign; 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
-    parser.add_argument("--count", type=int, default=48, help="number of cases, each with a seed of its own")
+    parser.add_argument("--count", type=int, default=34, help="number of cases, each with a seed of its own")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--keep", type=Path, help="folder for what failed cases leave; a temporary one if not given")
     options = parser.parse_args()
@@ -116,9 +119,15 @@ def main() -> int:
             if verdict.problem:
                 found += 1
                 print(f"FAILED: {verdict.problem}\n  again: make test-faults SEED={verdict.seed} COUNT=1", flush=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     struck = Counter(plan(seed)[1].__name__ for seed in seeds)
-    print(f"{len(seeds)} cases ({', '.join(f'{name} {count}' for name, count in sorted(struck.items()))})")
-    print(f"{found} failed, {time.monotonic() - start:.0f} s. {f'What they left: {folder}' if found else ''}")
+    print(f"{len(seeds)} cases: {', '.join(f'{name} {count}' for name, count in sorted(struck.items()))}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{found} failed; {time.monotonic() - start:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU")
+    if found:
+        print(f"what they left: {folder}")
+    else:
+        shutil.rmtree(folder)
     return 1 if found else 0
 
 
@@ -128,7 +137,9 @@ _zygotes: list[Zygote] = []
 
 def _prepare() -> None:
     torch.set_num_threads(1)
-    _zygotes.append(Zygote().__enter__())
+    zygote = Zygote().__enter__()
+    _zygotes.append(zygote)
+    Finalize(None, zygote.__exit__, args=(None, None, None), exitpriority=1)
 
 
 def _make_reference(method: str, folder: Path) -> Verdict:

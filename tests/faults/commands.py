@@ -107,7 +107,7 @@ class Zygote:
         log: Path,
         *,
         disk: dict[str, Any] | None = None,
-        largest_file: int | None = None,
+        limits: dict[str, int] | None = None,
     ) -> Forked:
         """Forks a command.
 
@@ -115,9 +115,10 @@ class Zygote:
             arguments: of `hvp`.
             log: where its output goes.
             disk: the arguments of `disks.install()`; None for the machine's own.
-            largest_file: bytes that a file may have.
+            limits: by the names of `setrlimit()`: FSIZE, bytes that a file may have; AS, bytes of memory beyond what the
+                process begins with.
         """
-        request = {"arguments": list(arguments), "log": str(log), "disk": disk, "largest_file": largest_file}
+        request = {"arguments": list(arguments), "log": str(log), "disk": disk, "limits": limits or {}}
         assert self._process.stdin is not None
         self._process.stdin.write(f"{json.dumps(request)}\n".encode())
         answer = self.answer(60)

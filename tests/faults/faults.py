@@ -11,6 +11,8 @@
     a worker stopped, then a signal    143 130      a checkpoint
     a full disk                        2            the last good checkpoint
     a damaged checkpoint               0, or 2      previous.pt takes its place, or both are left
+    an absurd number in the            0, or 2      nothing, or a run that stops when it is told to
+    configuration
 
 Before a run has its handlers a signal does what it does to any process: it ends, with minus its number.
 """
@@ -19,10 +21,12 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from cases import SOON, WHOLE, Case
+import yaml
+from cases import SOON, WHOLE, Case, arguments_of
 from commands import Command, Failure, children, send, until
 
 Fault = Callable[[Case], None]
@@ -121,7 +125,7 @@ def largest_file(case: Case) -> None:
     """Files may not grow any further (`ulimit -f`)."""
     size = sum(file.stat().st_size for file in case.reference.glob("last.pt"))
     # workers share their batches through files in memory, which have the same limit
-    case.ended(case.train(workers=0, largest_file=int(case.choose.uniform(0, 1) * size)), {0, 2}, WHOLE)
+    case.ended(case.train(workers=0, limits={"FSIZE": int(case.choose.uniform(0, 1) * size)}), {0, 2}, WHOLE)
 
 
 def ctrl_c_at_the_start(case: Case) -> None:
@@ -200,6 +204,20 @@ def knn_arguments(run: Path, *, workers: int, result: Path) -> list[str]:
     return [*words, "--workers", str(workers), "--out", str(result)]
 
 
+def absurd_value(case: Case) -> None:
+    """One number of the configuration is of any size: the run refuses it, or trains, and stops when it is told to."""
+    numbers = dict(_numbers(yaml.safe_load((case.reference / "config.yaml").read_text())))
+    key = case.choose.choice(sorted(numbers))
+    value = _any_number(case.choose)
+    if isinstance(numbers[key], list):
+        value = sorted([value, case.choose.choice([value, _any_number(case.choose)])])
+    words = [*arguments_of(case.method), "--workers", "0", "--out", str(case.out), "--set", f"{key}={value}"]
+    command = case.start(words, limits={"AS": 4 << 30})
+    if command.wait(5) is None:
+        send(command.pid, signal.SIGTERM)
+    case.ended(command, {0, 2, 143, -signal.SIGTERM})
+
+
 def flip_bit(path: Path, choose: random.Random) -> None:
     """One bit is another."""
     content = bytearray(path.read_bytes())
@@ -242,13 +260,27 @@ IN_TRAINING: tuple[Fault, ...] = (
     *(kill, kill_in_write, kill_on_slow_disk, sigterm, sigint, sigint_twice, sigusr1, sighup, stop_and_continue),
     *(worker_killed, worker_stopped, full_disk, largest_file, ctrl_c_at_the_start, damaged_checkpoint),
 )
-FAULTS: tuple[Fault, ...] = (*IN_TRAINING, evaluation)
+FAULTS: tuple[Fault, ...] = (*IN_TRAINING, evaluation, absurd_value)
 
 
 def _signalled(case: Case, command: Command, number: signal.Signals, codes: set[int]) -> None:
     if case.moment(command):
         send(command.pid, number)
     case.ended(command, {0, *codes}, SOON, workers_end=number not in (signal.SIGKILL, signal.SIGHUP))
+
+
+def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a configuration whose values are numbers or pairs of them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float | list) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+def _any_number(choose: random.Random) -> float:
+    whole = choose.choice([0, -1, 1, 2, 3, 5, 2 ** choose.randrange(80), 10 ** choose.randrange(26)])
+    return choose.choice([whole, whole, float(whole), 10.0 ** choose.randint(-300, 300), choose.random()])
 
 
 def _slow(case: Case) -> dict[str, object]:

@@ -4,7 +4,7 @@ A command that starts anew spends two to three seconds on imports. One that is f
 process like any other from then on: it falls out of this file's end, so that Python shuts down in it as it always does.
 
     line in                                             lines out
-    {"arguments", "log", "disk", "largest_file"}        {"pid"}, and when the process has ended {"code"}
+    {"arguments", "log", "disk", "limits"}              {"pid"}, and when the process has ended {"code"}
 
 There is one command at a time.
 """
@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import disks
@@ -52,8 +53,10 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = ["hvp", *request["arguments"]]
     if request["disk"] is not None:
         disks.install(**request["disk"])
-    if request["largest_file"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    for name, limit in request["limits"].items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if name == "AS" else 0
+        resource.setrlimit(number, (has + limit,) * 2)
 
 
 if __name__ == "__main__":
