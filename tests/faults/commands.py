@@ -115,8 +115,8 @@ class Zygote:
             arguments: of `hvp`.
             log: where its output goes.
             disk: the arguments of `disks.install()`; None for the machine's own.
-            limits: by the names of `setrlimit()`: FSIZE, bytes that a file may have; AS, bytes of memory beyond what the
-                process begins with.
+            limits: by the names of `setrlimit()`: FSIZE, bytes that a file may have; AS, bytes of memory beyond what
+                the process begins with.
         """
         request = {"arguments": list(arguments), "log": str(log), "disk": disk, "limits": limits or {}}
         assert self._process.stdin is not None
