@@ -40,7 +40,8 @@ class Verdict:
 def plan(seed: int) -> tuple[str, Fault]:
     """The method of a case and its first fault: as many successive seeds as there are faults have one of each, and
     the methods take turns."""
-    return METHODS[(seed + seed // len(FAULTS)) % len(METHODS)], FAULTS[seed % len(FAULTS)]
+    turn, number = divmod(seed, len(FAULTS))
+    return METHODS[(turn + number) % len(METHODS)], FAULTS[number]
 
 
 def run_case(seed: int, folder: Path, zygote: Zygote) -> Verdict:

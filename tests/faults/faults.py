@@ -34,7 +34,7 @@ Fault = Callable[[Case], None]
 
 def kill(case: Case) -> None:
     """SIGKILL."""
-    _signalled(case, case.train(), signal.SIGKILL, {-signal.SIGKILL})
+    _signalled(case, case.train(anew=case.choose.random() < 0.2), signal.SIGKILL, {-signal.SIGKILL})
 
 
 def kill_in_write(case: Case) -> None:
@@ -75,7 +75,7 @@ def sigint_twice(case: Case) -> None:
 
 def sigusr1(case: Case) -> None:
     """SIGUSR1."""
-    _signalled(case, case.train(), signal.SIGUSR1, {75, -signal.SIGUSR1})
+    _signalled(case, case.train(anew=case.choose.random() < 0.2), signal.SIGUSR1, {75, -signal.SIGUSR1})
 
 
 def sighup(case: Case) -> None:
