@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import count, islice
 from multiprocessing import get_context
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -104,11 +105,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
     parser.add_argument("--count", type=int, default=34, help="number of cases, each with a seed of its own")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    names = [fault.__name__ for fault in FAULTS]
+    parser.add_argument("--only", choices=names, help="only the seeds whose first fault is this one")
     parser.add_argument("--keep", type=Path, help="folder for what failed cases leave; a temporary one if not given")
     options = parser.parse_args()
     folder = (options.keep or Path(tempfile.mkdtemp(prefix="hvp-faults-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(options.seed, options.seed + options.count)
+    suitable = (seed for seed in count(options.seed) if options.only in (None, plan(seed)[1].__name__))
+    seeds = list(islice(suitable, options.count))
     found = 0
     start = time.monotonic()
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork"), initializer=_prepare) as pool:
@@ -122,7 +126,7 @@ def main() -> int:
                 print(f"FAILED: {verdict.problem}\n  again: make test-faults SEED={verdict.seed} COUNT=1", flush=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     struck = Counter(plan(seed)[1].__name__ for seed in seeds)
-    print(f"{len(seeds)} cases: {', '.join(f'{name} {count}' for name, count in sorted(struck.items()))}")
+    print(f"{len(seeds)} cases: {', '.join(f'{name} {times}' for name, times in sorted(struck.items()))}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{found} failed; {time.monotonic() - start:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU")
     if found:
