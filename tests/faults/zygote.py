@@ -9,6 +9,7 @@ process like any other from then on: it falls out of this file's end, so that Py
 There is one command at a time.
 """
 
+import gc
 import json
 import os
 import resource
@@ -62,6 +63,7 @@ def become(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for module in MODULES:
         import_module(module)
+    gc.freeze()  # else every process spends two seconds of its end on what was imported here
     asked = serve()
     if asked is not None:
         become(asked)
