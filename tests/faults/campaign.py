@@ -7,6 +7,7 @@ far as a machine's timing can be repeated.
 """
 
 import argparse
+import re
 import resource
 import shutil
 import tempfile
@@ -25,6 +26,9 @@ from commands import Failure, Zygote, check_said
 from faults import FAULTS, IN_TRAINING, Fault, knn_arguments
 
 METHODS = tuple(OWN)
+
+LEAKS = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
+"""What triton says at the end of a forked process about what the zygote holds for all of them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def report(case: Case, failure: Failure) -> str:
     """What is to be known of a case that went wrong."""
     lines = [str(failure), *(f"  {line}" for line in case.told)]
     for log in sorted(case.folder.glob("*.log")):
-        lines += [f"  {log}:", *(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-25:])]
+        said = [line for line in log.read_text(errors="replace").splitlines() if not LEAKS.match(line)]
+        lines += [f"  {log}:", *(f"    {line}" for line in said[-25:])]
     return "\n".join(lines)
 
 
@@ -124,7 +129,6 @@ def main() -> int:
             if verdict.problem:
                 found += 1
                 print(f"FAILED: {verdict.problem}\n  again: make test-faults SEED={verdict.seed} COUNT=1", flush=True)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     struck = Counter(plan(seed)[1].__name__ for seed in seeds)
     print(f"{len(seeds)} cases: {', '.join(f'{name} {times}' for name, times in sorted(struck.items()))}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

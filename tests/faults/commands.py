@@ -90,6 +90,7 @@ class Zygote:
             env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a command's goes to its log
             bufsize=0,  # so that `select()` sees every line that was not read
             start_new_session=True,
         )
