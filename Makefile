@@ -1,11 +1,14 @@
 # make demo · make test · make lint: each sets up .venv on its first run, and not again until pyproject.toml changes.
-# make test-slow runs the tests that take minutes.
+# make test-slow runs the tests that take minutes. make test-faults kills, stops and starves COUNT tiny runs, from SEED on,
+# and gives the fuzz tests COUNT examples each.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SEED ?= 0
+COUNT ?= 34
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-faults lint clean
 
 demo: $(READY)
 	$(BIN)/hvp demo
@@ -15,6 +18,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(READY)
+	$(BIN)/python tests/faults --seed $(SEED) --count $(COUNT)
+	HVP_EXAMPLES=$(COUNT) $(BIN)/python -m pytest tests/faults --hypothesis-seed=$(SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -154,7 +154,7 @@ def convnet_from_state(state: Mapping[str, Tensor]) -> ConvNet | None:
         return resnet50()
     stem = state.get("conv1.weight")
     if stem is not None and "layer4.1.conv2.weight" in state:
-        if "layer4.2.conv2.weight" in state or "layer4.1.conv3.weight" in state:
+        if any(key in state for key in ("layer3.2.conv2.weight", "layer4.2.conv2.weight", "layer4.1.conv3.weight")):
             return None  # deeper, or of other blocks
         builders = {torch.Size((64, 3, 7, 7)): resnet18, torch.Size((64, 3, 3, 3)): resnet18_cifar}
         return builders[stem.shape]() if stem.shape in builders else None

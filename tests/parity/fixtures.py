@@ -18,6 +18,7 @@ import gzip
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,9 +89,13 @@ def load(case: str) -> Fixture:
     return Fixture(case, _descriptions(folder())[case], _tensors(folder() / f"{case}.safetensors"))
 
 
-def checkpoint_models(prefix: str, having: str = "entries") -> list[str]:
-    """Names of the models in `checkpoint_keys.json.gz` that start with `prefix` and have the field `having`."""
-    return [name for name, facts in _checkpoint_keys(folder()).items() if name.startswith(prefix) and having in facts]
+def checkpoint_models(
+    prefix: str, having: str = "entries", suits: Callable[[dict[str, Any]], bool] = lambda facts: True
+) -> list[str]:
+    """Names of the models in `checkpoint_keys.json.gz` that start with `prefix`, have the field `having`, and of which
+    what the file says satisfies `suits`."""
+    models = _checkpoint_keys(folder()).items()
+    return [name for name, facts in models if name.startswith(prefix) and having in facts and suits(facts)]
 
 
 def load_checkpoint_keys(model: str) -> dict[str, Any]:

@@ -2,32 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from fixtures import load_checkpoint_keys
+from fixtures import checkpoint_models, load_checkpoint_keys
+from reference_models import Shapes, arch_of, head_sizes, linear_layers, shapes_of, vit_of
 
 from hvp.common.config import read_yaml, resolve
 from hvp.common.convert.upstream import Layout, to_upstream
 from hvp.methods import get_method, get_preset
 
-MODELS = [
-    ("dino_vit_small", "dino", "vits16-100ep", {"model.norm_last_layer": False}),
-    ("dino_resnet50", "dino", "rn50-100ep", {}),
-    ("ibot_vit_small_shared_head", "ibot", "vits16-100ep", {"model.shared_head": True}),
-    ("ibot_vit_small_separate_head", "ibot", "vits16-100ep", {"model.shared_head": False}),
-    ("simsiam_resnet50", "simsiam", "rn50-100ep", {"optim.fix_pred_lr": False}),
-    ("hvp_simclr_resnet50", "simclr", "rn50-100ep", {}),
-    ("mocov3_resnet50", "mocov3", "rn50-800ep", {}),
-    ("mocov3_vit_small", "mocov3", "vits16-300ep", {}),
-    ("dinov2_train_vitl16_short", "dinov2", "vitl16-100ep", {}),
+
+@dataclass(frozen=True)
+class Family:
+    """Reference models that one method's configurations describe."""
+
+    prefix: str
+    """How the models' names begin."""
+    method: str
+    backbone: str
+    """Where the backbone stands within the first entry of a checkpoint."""
+    vit: str = ""
+    """The preset for Vision Transformers."""
+    resnet: str = ""
+
+    def describes(self, facts: dict[str, Any]) -> bool:
+        """Whether it is a training checkpoint of a network that the method can be configured for."""
+        arch = get_method(self.method).config.model_fields["model"].annotation.model_fields["arch"].annotation
+        return "(file)" not in facts["entries"] and arch_of(self.backbone_shapes(facts)) in get_args(arch)
+
+    def backbone_shapes(self, facts: dict[str, Any]) -> Shapes:
+        return shapes_of(first_entry(facts), self.backbone)
+
+    def layout(self, facts: dict[str, Any]) -> Layout:
+        """The upstream's layout for a configuration with the reference model's networks."""
+        shapes = self.backbone_shapes(facts)
+        vit = vit_of(shapes)
+        preset = get_preset(self.method, self.resnet if vit is None else self.vit)
+        changes = {"model.arch": arch_of(shapes), **HEADS[self.method](facts)}
+        if vit is not None:
+            changes[CROPS[self.method]] = vit.img_size
+        if vit is not None and self.method != "mocov3":  # whose configuration has one size for each network
+            changes["model.patch_size"] = vit.patch_size
+        method = get_method(self.method)
+        return method.upstream_layout(resolve(method.config, [("preset", read_yaml(preset)), ("test", changes)]).config)
+
+
+FAMILIES = [
+    Family("dino_", "dino", "backbone", vit="vits16-100ep", resnet="rn50-100ep"),
+    Family("ibot_", "ibot", "backbone", vit="vits16-100ep"),
+    Family("simsiam_", "simsiam", "encoder", resnet="rn50-100ep"),
+    Family("hvp_simclr_", "simclr", "backbone", resnet="rn50-100ep"),
+    Family("mocov3_", "mocov3", "base_encoder", vit="vits16-300ep", resnet="rn50-800ep"),
+    Family("dinov2_train_", "dinov2", "student.backbone", vit="vitl16-100ep"),
 ]
 
+CROPS = {"mocov3": "views.crop_size", **dict.fromkeys(("dino", "ibot", "dinov2"), "views.global_crops_size")}
 
-def layout_of(method: str, preset: str, changes: dict[str, Any]) -> Layout:
-    layers = [("preset", read_yaml(get_preset(method, preset))), ("test", changes)]
-    return get_method(method).upstream_layout(resolve(get_method(method).config, layers).config)
+
+def dino_head(facts: dict[str, Any]) -> dict[str, Any]:
+    sizes = head_sizes(shapes_of(first_entry(facts), "head"))
+    return {"model.out_dim": sizes["out_dim"], "model.norm_last_layer": facts["norm_last_layer"]}
+
+
+def ibot_head(facts: dict[str, Any]) -> dict[str, Any]:
+    shapes = shapes_of(first_entry(facts), "head")
+    trained = [name for group in facts["optimizer_groups"] for name in group["names"]]
+    return {
+        "model.out_dim": shapes["last_layer.weight_v"][0],
+        "model.patch_out_dim": shapes["last_layer2.weight_v"][0],
+        "model.shared_head": "module.head.last_layer2.weight_v" not in trained,
+    }
+
+
+def simsiam_head(facts: dict[str, Any]) -> dict[str, Any]:
+    shapes = shapes_of(first_entry(facts))
+    pred_dim, dim = linear_layers(shapes, "predictor")[0]
+    layers = len(linear_layers(shapes, "encoder.fc"))
+    sizes = {"model.dim": dim, "model.pred_dim": pred_dim, "model.projector_layers": layers}
+    return {**sizes, "optim.fix_pred_lr": False}
+
+
+def simclr_head(facts: dict[str, Any]) -> dict[str, Any]:
+    layers = linear_layers(shapes_of(first_entry(facts)), "projector")
+    sizes = {"model.proj_hidden_dim": layers[0][0], "model.out_dim": layers[-1][0]}
+    return {**sizes, "model.num_proj_layers": len(layers)}
+
+
+def moco_head(facts: dict[str, Any]) -> dict[str, Any]:
+    mlp_dim, dim = linear_layers(shapes_of(first_entry(facts)), "predictor")[0]
+    return {"model.dim": dim, "model.mlp_dim": mlp_dim}
+
+
+def dinov2_heads(facts: dict[str, Any]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for name in ("dino", "ibot"):
+        shapes = shapes_of(first_entry(facts), f"student.{name}_head")
+        if not shapes:
+            continue
+        for key, size in head_sizes(shapes).items():
+            if key in ("nlayers", "hidden_dim", "bottleneck_dim"):
+                changes[f"{name}.head_{key}"] = size
+        changes[f"{name}.head_n_prototypes"] = shapes["last_layer.weight_v"][0]
+        changes["ibot.separate_head"] = name == "ibot"
+    return changes
+
+
+HEADS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "dino": dino_head,
+    "ibot": ibot_head,
+    "simsiam": simsiam_head,
+    "simclr": simclr_head,
+    "mocov3": moco_head,
+    "dinov2": dinov2_heads,
+}
+"""What to configure so that the heads have the sizes in a checkpoint, by method."""
+
+
+def first_entry(facts: dict[str, Any]) -> list[list[Any]]:
+    """The state dict that stands first in a checkpoint."""
+    entries: list[list[Any]] = next(iter(facts["entries"].values()))
+    return entries
+
+
+MODELS = [(model, family) for family in FAMILIES for model in checkpoint_models(family.prefix, suits=family.describes)]
 
 
 def converted(layout: Layout) -> dict[str, Any]:
@@ -41,10 +142,10 @@ def converted(layout: Layout) -> dict[str, Any]:
     return to_upstream({**about, **checkpoint, "precision": precision, "optimizer": optimizer}, layout, "").content
 
 
-@pytest.mark.parametrize(("model", "method", "preset", "changes"), MODELS)
-def test_keys_shapes_and_their_order(model: str, method: str, preset: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("model", "family"), MODELS, ids=[model for model, _ in MODELS])
+def test_keys_shapes_and_their_order(model: str, family: Family) -> None:
     facts = load_checkpoint_keys(model)
-    layout = layout_of(method, preset, changes)
+    layout = family.layout(facts)
     content = converted(layout)
     for entry, expected in facts["entries"].items():
         state = content[entry].items()
@@ -55,12 +156,13 @@ def test_keys_shapes_and_their_order(model: str, method: str, preset: str, chang
     assert known - set(content) <= left_out
 
 
-@pytest.mark.parametrize(("model", "method", "preset", "changes"), [case for case in MODELS if case[1] != "dinov2"])
-def test_parameters_are_numbered_as_upstream_does(
-    model: str, method: str, preset: str, changes: dict[str, Any]
-) -> None:
+NUMBERED = [case for case in MODELS if case[1].method != "dinov2"]
+
+
+@pytest.mark.parametrize(("model", "family"), NUMBERED, ids=[model for model, _ in NUMBERED])
+def test_parameters_are_numbered_as_upstream_does(model: str, family: Family) -> None:
     facts = load_checkpoint_keys(model)
-    layout = layout_of(method, preset, changes)
+    layout = family.layout(facts)
     assert layout.optimizer is not None
     trained = layout.parts[0]
     names = {id(parameter): f"module.{name}" for name, parameter in trained.module.named_parameters()}

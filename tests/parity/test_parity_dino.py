@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import dino_steps
 import pytest
 import torch
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 from torch import Tensor, nn
 
 from hvp.common.cross_entropy import pair_cross_entropies
@@ -18,7 +20,7 @@ from hvp.common.networks import encoder_from_state
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.vision_transformer import VisionTransformer
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
+from hvp.methods.dino.vision_transformer import MultiCropWrapper
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
@@ -251,8 +253,30 @@ def test_training_steps_with_hard_views(case: str) -> None:
     dino_steps.assert_outcome(f, outcome)
 
 
-# The released hard-view code builds weight norm from parametrisations, which name the same two tensors differently.
-PARAMETRISED = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+def outcome_as_expected(f: Fixture) -> dino_steps.Outcome:
+    """What a training that differs in nothing from the fixture leaves."""
+    t, epochs = f.tensors, range(1, f.config["epochs"] + 1)
+    return dino_steps.Outcome(
+        losses=t["losses"].tolist(),
+        student=[f.group(f"student_epoch{epoch}") for epoch in epochs],
+        teacher=[f.group(f"teacher_epoch{epoch}") for epoch in epochs],
+        center=[t[f"center_epoch{epoch}"] for epoch in epochs],
+        lr=t["lr"].tolist(),
+        weight_decay=t["weight_decay"].tolist(),
+        momentum=t["momentum"].tolist(),
+    )
+
+
+@pytest.mark.parametrize(("third", "share", "passes"), [(1, 0.99, True), (1, 1.01, False), (0, 0.99, False)])
+@pytest.mark.parametrize("case", cases("dino_step"))
+def test_a_key_bias_may_be_off_by_the_steps_of_the_run(case: str, third: int, share: float, passes: bool) -> None:
+    f = load(case)
+    outcome = outcome_as_expected(f)
+    key = next(key for key in outcome.student[-1] if key.endswith("attn.qkv.bias"))
+    moved = outcome.student[-1][key] = outcome.student[-1][key].clone()
+    moved.chunk(3)[third].add_(share * f.tensors["lr"].sum())
+    with nullcontext() if passes else pytest.raises(AssertionError, match=key):
+        dino_steps.assert_outcome(f, outcome)
 
 
 MODELS = [*checkpoint_models("dino_"), *checkpoint_models("hvp_dino_")]
@@ -261,28 +285,18 @@ MODELS = [*checkpoint_models("dino_"), *checkpoint_models("hvp_dino_")]
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoint_keys_and_shapes(model: str) -> None:
     facts = load_checkpoint_keys(model)
-    wrapper, dino_loss = real_sizes(model, facts)
     for part, expected in facts["entries"].items():
-        module: nn.Module = {"(file)": wrapper.backbone, "dino_loss": dino_loss}.get(part, wrapper)
-        ours = [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in module.state_dict().items()]
-        # Data-parallel wrapping adds `module.`; the running centre is reset in every step, and not saved by us.
-        expected = [
-            [renamed(name).removeprefix("module."), shape, dtype]
-            for name, shape, dtype in expected
-            if name != "running_center"
-        ]
-        assert ours == expected, part
+        # The running centre is reset in every step, and not saved by us.
+        expected = [entry for entry in renamed(expected) if entry[0] != "running_center"]
+        assert described(real_sizes(facts, part)) == expected, part
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_encoder_is_told_from_the_keys_of_a_checkpoint(model: str) -> None:
     facts = load_checkpoint_keys(model)
-    entries = facts["entries"].get("teacher", facts["entries"].get("(file)"))
-    state = {
-        name.removeprefix("module.").removeprefix("backbone."): torch.empty(shape, device="meta")
-        for name, shape, _ in entries
-        if ".head." not in name and not name.startswith("head.")
-    }
+    entries = facts["entries"]
+    shapes = shapes_of(entries["teacher"], "backbone") if "teacher" in entries else shapes_of(entries["(file)"])
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with torch.device("meta"):
         encoder = encoder_from_state(state)
     assert encoder is not None
@@ -292,7 +306,7 @@ def test_encoder_is_told_from_the_keys_of_a_checkpoint(model: str) -> None:
 @pytest.mark.parametrize("model", checkpoint_models("dino_", having="optimizer_groups"))
 def test_optimizer_groups(model: str) -> None:
     facts = load_checkpoint_keys(model)
-    wrapper, _ = real_sizes(model, facts)
+    wrapper = real_sizes(facts, "student")
     names = {parameter: name for name, parameter in wrapper.named_parameters()}
     groups = split_weight_decay(wrapper.named_parameters())
     for ours, theirs in zip(groups, facts["optimizer_groups"], strict=True):
@@ -300,15 +314,15 @@ def test_optimizer_groups(model: str) -> None:
         assert ours.get("weight_decay", "schedule") == theirs["weight_decay"]
 
 
-def real_sizes(model: str, facts: dict[str, Any]) -> tuple[MultiCropWrapper, DINOLoss]:
-    """A reference model's networks and loss at their real sizes, without memory for the weights."""
+def real_sizes(facts: dict[str, Any], part: str) -> nn.Module:
+    """A network of a reference model, or its loss, at its real size, without memory for the weights."""
+    entries = facts["entries"][part]
     with torch.device("meta"):
-        backbone = build_backbone("resnet50" if "resnet50" in model else "vit_small")
-        head = DINOHead(backbone.embed_dim, 65536, norm_last_layer=facts.get("norm_last_layer", True))
-        return MultiCropWrapper(backbone, head), DINOLoss(65536, 10, 0.04, 0.04, 0, 100)
-
-
-def renamed(name: str) -> str:
-    for theirs, ours in PARAMETRISED.items():
-        name = name.replace(theirs, ours)
-    return name
+        if part == "dino_loss":
+            return DINOLoss(shapes_of(entries)["center"][1], 10, 0.04, 0.04, 0, 100)
+        if part == "(file)":
+            return build_encoder(shapes_of(entries))
+        backbone: Any = build_encoder(shapes_of(entries, "backbone"))
+        norm_last_layer = facts.get("norm_last_layer", True)
+        head = DINOHead(**head_sizes(shapes_of(entries, "head")), norm_last_layer=norm_last_layer)
+        return MultiCropWrapper(backbone, head)

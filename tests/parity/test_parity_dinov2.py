@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from dino_steps import formula_images
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from reference_models import arch_of, described, head_sizes, own_name, renamed, shapes_of, vit_of
 from torch import Tensor
 
 from hvp.common.cross_entropy import patch_weights, view_cross_entropies
@@ -297,39 +297,38 @@ def test_total_objective(case: str) -> None:
     assert_close(loss_fn.ibot_patch_loss.center, t["patch_center_after"], f, "centre of patches")
 
 
-def unchunked(name: str) -> str:
-    """The upstream's training checkpoints name a block by its chunk, too."""
-    return re.sub(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
-
-
 @pytest.mark.parametrize("model", checkpoint_models("dinov2_train"))
 def test_training_checkpoint_keys_and_shapes(model: str) -> None:
     facts = load_checkpoint_keys(model)
-    student, teacher, loss_fn = real_sizes()
-    ours = dict(loss_fn.state_dict())
-    for prefix, module in {"student": student, "teacher": teacher}.items():
-        ours |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    described = [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in ours.items()]
-    assert described == [[unchunked(name), *rest] for name, *rest in facts["entries"]["model"]]
+    entries = facts["entries"]["model"]
+    ours = described(real_loss(entries))
+    for part in ("student", "teacher"):
+        ours += [[f"{part}.{name}", *rest] for name, *rest in described(real_network(entries, part))]
+    assert ours == renamed(entries)
 
 
 @pytest.mark.parametrize("model", checkpoint_models("dinov2_train"))
 def test_parameter_groups(model: str) -> None:
-    facts = load_checkpoint_keys(model)["param_groups"]
-    student, _, _ = real_sizes()
+    facts = load_checkpoint_keys(model)
+    groups = facts["param_groups"]
+    theirs = {
+        f"{part}.{own_name(name)}": values for part in groups if part != "columns" for name, *values in groups[part]
+    }
+    student = real_network(facts["entries"]["model"], "student")
+    num_blocks = student.backbone.num_blocks
+    # The configuration that the reference model was built with, as far as it shows in the rates.
+    decay = theirs[f"backbone.blocks.{num_blocks - 1}.norm1.weight"][0]
+    patch_embed_lr_mult = theirs["backbone.patch_embed.proj.weight"][0] / theirs["backbone.cls_token"][0]
     names = {parameter: name for name, parameter in student.named_parameters()}
     ours = {
         names[parameter]: (group["lr_multiplier"], group["wd_multiplier"], group["last_layer"])
-        for group in parameter_groups(student, layerwise_decay=0.9, patch_embed_lr_mult=0.2)
+        for group in parameter_groups(student, layerwise_decay=decay, patch_embed_lr_mult=patch_embed_lr_mult)
         for parameter in group["params"]
-    }
-    theirs = {
-        f"{part}.{unchunked(name)}": values for part in facts if part != "columns" for name, *values in facts[part]
     }
     assert ours.keys() == theirs.keys()
     for name, (lr, wd, last) in ours.items():
         assert [pytest.approx(lr, rel=1e-9), wd, last] == theirs[name], name
-    assert layer_decay("backbone.norm.weight", 24, 0.9) == 1
+    assert layer_decay("backbone.norm.weight", num_blocks, decay) == 1
 
 
 @pytest.mark.parametrize("model", [m for m in checkpoint_models("dinov2_") if "released" in m])
@@ -340,18 +339,33 @@ def test_released_backbones_are_told_from_their_keys(model: str) -> None:
         encoder = encoder_from_state(state)
     assert encoder is not None
     assert {k: p.shape for k, p in encoder.state_dict().items()} == {k: p.shape for k, p in state.items()}
-    assert [encoder.patch_size, encoder.num_blocks] == [14, 24]
+    vit = vit_of(shapes_of(entries))
+    assert vit is not None
+    assert [encoder.patch_size, encoder.num_blocks] == [vit.patch_size, vit.depth]
 
 
-def real_sizes() -> tuple[Network, Network, DINOv2Loss]:
-    """The networks and the loss of vitl16_short, without memory for the weights."""
+def real_network(entries: list[list[Any]], part: str) -> Network:
+    """The student or the teacher of a training checkpoint, without memory for the weights."""
+    shapes = shapes_of(entries, f"{part}.backbone")
+    vit = vit_of(shapes)
+    assert vit is not None
     with torch.device("meta"):
-        nets = [
-            Network(
-                build_register_vit("vit_large", patch_size=16, img_size=224),
-                DINOHead(1024, 65536, norm_last_layer=False),
-                None,
-            )
-            for _ in range(2)
-        ]
-        return nets[0], nets[1], DINOv2Loss(65536, 65536, 10, centering="centering")
+        backbone = build_register_vit(
+            arch_of(shapes),
+            patch_size=vit.patch_size,
+            img_size=vit.img_size,
+            init_values=1e-5 if "blocks.0.ls1.gamma" in shapes else 0.0,
+            swiglu="blocks.0.mlp.w12.weight" in shapes,
+            num_registers=shapes["register_tokens"][1] if "register_tokens" in shapes else 0,
+        )
+        heads = [shapes_of(entries, f"{part}.{name}_head") for name in ("dino", "ibot")]
+        dino, ibot = (DINOHead(**head_sizes(head), norm_last_layer=False) if head else None for head in heads)
+        assert dino is not None
+        return Network(backbone, dino, ibot)
+
+
+def real_loss(entries: list[list[Any]]) -> DINOv2Loss:
+    """The loss of a training checkpoint, with its two centres."""
+    shapes = shapes_of(entries)
+    sizes = (shapes[f"{name}_loss.center"][-1] for name in ("dino", "ibot_patch"))
+    return DINOv2Loss(*sizes, 10, centering="centering")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from dino_steps import formula_images
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 from scipy.stats import chi2_contingency
 from torch import Tensor, nn
 
 from hvp.common.engine.optimizers import split_weight_decay
 from hvp.common.hardviews import Group, Slots, select
-from hvp.common.networks.vision_transformer import VisionTransformer, build_vit, vit_from_state
+from hvp.common.networks.vision_transformer import VisionTransformer, vit_from_state
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.masking import MaskSampler
@@ -219,18 +220,18 @@ MODELS = checkpoint_models("ibot_")
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoint_keys_and_shapes(model: str) -> None:
     facts = load_checkpoint_keys(model)
-    student, teacher, ibot_loss = real_sizes(model)
+    student, teacher, ibot_loss = real_sizes(facts)
     for part, module in {"student": student, "teacher": teacher, "ibot_loss": ibot_loss}.items():
-        ours = [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in module.state_dict().items()]
-        assert ours == [[name.removeprefix("module."), *rest] for name, *rest in facts["entries"][part]], part
+        assert described(module) == renamed(facts["entries"][part]), part
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_optimizer_groups(model: str) -> None:
-    student, _, _ = real_sizes(model)
+    facts = load_checkpoint_keys(model)
+    student, _, _ = real_sizes(facts)
     names = {parameter: name for name, parameter in student.named_parameters()}
     groups = split_weight_decay(student.named_parameters())
-    for ours, theirs in zip(groups, load_checkpoint_keys(model)["optimizer_groups"], strict=True):
+    for ours, theirs in zip(groups, facts["optimizer_groups"], strict=True):
         assert [f"module.{names[p]}" for p in ours["params"]] == theirs["names"]
         assert ours.get("weight_decay", "schedule") == theirs["weight_decay"]
 
@@ -239,9 +240,9 @@ def test_optimizer_groups(model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_encoder_is_told_from_the_keys_of_a_checkpoint(model: str, network: str) -> None:
     state = {
-        name.removeprefix("module.").removeprefix("backbone."): torch.empty(shape, device="meta")
-        for name, shape, _ in load_checkpoint_keys(model)["entries"][network]
-        if ".backbone." in f".{name}" and "masked_embed" not in name
+        name: torch.empty(shape, device="meta")
+        for name, shape in shapes_of(load_checkpoint_keys(model)["entries"][network], "backbone").items()
+        if name != "masked_embed"
     }
     with torch.device("meta"):
         encoder = vit_from_state(state)
@@ -249,13 +250,24 @@ def test_encoder_is_told_from_the_keys_of_a_checkpoint(model: str, network: str)
     assert {k: p.shape for k, p in encoder.state_dict().items()} == {k: p.shape for k, p in state.items()}
 
 
-def real_sizes(model: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+def real_sizes(facts: dict[str, Any]) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A reference model's networks and loss at their real sizes, without memory for the weights."""
+    head_shapes = shapes_of(facts["entries"]["student"], "head")
+    centers = shapes_of(facts["entries"]["ibot_loss"])
+    # A state dict lists a shared head twice, the optimiser's groups once.
+    trained = [name for group in facts["optimizer_groups"] for name in group["names"]]
+    sizes = {
+        **head_sizes(head_shapes),
+        "patch_out_dim": head_shapes["last_layer2.weight_v"][0],
+        "shared_head": "module.head.last_layer2.weight_v" not in trained,
+        "norm_last_layer": "module.head.last_layer.weight_g" not in trained,
+    }
     with torch.device("meta"):
 
         def network(mask_token: bool) -> MultiCropWrapper:
-            backbone: Any = build_vit("vit_small", patch_size=16, img_size=224, mask_token=mask_token)
-            head = iBOTHead(384, 8192, patch_out_dim=8192, shared_head="shared" in model, norm_last_layer=False)
-            return MultiCropWrapper(backbone, head)
+            shapes = shapes_of(facts["entries"]["student"], "backbone")
+            backbone: Any = build_encoder(shapes, mask_token=mask_token)
+            return MultiCropWrapper(backbone, iBOTHead(**sizes))
 
-        return network(True), network(False), iBOTLoss(8192, 8192, 2, 0.04, 0.04, 0.04, 0.07, 30, 100)
+        loss = iBOTLoss(centers["center"][-1], centers["center2"][-1], 2, 0.04, 0.04, 0.04, 0.07, 30, 100)
+        return network(True), network(False), loss

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dino_steps import formula_images
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from reference_models import arch_of, build_convnet, described, linear_layers, renamed, shapes_of, vit_of
 from torch import Tensor, nn
 
 from hvp.common.engine.optimizers import LARS
@@ -18,11 +19,10 @@ from hvp.common.hardviews import Slots
 from hvp.common.networks.resnet import ResNet
 from hvp.common.networks.vision_transformer import VisionTransformer, sincos_positions
 from hvp.methods.mocov3.builder import MoCo, MoCo_ResNet, MoCo_ViT
-from hvp.methods.mocov3.config import MoCoConfig
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
-from hvp.methods.mocov3.main_mocov3 import adjust_learning_rate, adjust_moco_momentum, build_model
+from hvp.methods.mocov3.main_mocov3 import adjust_learning_rate, adjust_moco_momentum
 from hvp.methods.mocov3.score import pair_info_nce
-from hvp.methods.mocov3.vits import VisionTransformerMoCo, vit_small
+from hvp.methods.mocov3.vits import VITS, VisionTransformerMoCo, vit_small
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
@@ -176,22 +176,14 @@ def test_lars(case: str) -> None:
             assert_close(parameters[name], value, f, f"{name} after step {step + 1}")
 
 
-def config_of(model: str) -> MoCoConfig:
-    arch = model.removeprefix("mocov3_")
-    return MoCoConfig.model_validate({"model": {"arch": arch, "stop_grad_conv1": arch.startswith("vit")}})
-
-
 MODELS = checkpoint_models("mocov3_")
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoint_keys_shapes_and_what_is_frozen(model: str) -> None:
     facts = load_checkpoint_keys(model)
-    with torch.device("meta"):
-        ours = build_model(config_of(model), torch.device("meta"))
-    assert [
-        [f"module.{name}", list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in ours.state_dict().items()
-    ] == facts["entries"]["state_dict"]
+    ours = real_size(facts)
+    assert described(ours) == renamed(facts["entries"]["state_dict"])
     frozen = [f"module.{name}" for name, p in ours.named_parameters() if not p.requires_grad]
     assert [name for name in frozen if ".base_encoder." in name] == facts["frozen_base_encoder"]
     assert all(p.ndim > 0 for p in ours.parameters())  # see test_lars
@@ -206,7 +198,10 @@ def test_upstreams_checkpoints_load(model: str, which: Any, tmp_path: Path) -> N
     weights = {}
     for name, shape, dtype in facts["entries"]["state_dict"]:
         value = torch.tensor(values[name.split(".")[1]]) if dtype == "float32" else torch.tensor(7)
-        weights[name] = sincos_positions(14, shape[2]) if name.endswith("pos_embed") else value.expand(shape)
+        if name.endswith("pos_embed"):
+            weights[name] = sincos_positions(math.isqrt(shape[1] - 1), shape[2])
+        else:
+            weights[name] = value.expand(shape)
     others = {"epoch": 300, "arch": "any", "optimizer": {"state": {}, "param_groups": []}, "scaler": {}}
     content = {**others, "state_dict": weights}
     assert sorted(content) == sorted(facts["top_level_keys"])
@@ -216,10 +211,23 @@ def test_upstreams_checkpoints_load(model: str, which: Any, tmp_path: Path) -> N
     assert (meta.format, meta.which, meta.epoch) == ("upstream", which or "base_encoder", 300)
     first = next(value for name, value in encoder.state_dict().items() if name.endswith("weight"))
     assert (first == values[which or "base_encoder"]).all()
-    projector = "fc" if model == "mocov3_resnet50" else "head"
+    projector = "fc" if isinstance(encoder, ResNet) else "head"
     own = {f"module.{meta.which}.{name}" for name in encoder.state_dict()}
     assert own == {name for name in weights if name.split(".")[1] == meta.which and name.split(".")[2] != projector}
     if isinstance(encoder, VisionTransformer):
         assert encoder.blocks[0].attn.num_heads == 12  # as many as ViT-B's; DINO's ViT-S has 6 in the same shapes
     else:
         assert isinstance(encoder, ResNet)
+
+
+def real_size(facts: dict[str, Any]) -> MoCo:
+    """A reference model at its real size, without memory for the weights."""
+    entries = facts["entries"]["state_dict"]
+    shapes = shapes_of(entries, "base_encoder")
+    mlp_dim, dim = linear_layers(shapes_of(entries), "predictor")[0]
+    with torch.device("meta"):
+        vit = vit_of(shapes)
+        if vit is None:
+            return MoCo_ResNet(build_convnet(shapes), dim, mlp_dim)
+        fixed = "module.base_encoder.patch_embed.proj.weight" in facts["frozen_base_encoder"]
+        return MoCo_ViT(VITS[arch_of(shapes)](img_size=vit.img_size, stop_grad_conv1=fixed), dim, mlp_dim)

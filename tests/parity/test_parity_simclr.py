@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 from torch import Tensor, nn
 
 from hvp.common.engine.optimizers import LARS
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.common.networks.resnet import ResNet
-from hvp.methods.simclr.config import SimclrConfig
-from hvp.methods.simclr.main_simclr import build_model
-from hvp.methods.simclr.model import SimCLRProjectionHead
+from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent
 
@@ -101,10 +100,15 @@ MODELS = checkpoint_models("hvp_simclr_")
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoint_keys_and_shapes(model: str) -> None:
     entries = load_checkpoint_keys(model)["entries"]["model"]
-    ours = build_model(SimclrConfig(), torch.device("meta"))
-    assert [
-        [f"module.{name}", list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in ours.state_dict().items()
-    ] == entries
+    shapes = shapes_of(entries, "projector")
+    layers = linear_layers(shapes, "layers")
+    (hidden_dim, in_dim), out_dim = layers[0], layers[-1][0]
+    with torch.device("meta"):
+        backbone = build_convnet(shapes_of(entries, "backbone"))
+        use_bn = "layers.1.running_mean" in shapes
+        projector = SimCLRProjectionHead(in_dim, hidden_dim, out_dim, num_layers=len(layers), use_bn=use_bn)
+        ours = SimCLR(backbone, projector)
+    assert described(ours) == renamed(entries)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -119,9 +123,7 @@ def test_released_checkpoints_load(model: str, tmp_path: Path) -> None:
 
     encoder, meta = load_encoder(tmp_path / "checkpoint.pth")
     assert isinstance(encoder, ResNet)
-    assert {f"module.backbone.{name}" for name in encoder.state_dict()} == {
-        name for name in weights if not name.startswith("module.projector.")
-    }
+    assert set(encoder.state_dict()) == set(shapes_of(facts["entries"]["model"], "backbone"))
     assert all(
         (value == (7 if name.endswith("tracked") else 0.5)).all() for name, value in encoder.state_dict().items()
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 from torch import Tensor, nn
 
 from hvp.common.engine.schedules import cosine
@@ -16,7 +18,7 @@ from hvp.common.hardviews import Slots, select
 from hvp.common.networks.resnet import CONVNETS, ResNet
 from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
-from hvp.methods.simsiam.main_simsiam import build_model, symmetric_loss
+from hvp.methods.simsiam.main_simsiam import symmetric_loss
 from hvp.methods.simsiam.score import negative_cosines
 
 
@@ -152,28 +154,16 @@ def test_selection(case: str) -> None:
         assert_close(-kept.loss, t["score"], f, "score")
 
 
-MODELS = {
-    "simsiam_resnet50": {},
-    "hvp_simsiam_resnet50": {"projector_bias": False},
-    "hvp_simsiam_resnet18_cifar": {"arch": "resnet18_cifar", "projector_layers": 2, "projector_bias": False},
-}
+MODELS = [*checkpoint_models("simsiam_"), *checkpoint_models("hvp_simsiam_")]
 
 
-@pytest.mark.parametrize("name", [*checkpoint_models("simsiam"), *checkpoint_models("hvp_simsiam")])
+@pytest.mark.parametrize("name", MODELS)
 def test_checkpoint_names_and_shapes(name: str) -> None:
     facts = load_checkpoint_keys(name)
     (entries,) = facts["entries"].values()
-    expected = {key: (tuple(shape), dtype) for key, shape, dtype in entries}
-    model = build_model(SimSiamConfig.model_validate({"model": MODELS[name]}), torch.device("meta"))
-    # HVP's network for CIFAR is not torchvision's, and names a block's shortcut differently
-    ours = {
-        f"module.{key}".replace(".downsample.", ".shortcut." if "cifar" in name else ".downsample."): (
-            tuple(value.shape),
-            str(value.dtype).removeprefix("torch."),
-        )
-        for key, value in model.state_dict().items()
-    }
-    assert ours == expected
+    model = real_size(entries)
+    # HVP's network for CIFAR, which is not torchvision's, has a block's entries in another order
+    assert sorted(described(model)) == sorted(renamed(entries))
     if "frozen" in facts:
         assert [f"module.{key}" for key, p in model.named_parameters() if not p.requires_grad] == facts["frozen"]
 
@@ -197,14 +187,15 @@ def test_reference_checkpoints_load_for_evaluation(name: str, tmp_path: Path) ->
     assert (meta.format, meta.which, meta.epoch) == ("bare", "bare", 100)
     assert all(key.startswith(("encoder.fc.", "predictor.")) for key in meta.dropped)
     loaded = encoder.state_dict()
+    own = dict(zip((key for key, *_ in renamed(entries)), weights.values(), strict=True))
     assert len(loaded) + len(meta.dropped) == len(weights)
     for key, value in loaded.items():
-        theirs = key.replace(".downsample.", ".shortcut.") if "cifar" in name else key
-        assert torch.equal(value, weights[f"module.encoder.{theirs}"]), key
+        assert torch.equal(value, own[f"encoder.{key}"]), key
 
 
-def test_a_checkpoint_that_does_not_fit_is_told_by_its_keys(tmp_path: Path) -> None:
-    (entries,) = load_checkpoint_keys("simsiam_resnet50")["entries"].values()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_that_does_not_fit_is_told_by_its_keys(name: str, tmp_path: Path) -> None:
+    (entries,) = load_checkpoint_keys(name)["entries"].values()
     weights = {key: torch.zeros(()).expand(shape) for key, shape, _ in entries}
     del weights["module.encoder.bn1.weight"]
     weights["module.encoder.extra"] = torch.zeros(1)
@@ -221,3 +212,16 @@ def test_residual_branches_start_at_zero() -> None:
             gains = [m.weight for key, m in network.named_modules() if key.endswith(last) and key.startswith("layer")]
             assert len(gains) == (16 if arch == "resnet50" else 8)
             assert all((gain == value).all() for gain in gains)
+
+
+def real_size(entries: list[list[Any]]) -> SimSiam:
+    """A reference model at its real size, without memory for the weights."""
+    shapes = shapes_of(entries)
+    projector = linear_layers(shapes, "encoder.fc")
+    pred_dim, dim = linear_layers(shapes, "predictor")[0]
+    last = 3 * (len(projector) - 1)  # between two linear layers stand batch norm and ReLU
+    layers: Any = len(projector)
+    with torch.device("meta"):
+        encoder = build_convnet(shapes_of(entries, "encoder"))
+        bias = f"encoder.fc.{last}.bias" in shapes
+        return SimSiam(encoder, dim, pred_dim, projector_layers=layers, projector_bias=bias)

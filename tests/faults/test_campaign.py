@@ -1,0 +1,132 @@
+"""The campaign covers every fault and method, its choices follow from the seed, and it sees what it is for."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from campaign import METHODS, plan, report, strike
+from cases import STEPS, Case
+from commands import Failure, alive, check_said
+from faults import DAMAGES, FAULTS
+
+from hvp import methods
+
+
+class Done:
+    """A command that has ended, or that never does."""
+
+    pid = 2**22 + 1  # of no process: Linux counts up to 2**22
+
+    def __init__(self, log: Path, code: int | None, said: str = "") -> None:
+        self.log, self.code = log, code
+        log.write_text(said)
+
+    def wait(self, seconds: float) -> int | None:
+        return self.code
+
+
+class NoZygote:
+    """Ends every command with code 0, and nothing written."""
+
+    def start(self, arguments: list[str], log: Path, **surroundings: object) -> Done:
+        return Done(log, 0)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    reference, case = tmp_path / "reference", Case(3, "dino", tmp_path / "case", tmp_path / "reference", NoZygote())
+    for folder in (reference, case.out):
+        write(folder, torch.arange(3.0))
+    return case
+
+
+def write(folder: Path, weight: torch.Tensor, losses: range = range(STEPS)) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.save({"student": {"weight": weight}, "versions": {"torch": str(folder)}}, folder / "last.pt")
+    rows = [f'{{"step": {step + 1}, "loss": {loss}}}\n' for step, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+
+
+def test_every_fault_meets_every_method():
+    assert sorted(METHODS) == sorted(methods.METHODS)
+    met = {plan(seed) for seed in range(len(FAULTS) * len(METHODS))}
+    assert len(met) == len(FAULTS) * len(METHODS)
+    assert {fault for _, fault in map(plan, range(7, 7 + len(FAULTS)))} == set(FAULTS)
+
+
+def test_choices_follow_from_the_seed(tmp_path: Path):
+    seeds = {"a": 1, "b": 1, "c": 2}
+    drawn = [Case(seed, "dino", tmp_path / name, tmp_path, NoZygote()).choose.random() for name, seed in seeds.items()]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_equal_run_passes(case: Case):
+    case.finish()
+
+
+@pytest.mark.parametrize("difference", ["one bit", "lacking", "row twice"])
+def test_another_run_is_seen(case: Case, difference: str):
+    weight = torch.arange(3.0)
+    if difference == "one bit":
+        weight.view(torch.int32)[2] ^= 1
+    write(case.out, weight)
+    if difference == "lacking":
+        torch.save({"teacher": {"weight": weight}}, case.out / "last.pt")
+    if difference == "row twice":
+        with (case.out / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 10, "loss": 9}\n')
+    with pytest.raises(Failure, match=r"differ|lacks"):
+        case.finish()
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "problem"),
+    [
+        (None, "", "still running after 1 s"),
+        (1, "", "code 1, not one of"),
+        (0, "hvp: stopped\nTraceback (most recent call last):\n", "says 'Traceback'"),
+        (0, "Exception ignored in atexit callback", "says 'Exception ignored'"),
+    ],
+)
+def test_a_command_that_does_not_end_well_is_seen(
+    case: Case, tmp_path: Path, code: int | None, said: str, problem: str
+):
+    with pytest.raises(Failure, match=problem):
+        case.ended(Done(tmp_path / "0.log", code, said), {0, 130}, 1)
+
+
+def test_a_process_left_behind_is_seen():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    assert alive(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not alive(process.pid)
+
+
+def test_a_report_says_what_was_done(case: Case):
+    def fault(struck: Case) -> None:
+        (struck.folder / "0.log").write_text("last words\n")
+        raise Failure("it hangs")
+
+    with pytest.raises(Failure) as failure:
+        strike(case, fault)
+    said = report(case, failure.value)
+    assert "it hangs" in said
+    assert "fault on dino" in said
+    assert "last words" in said
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_changes_the_file(case: Case, damage):
+    path = case.folder / "file"
+    path.write_bytes(bytes(range(1, 256)) * 100)
+    damage(path, case.choose)
+    assert not path.exists() or path.read_bytes() != bytes(range(1, 256)) * 100
+
+
+def test_logs_without_python_s_words_pass(tmp_path: Path):
+    (tmp_path / "0.log").write_text("hvp: SIGTERM: stopped after step 3 of 10\n")
+    check_said(tmp_path / "0.log")

@@ -1,0 +1,72 @@
+"""Python with PyTorch and hvp imported, which forks a command for each line it reads.
+
+A command that starts anew spends two to three seconds on imports. One that is forked from here starts at once, and is a
+process like any other from then on: it falls out of this file's end, so that Python shuts down in it as it always does.
+
+    line in                                             lines out
+    {"arguments", "log", "disk", "limits"}              {"pid"}, and when the process has ended {"code"}
+
+There is one command at a time.
+"""
+
+import gc
+import json
+import os
+import resource
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import disks
+
+MODULES = (
+    *(f"hvp.methods.{name}" for name in ("dino", "dinov2", "ibot", "mocov3", "simclr", "simsiam")),
+    *("hvp.cli.main", "hvp.common.engine.memory", "hvp.common.evaluation.knn", "torch.utils.tensorboard"),
+    "hvp.common.convert.upstream",
+)
+"""What the commands import."""
+
+
+def serve() -> dict[str, Any] | None:
+    """Forks a process for each request: its request in that process, and in this one None once there are no more."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    print(json.dumps({"ready": True}), file=answers)
+    while line := sys.stdin.readline():
+        pid = os.fork()
+        if pid == 0:
+            answers.close()
+            request: dict[str, Any] = json.loads(line)
+            return request
+        print(json.dumps({"pid": pid}), file=answers)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), file=answers)
+    return None
+
+
+def become(request: dict[str, Any]) -> None:
+    """Makes this process a command of its own: session, output, arguments, and the disk it writes to."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(number, target)
+    sys.argv = ["hvp", *request["arguments"]]
+    if request["disk"] is not None:
+        disks.install(**request["disk"])
+    for name, limit in request["limits"].items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if name == "AS" else 0
+        resource.setrlimit(number, (has + limit,) * 2)
+
+
+if __name__ == "__main__":
+    for module in MODULES:
+        import_module(module)
+    gc.freeze()  # else every process spends two seconds of its end on what was imported here
+    asked = serve()
+    if asked is not None:
+        become(asked)
+        from hvp.cli.main import main
+
+        main()
