@@ -12,6 +12,7 @@ import resource
 import shutil
 import tempfile
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ def run_case(seed: int, folder: Path, zygote: Zygote) -> Verdict:
     try:
         strike(case, fault)
     except Failure as failure:
-        problem = report(case, failure)
+        problem = report(case, str(failure))
+    except Exception:  # a mistake of the campaign's own, which is no reason to leave out the other cases
+        problem = report(case, traceback.format_exc())
     else:
         case.clear()
     return Verdict(seed, f"{fault.__name__} on {method}", time.monotonic() - start, problem)
@@ -81,9 +84,9 @@ def strike(case: Case, fault: Fault) -> None:
     case.finish()
 
 
-def report(case: Case, failure: Failure) -> str:
+def report(case: Case, problem: str) -> str:
     """What is to be known of a case that went wrong."""
-    lines = [str(failure), *(f"  {line}" for line in case.told)]
+    lines = [problem, *(f"  {line}" for line in case.told)]
     for log in sorted(case.folder.glob("*.log")):
         said = [line for line in log.read_text(errors="replace").splitlines() if not LEAKS.match(line)]
         lines += [f"  {log}:", *(f"    {line}" for line in said[-25:])]

@@ -113,7 +113,7 @@ def test_a_report_says_what_was_done(case: Case):
 
     with pytest.raises(Failure) as failure:
         strike(case, fault)
-    said = report(case, failure.value)
+    said = report(case, str(failure.value))
     assert "it hangs" in said
     assert "fault on dino" in said
     assert "last words" in said

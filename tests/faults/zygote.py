@@ -28,20 +28,26 @@ MODULES = (
 """What the commands import."""
 
 
-def serve() -> dict[str, Any] | None:
-    """Forks a process for each request: its request in that process, and in this one None once there are no more."""
+def serve() -> bool:
+    """Forks a process for each request. True in each of them, which is set up then; False here, at the end."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     print(json.dumps({"ready": True}), file=answers)
     while line := sys.stdin.readline():
+        ready, set_up = os.pipe()
         pid = os.fork()
         if pid == 0:
             answers.close()
-            request: dict[str, Any] = json.loads(line)
-            return request
+            os.close(ready)
+            become(json.loads(line))
+            os.close(set_up)
+            return True
+        os.close(set_up)
+        os.read(ready, 1)  # ends when the process has closed its side: from here on signals reach a command
+        os.close(ready)
         print(json.dumps({"pid": pid}), file=answers)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), file=answers)
-    return None
+    return False
 
 
 def become(request: dict[str, Any]) -> None:
@@ -64,9 +70,7 @@ if __name__ == "__main__":
     for module in MODULES:
         import_module(module)
     gc.freeze()  # else every process spends two seconds of its end on what was imported here
-    asked = serve()
-    if asked is not None:
-        become(asked)
+    if serve():
         from hvp.cli.main import main
 
         main()
