@@ -29,7 +29,7 @@ class DataConfig(Section):
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that does not decode ends the run, or is replaced by the next one, counted and listed."""
 
-    timeout: int = Field(300, ge=0)
+    timeout: int = Field(300, ge=0, le=604_800)
     """Seconds without a new image after which a run that waits for its loader saves and ends; 0: it waits for ever."""
 
 

@@ -97,6 +97,7 @@ class Original:
 OF_EVERY_ORIGINAL = {
     "data.loader": "pil",
     "data.on_bad_image": "error",
+    "data.timeout": 0,
     "train.accumulate": 1,
     "train.device": "cuda",
     "train.save_every": 0,

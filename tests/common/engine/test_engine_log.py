@@ -15,6 +15,7 @@ from tensorboard.util import tensor_util
 
 from hvp.common.engine.log import Events, RunLog
 from hvp.common.engine.progress import Progress
+from hvp.common.engine.precision import Precision
 from hvp.common.engine.run import Run
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import train_dino
@@ -49,10 +50,10 @@ def stop_at(step: int, out: Path, patch: pytest.MonkeyPatch) -> None:
 
     check = Run.check
 
-    def stopping(run: Run, loss: torch.Tensor, **values: float) -> float:
+    def stopping(run: Run, *loss_and_optimizer: Any, **values: float) -> float:
         if run.step == step:
             raise Stop
-        return check(run, loss, **values)
+        return check(run, *loss_and_optimizer, **values)
 
     with patch.context() as patched:
         patched.setattr(Run, "check", stopping)
@@ -133,17 +134,30 @@ def test_rows_of_an_earlier_version_count_epochs_as_the_later_ones(tmp_path):
         assert [(row["step"], row["epoch"]) for row in rows_of(tmp_path)] == [(5, 1), (10, 2), (15, 3)]
 
 
-def test_a_row_has_the_gradient_norm_where_somebody_took_it(tmp_path, monkeypatch):
+def test_a_row_has_the_gradients_norm_before_clipping(tmp_path, monkeypatch):
+    unscale, norms = Precision.unscale, []
+
+    def unscaled(precision: Precision, optimizer: torch.optim.Optimizer) -> None:
+        unscale(precision, optimizer)
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+
+    monkeypatch.setattr(Precision, "unscale", unscaled)
+    train(tmp_path / "run", log_every=1, epochs=1)
+    assert [row["grad_norm"] for row in rows_of(tmp_path / "run")] == pytest.approx(norms, rel=1e-5)
+
+
+def test_a_step_that_fp16_leaves_out_has_no_gradient_norm(tmp_path, monkeypatch):
     check = Run.check
 
-    def measured(run: Run, loss: torch.Tensor, **values: float) -> float:
-        mean = check(run, loss, **values)
-        run.grad_norm = {0: 2.5, 1: float("inf")}.get(run.step)  # of a step that fp16 leaves out, and None
+    def checked(run: Run, *loss_and_optimizer: Any, **values: float) -> float:
+        mean = check(run, *loss_and_optimizer, **values)
+        run.grad_norm = None if run.step == 1 else run.grad_norm
         return mean
 
-    monkeypatch.setattr(Run, "check", measured)
+    monkeypatch.setattr(Run, "check", checked)
     train(tmp_path / "run", log_every=1, epochs=1)
-    assert [row.get("grad_norm") for row in rows_of(tmp_path / "run")] == [2.5, None, None, None, None]
+    assert ["grad_norm" in row for row in rows_of(tmp_path / "run")] == [True, False, True, True, True]
 
 
 def events(folder: Path) -> list[Any]:
