@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
-COUNT ?= 34
+COUNT ?= 51
 
 .PHONY: demo test test-slow test-faults lint clean
 

@@ -111,7 +111,7 @@ def main() -> int:
     """Runs the campaign; 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
-    parser.add_argument("--count", type=int, default=34, help="number of cases, each with a seed of its own")
+    parser.add_argument("--count", type=int, default=51, help="number of cases, each with a seed of its own")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     names = [fault.__name__ for fault in FAULTS]
     parser.add_argument("--only", choices=names, help="only the seeds whose first fault is this one")
