@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util
 
 from hvp.common.engine.log import Events, RunLog
-from hvp.common.engine.progress import Progress
 from hvp.common.engine.precision import Precision
+from hvp.common.engine.progress import Progress
 from hvp.common.engine.run import Run
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import train_dino
