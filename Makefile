@@ -1,4 +1,5 @@
 # make demo · make test · make lint: each sets up .venv on its first run, and not again until pyproject.toml changes.
+# make test runs the tests in two processes; those of tests/parity in one, which sees whether all fixtures were read.
 # make test-slow runs the tests that take minutes. make test-faults kills, stops and starves COUNT tiny runs, from SEED on,
 # and gives the fuzz tests COUNT examples each.
 PYTHON ?= python3
@@ -14,7 +15,8 @@ demo: $(READY)
 	$(BIN)/hvp demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadgroup --ignore tests/parity
+	$(BIN)/python -m pytest -m 'not slow' tests/parity
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

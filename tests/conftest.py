@@ -13,6 +13,14 @@ settings.register_profile("hvp", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("hvp")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what they prepare, those of a file or of a method, go to the same of several processes."""
+    for item in items:
+        values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        method = values.get("name", "") if item.path.name == "test_every_method.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path} {method}"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """The tests' tensors are small: more threads would only wait for each other, above all beside loader workers."""

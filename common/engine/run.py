@@ -452,7 +452,7 @@ class Run:
                 images are listed in `nonfinite.json`.
         """
         square = squared_gradient_norm(optimizer, self.world.size)
-        mine, square_part = torch.stack((loss.detach().double(), square)).tolist()
+        mine, square_part = torch.stack((loss.detach().double(), square.to(loss.device))).tolist()
         received = [float(self._signals.received is number) for number in EXIT_CODES]
         total, squared_norm, *stops = self.world.sum([mine, square_part, *received])
         self._stop = next((number for number, count in zip(EXIT_CODES, stops, strict=True) if count), None)

@@ -66,7 +66,7 @@ class FormulaRun:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
             yield step, [FormulaBatch(crops(self.f, step))]
 
-    def check(self, loss: Tensor, **_: float) -> float:
+    def check(self, loss: Tensor, _optimizer: torch.optim.Optimizer, **_: float) -> float:
         return loss.item()
 
     def record(self, loss: float, **values: Any) -> None:
