@@ -700,6 +700,7 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     layer = torch.nn.Linear(1, 1)
+    parts = {"layer": layer, "precision": Precision("fp32", CPU)}
     optimizer = torch.optim.SGD(layer.parameters())
     config = resolve(
         get_method("simsiam").config,
@@ -713,7 +714,7 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
     with (
         closing(build_loader(config, source, CPU, world)) as loader,
         claimed(out, world, resume=False, overwrite=False) as claim,
-        Run("simsiam", config, out, claim, loader, {"layer": layer}, CPU, Console(quiet=True), world) as run,
+        Run("simsiam", config, out, claim, loader, parts, CPU, Console(quiet=True), world) as run,
     ):
         try:
             for epoch in run.epochs:

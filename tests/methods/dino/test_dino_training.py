@@ -97,8 +97,9 @@ def test_an_occupied_folder_is_left_alone(tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UserError, match=r"step \d+: the loss is nan"):
+def test_a_run_that_diverges_stops(tmp_path):
+    """By its loss or, a step earlier, by its gradient."""
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|\S+, but its gradient (inf|nan)), lr"):
         train(small(optim__base_lr=1e6, optim__clip_grad=0.0, optim__optimizer="sgd"), tmp_path / "run")
 
 
