@@ -700,8 +700,8 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     layer = torch.nn.Linear(1, 1)
-    parts = {"layer": layer, "precision": Precision("fp32", CPU)}
     optimizer = torch.optim.SGD(layer.parameters())
+    parts = {"layer": layer, "optimizer": optimizer, "precision": Precision("fp32", CPU)}
     config = resolve(
         get_method("simsiam").config,
         [
