@@ -423,6 +423,12 @@ TOLERANCE = {
 }
 
 
+# Ten seconds each: make test has a network with batch norm in it, and one without that is sharded elsewhere.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(m, marks=[] if m in ("simclr", "dinov2") else pytest.mark.slow) for m in METHODS],
+    indirect=True,
+)
 def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
     # all images, as batch norm over few makes rounding grow; who is chosen is tested with rescue() itself
     changes = {**RESCUE, "rescue.k": 8, **ALIKE.get(name, {})}

@@ -108,8 +108,12 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "build",
-    [CONVNETS["resnet50"], CONVNETS["resnet18"], lambda: build_vit("vit_base", patch_size=16, img_size=32)],
-    ids=["resnet50", "resnet18", "vit"],
+    [
+        pytest.param(CONVNETS["resnet50"], id="resnet50"),
+        pytest.param(CONVNETS["resnet18"], id="resnet18"),
+        # the only ViT that torchvision has, and large
+        pytest.param(lambda: build_vit("vit_base", patch_size=16, img_size=32), id="vit", marks=pytest.mark.slow),
+    ],
 )
 def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
     with torch.device("meta"):
