@@ -30,6 +30,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _own_interrupts() -> Iterator[None]:
-    """A command that has ended leaves its handler for Ctrl-C behind, which ends the process."""
+    """A command that has ended leaves its handlers behind, which end the process."""
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)

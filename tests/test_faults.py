@@ -5,7 +5,7 @@
     SIGKILL at any moment, also while a     nothing                        a whole checkpoint, readable rows, events;
     checkpoint is being written                                            resumed: the uninterrupted weights
     SIGINT, SIGTERM, SIGUSR1                the step; code 130, 143, 75    a checkpoint of that very step
-    SIGINT before the first step            one line; code 130             what was there
+    SIGINT, SIGUSR1 before the first step   one line; code 130, 75         what was there
     a second SIGINT, also inside a save     nothing; code 130              the checkpoint that was there
     nobody reads the output any more        nothing                        the run goes on
     last.pt truncated, with a flipped bit,  its name, and what is taken    previous.pt, which is gone on from and stays
@@ -262,8 +262,17 @@ def interrupt(*arguments: object, seconds: float, again: float | None = None) ->
     return said
 
 
-def test_an_interrupt_while_pytorch_is_imported_is_one_line(tmp_path):
-    assert interrupt(*QUICK, "--out", tmp_path / "run", seconds=0.7) == "hvp: interrupted\n"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+def test_a_signal_before_the_first_step_is_one_line(tmp_path, number, code):
+    """As soon as the command handles signals; PyTorch is not imported yet."""
+    process = start(*QUICK, "--out", tmp_path / "run")
+    handled = 0
+    while not handled & 1 << signal.SIGUSR1 - 1:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        handled = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    process.send_signal(number)
+    assert (process.communicate()[1], process.returncode) == ("hvp: interrupted\n", code)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

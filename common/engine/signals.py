@@ -14,7 +14,8 @@ from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
 """What the command exits with after each of them. 130 and 143 are the shell's own; 75 (EX_TEMPFAIL, "try again later")
-answers SIGUSR1, which batch systems send ahead of the time limit: queue the same command again with --resume."""
+answers SIGUSR1, which batch systems send ahead of the time limit: queue the same command again with --resume. Outside a
+run's steps nothing is saved, and SIGTERM kills as it does any program, which a shell calls 143, too."""
 
 _asked = False
 """Whether a signal has asked the command to stop already."""
@@ -72,11 +73,11 @@ class StopSignals:
 
 
 class CommandInterrupts:
-    """SIGINT while the `hvp` command runs, other than in a run's steps; a context manager around all of it.
+    """SIGINT and SIGUSR1 while the `hvp` command runs, other than in a run's steps; a context manager around all of it.
 
-    The first raises KeyboardInterrupt, so that whatever is in progress cleans up behind itself; during an import, which
-    that would break in some library's own way, it ends the process. So does any later one, and one after the end of the
-    block, where Python cleans up.
+    SIGUSR1 ends the process, with its exit code. The first SIGINT raises KeyboardInterrupt, so that whatever is in
+    progress cleans up behind itself; during an import, which that would break in some library's own way, it ends the
+    process. So does any later one, and one after the end of the block, where Python cleans up.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class CommandInterrupts:
         _asked, self._process = False, os.getpid()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._receive)
+            signal.signal(signal.SIGUSR1, self._end)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
@@ -113,6 +115,11 @@ class CommandInterrupts:
         _asked = self.raised = True
         raise KeyboardInterrupt
 
+    def _end(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() == self._process:
+            say_interrupted()
+            leave(signal.Signals(number))
+
     def _unraisable(self, about: Any) -> None:
         """A KeyboardInterrupt that was raised in a destructor or the like, where Python would print and ignore it."""
         if issubclass(about.exc_type, KeyboardInterrupt):
@@ -122,7 +129,7 @@ class CommandInterrupts:
             self._hook(about)
 
 
-def leave() -> None:
+def leave(number: signal.Signals = signal.SIGINT) -> None:
     """Ends this process and its loader workers at once. Files that are being written stay as they are, beside those
     that they would have replaced."""
     if "multiprocessing" in sys.modules:
@@ -131,7 +138,7 @@ def leave() -> None:
                 child.kill()
     if os.isatty(2):
         _write("\x1b[?25h")  # a progress bar hides the cursor
-    os._exit(EXIT_CODES[signal.SIGINT])
+    os._exit(EXIT_CODES[number])
 
 
 def say_interrupted() -> None:
