@@ -3,6 +3,7 @@
 The command handles Ctrl-C from its first moment on, so this module imports nothing that takes time.
 """
 
+import atexit
 import itertools
 import os
 import signal
@@ -93,6 +94,9 @@ class CommandInterrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._receive)
             signal.signal(signal.SIGUSR1, self._end)
+            # When Python cleans up at last it takes handlers back, and a signal would replace the command's exit code.
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                atexit.register(self._ignore, number)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
@@ -119,6 +123,10 @@ class CommandInterrupts:
         if os.getpid() == self._process:
             say_interrupted()
             leave(signal.Signals(number))
+
+    def _ignore(self, number: signal.Signals) -> None:
+        if os.getpid() == self._process:
+            signal.signal(number, signal.SIG_IGN)
 
     def _unraisable(self, about: Any) -> None:
         """A KeyboardInterrupt that was raised in a destructor or the like, where Python would print and ignore it."""
