@@ -148,7 +148,7 @@ def damaged_checkpoint(case: Case) -> None:
     until(lambda: (case.out / "previous.pt").exists() or command.wait(0) is not None, WHOLE)
     case.moment(command)
     send(command.pid, signal.SIGTERM)
-    case.ended(command, {0, 143})
+    case.ended(command, {0, 143, -signal.SIGTERM})  # the last when it comes after the last step
     last, previous = case.out / "last.pt", case.out / "previous.pt"
     damaged = [last]
     if case.choose.random() < 0.3 and previous.exists():
