@@ -238,7 +238,7 @@ def linear(
 
 
 class _Opened(NamedTuple):
-    """What an evaluation reads."""
+    """The inputs of an evaluation."""
 
     encoder: "Encoder"
     meta: "BackboneMeta"
@@ -288,7 +288,7 @@ def say_origin(encoder: "Encoder", meta: "BackboneMeta") -> None:
 
 
 def summary(encoder: "Encoder", meta: "BackboneMeta") -> dict[str, Any]:
-    """What a result says of its checkpoint."""
+    """Description of the checkpoint, for a result."""
     from hvp.common.evaluation.features import weights_digest
 
     return {**meta.summary(), "weights": weights_digest(encoder)}

@@ -316,7 +316,7 @@ def show(method: str, resolved: "Resolved") -> None:
 
 
 def consequences(method: str, config: Any) -> list[str]:
-    """What a configuration amounts to: images, steps, learning rate, combinations, and memory.
+    """Summarise what follows from a configuration: images, steps, learning rate, combinations, and memory.
 
     Raises:
         UserError: the images are less than a batch, or the networks cannot be built.

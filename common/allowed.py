@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field takes, for example `whole number from 1 to 256, or null`."""
+    """Describe the values that a field takes, for example `whole number from 1 to 256, or null`."""
     return _words(field.annotation, _bounds(field.metadata))
 
 

@@ -285,7 +285,7 @@ def nearest_key(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _instead(key: str, known: Mapping[str, Any]) -> str:
-    """What to write instead of an unknown key: the nearest ones, or those that there are."""
+    """Suggest keys for an unknown one: the nearest, or those that there are."""
     if hint := nearest_key(key, known):
         return hint
     section = key.rpartition(".")[0]

@@ -21,7 +21,7 @@ OWN_OPTIONS = {
     **{name: f"; use hvp's own --{name}" for name in ("partition", "account", "qos", "mem", "constraint")},
     **dict.fromkeys(("ntasks-per-node", "requeue", "output", "open-mode", "signal", "ntasks"), ", and relies on it"),
 }
-"""What the batch file says already, and where to change it."""
+"""Options that the batch file sets already, and where to change each."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SlurmJob:
     account: str | None = None
     qos: str | None = None
     mem: str | None = None
-    """Of a node, as sbatch reads it."""
+    """Memory of a node, as sbatch reads it."""
 
     constraint: str | None = None
     """Features that a node must have."""

@@ -100,7 +100,7 @@ class MultiCropSelection(SelectionConfig):
 
 
 MAX_PATCHES = 256**2
-"""Of a view: as many as 4096 pixels have in patches of 16."""
+"""Most patches of a view: those of 4096 pixels in patches of 16."""
 
 
 def check_num_patches(key: str, size: int, patch_size: int) -> None:

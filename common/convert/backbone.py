@@ -153,7 +153,7 @@ def _num_heads(encoder: VisionTransformer) -> int:
 
 
 def _resnet(encoder: ResNet) -> str | None:
-    """What both libraries call a ResNet; None for one with CIFAR's stem, which neither has."""
+    """Name of a ResNet in both libraries; None for one with CIFAR's stem, which neither has."""
     if encoder.state_dict()["conv1.weight"].shape[-1] != 7:
         return None
     return {2048: "resnet50", 512: "resnet18"}[encoder.embed_dim]

@@ -34,7 +34,7 @@ def open_dataset(
 
 
 def absolute_dataset(spec: str | None) -> str | None:
-    """What `--data` names, as it is named from any folder."""
+    """Dataset name or path of `--data` that holds in any folder."""
     # an empty name is no folder, and is refused as such when it is opened
     return os.path.abspath(os.path.expanduser(spec)) if spec and spec != "shapes" else spec
 

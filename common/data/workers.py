@@ -211,7 +211,7 @@ class Batches(Generic[T]):
         return batches
 
     def _wait(self, get: Callable[[], R], stopped: Callable[[], bool]) -> R:
-        """What `get` returns, if it does so in time."""
+        """Return the result of `get`, if it comes in time."""
         watch = _Watch(self._loader, self._source, self._timeout, stopped)
         try:
             with _explained(self._workers, starting=self._loader.processes is None):
@@ -234,7 +234,7 @@ class Batches(Generic[T]):
             raise
 
     def _dead_worker(self, patience: float = 0.0) -> str | None:
-        """What killed a worker, if one is dead or will be `patience` seconds from now."""
+        """Cause of a worker's death, if one is dead or will be `patience` seconds from now."""
         processes, until = self._loader.processes, time.monotonic() + patience
         while processes is not None and not processes._shutdown:  # then they are dead by our own hand
             for number, worker in enumerate(processes._workers):
@@ -246,7 +246,7 @@ class Batches(Generic[T]):
         return None
 
     def _hang(self) -> str:
-        """What is waited for."""
+        """Message that names the workers and images waited for."""
         processes = self._loader.processes
         if processes is None:
             who = f"This process has {self._source.image_of(0)} in hand" if self._workers == 0 else "No worker starts"
@@ -287,7 +287,7 @@ class _Watch:
         self._begun, self._waited = -1, 0.0
 
     def over(self, get: Callable[[], R]) -> R:
-        """What `get` returns, unless the wait is ended before."""
+        """Return the result of `get`, unless the wait is ended before."""
         if threading.current_thread() is not threading.main_thread():
             return get()
         before = signal.signal(signal.SIGALRM, self._look)
@@ -356,7 +356,7 @@ _MEMORY = (
 
 
 def _remedy(error: BaseException, workers: int) -> str | None:
-    """What to do about a limit of this machine; None if it is something else."""
+    """Advice on a limit of this machine; None for any other error."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -378,7 +378,7 @@ def _remedy(error: BaseException, workers: int) -> str | None:
 
 
 def _death(exitcode: int, pid: int | None, image: str | None, workers: int) -> str:
-    """What a dead worker died of, and what to do."""
+    """Message for a dead worker: the cause, and a remedy."""
     last = f" The last image it was given is {image}." if image else ""
     if exitcode > LIMIT_REACHED:
         error = OSError(exitcode - LIMIT_REACHED, os.strerror(exitcode - LIMIT_REACHED))
@@ -395,7 +395,7 @@ def _death(exitcode: int, pid: int | None, image: str | None, workers: int) -> s
 
 
 def _state(pid: int | None) -> str:
-    """What Linux says of a process that does nothing."""
+    """State of an idle process, from /proc; empty if unknown."""
     with suppress(OSError, IndexError):
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return {"T": " (stopped)", "D": " (waiting for a disk)"}.get(letter, "")
@@ -411,7 +411,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Lost:
-    """What kept a batch from getting to the main process."""
+    """Error that kept a batch from reaching the main process."""
 
     error: Exception
 
@@ -441,7 +441,7 @@ def _opened(content: bytes) -> Any:
 
 
 class _Maker(Dataset[Any]):
-    """What runs in the workers."""
+    """Dataset whose items are batches; runs in the workers."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self._make = make

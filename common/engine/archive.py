@@ -29,7 +29,7 @@ END_RECORD = 22
 """Bytes of a zip archive's last record, which ends with the length of the comment that follows it."""
 
 MOST_LEVELS, MOST_ENTRIES = 32, 10_000_000
-"""Of nested containers in a file. A checkpoint has 5 levels and an entry for each tensor, number and text."""
+"""Limits on nested containers in a file. A checkpoint has 5 levels and an entry for each tensor, number and text."""
 
 OTHER_KINDS = {
     stat.S_IFDIR: "a folder",

@@ -119,7 +119,7 @@ class Config(Entry):
 
 
 class Header(Entry):
-    """What every reader of a checkpoint relies on."""
+    """Entries that every reader of a checkpoint relies on."""
 
     method: str
     config: Config
@@ -128,7 +128,7 @@ class Header(Entry):
 
 
 class Content(Header):
-    """What a resume relies on besides; networks and losses are checked by whoever loads them."""
+    """Further entries that a resume relies on; networks and losses are checked by whoever loads them."""
 
     steps_per_epoch: int = Field(ge=1)
     log: Progress

@@ -34,7 +34,7 @@ class Footprint:
     """All candidates of a part of the batch, as normalised float32."""
 
     objective: int
-    """What the loss compares: logits of prototypes, or similarities between images."""
+    """Bytes of the tensors that the loss compares: logits of prototypes, or similarities between images."""
 
     selection: int
     """The losses of the combinations that are compared."""
@@ -44,7 +44,7 @@ class Footprint:
 
     @property
     def device(self) -> int:
-        """Of the memory in which the networks are."""
+        """Bytes on the device that holds the networks."""
         # the objective comes after the selection, which is gone by then
         return self.networks + self.views + max(self.objective, self.selection)
 
@@ -56,7 +56,7 @@ SETTINGS = {
     "selection": "selection.comparisons, or the candidates; or raise train.accumulate",
     "pixels": "train.batch_size, the crops' sizes, or the candidates; or raise train.accumulate",
 }
-"""What to lower, by the largest part."""
+"""Keys to lower, by the largest part."""
 
 
 class _NoValues(TorchFunctionMode):
@@ -71,7 +71,7 @@ class _NoValues(TorchFunctionMode):
 
 
 def footprint(config: Any, build_modules: BuildModules, world: World = World()) -> Footprint:
-    """What one of the processes takes.
+    """Estimate the memory of one process.
 
     Args:
         config: a `RunConfig`.

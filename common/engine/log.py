@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl and TensorBoard events.
+"""Log of a run: metrics.jsonl and TensorBoard events.
 
 Columns of a row of metrics.jsonl, of which a method has those that it knows:
 

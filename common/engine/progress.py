@@ -21,7 +21,7 @@ RECENT_STEPS = 100
 GAP, SHORTEST_BAR = "  ", 8
 
 SelectingSteps = Callable[[int], int]
-"""How many steps, from the given one on (counted from 0), select hard views."""
+"""Number of steps from the given one on (counted from 0) that select hard views."""
 
 
 class TimeLeft:
@@ -122,7 +122,7 @@ class Progress:
             self.note(GAP.join(self._fields()))
 
     def _fields(self) -> list[str]:
-        """What is said, in the order in which it is dropped from the end."""
+        """Parts of the line, most important first; they are dropped from the end."""
         row = self._row
         fields = [f"step {self._done}/{self._total}", f"left {self._left}"]
         if row:

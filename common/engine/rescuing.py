@@ -71,7 +71,7 @@ class Rescuer:
         return self.k > 0
 
     def loss(self, features: Features, part: ViewBatch) -> Tensor:
-        """What a part of the batch adds to its loss; called under autocast. The parts' mean is the step's Rescue loss,
+        """Rescue loss of a part of the batch; called under autocast. The parts' mean is the step's Rescue loss,
         weighted: all of it comes with the last part.
 
         Args:

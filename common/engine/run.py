@@ -202,7 +202,7 @@ def describe_run(out: Path, method: str, config: RunConfig) -> None:
 
 
 def describe_images(source: ImageSource) -> dict[str, Any]:
-    """What a checkpoint says of the images of its run."""
+    """Identity of a run's images, for its checkpoints."""
     return {"name": source.name, "images": len(source)}
 
 
@@ -283,9 +283,9 @@ class Run:
         self._signals = StopSignals(leader=world.leader, saves=not temporary)
         self._stop: signal.Signals | None = None
         self._loss_sum, self._loss_count = 0.0, 0
-        """Of the steps since the last row."""
+        """Loss of the steps since the last row."""
         self._epoch_loss_sum, self._epoch_loss_count = 0.0, 0
-        """Of the epoch's steps so far."""
+        """Loss of the epoch's steps so far."""
         self._batches: list[ViewBatch] = []
         self._saved: int | None = None
         self._started = self._clock = time.perf_counter()

@@ -111,8 +111,7 @@ class ViewSelector:
 
 
 def selecting_steps(selection: SelectionConfig, total_steps: int) -> Callable[[int], int]:
-    """How many steps of a run that selects, from a given one on (counted from 0), are steps that
-    `ViewSelector.acts_on()` is true for."""
+    """Number of a run's steps, from a given one on (counted from 0), for which `ViewSelector.acts_on()` is true."""
     first_step = math.ceil(selection.start * total_steps)
 
     def before(step: int) -> int:

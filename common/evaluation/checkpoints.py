@@ -86,7 +86,7 @@ class BackboneMeta:
     networks: tuple[str, ...] = ()
     """Every network that the file holds by name."""
     prefix: str = ""
-    """What stood before the backbone's own names."""
+    """Prefix of the backbone's own names in the file."""
     described: Path | None = None
     """The file beside it that says what it does not: `hvp convert` writes one."""
     note: str = ""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pydantic
 
 META = ".meta.json"
-"""What the name of a converted file is followed by in that of its description."""
+"""Suffix that makes a converted file's name that of its description."""
 
 
 class DescribedFile(pydantic.BaseModel):
@@ -18,7 +18,7 @@ class DescribedFile(pydantic.BaseModel):
 
 
 class Description(pydantic.BaseModel):
-    """What an evaluation reads of a description."""
+    """The parts of a description that an evaluation reads."""
 
     format: Literal["hvp-conversion"]
     version: Literal[1]

@@ -117,7 +117,7 @@ def write_result(result: Mapping[str, Any] | list[dict[str, Any]], path: Path) -
 
 
 def read_result(path: Path) -> Any:
-    """What a file of `write_result()` holds; None where it is another kind of file."""
+    """Content of a file of `write_result()`; None for any other kind of file."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < 2**28 else None
     except (OSError, ValueError, RecursionError):
@@ -132,7 +132,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result was made of, by the names that the user knows, as it is after a journey through JSON."""
+    """Inputs of a result, by the names that the user knows, as it is after a journey through JSON."""
     checkpoint, settings = (
         value if isinstance(value, Mapping) else {} for value in (result.get("checkpoint"), result.get("settings"))
     )

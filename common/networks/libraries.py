@@ -21,7 +21,7 @@ TORCHVISION_NAMES = {
     ".mlp.fc1.": ".mlp.0.",
     ".mlp.fc2.": ".mlp.3.",
 }
-"""What of our names torchvision's ViTs call differently: beginnings, then what stands inside."""
+"""Names that differ in torchvision's ViTs: prefixes, then parts inside a name."""
 
 
 def to_torchvision(key: str) -> str:
