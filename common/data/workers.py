@@ -101,7 +101,7 @@ class WatchedSource:
         return self._source.classes
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """As the source's."""
+        """Note the image, and read it from the source."""
         worker = get_worker_info()
         place = 0 if worker is None else 2 * worker.id
         self._slots[place] += 1
@@ -109,11 +109,11 @@ class WatchedSource:
         return self._source.read(index)
 
     def labels(self) -> NDArray[np.int64] | None:
-        """As the source's."""
+        """Labels of the source."""
         return self._source.labels()
 
     def describe(self, index: int) -> str:
-        """As the source's."""
+        """Name of an image in the source."""
         return self._source.describe(index)
 
     @property

@@ -33,10 +33,13 @@ RandomState = Annotated[Tensor, AfterValidator(_random_state)]
 
 
 class Progress(Entry):
-    """The log since its last row."""
+    """Loss since the log's last row, and since the epoch's start."""
 
     loss_sum: float
     loss_count: int = Field(ge=0)
+    epoch_loss_sum: float = 0.0
+    """Not in checkpoints of early versions, as the next."""
+    epoch_loss_count: int = Field(0, ge=0)
 
 
 class Stream(Entry):
@@ -95,7 +98,7 @@ class Images(Entry):
     """The images of a run."""
 
     name: str
-    """As messages call them: the folder, and how many there are."""
+    """Folder and number of images, for messages."""
     images: int = Field(ge=1)
 
 

@@ -57,7 +57,7 @@ class Rescuer:
         self.network, self.world, self.device = network, world, device
         self._num_parts = config.train.accumulate
         self._strong = strong
-        self._earlier: list[tuple[Tensor, Tensor, Tensor]] = []  # z_a, z_b and image index of the step's parts so far
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # z_a, z_b and image index of the step's parts so far
         self._last: Rescued | None = None
         if self.k == world.size == 1 and isinstance(network, torch.nn.Module) and has_batch_norm(network):
             raise UserError(
@@ -87,11 +87,11 @@ class Rescuer:
         z_a, z_b = self._compared(features).chunk(2)
         index = part.index
         if self._num_parts > 1:
-            self._earlier.append((z_a.detach(), z_b.detach(), index))
-            if len(self._earlier) < self._num_parts:
+            self._parts.append((z_a.detach(), z_b.detach(), index))
+            if len(self._parts) < self._num_parts:
                 return torch.zeros((), device=self.device)
-            z_a, z_b, index = (torch.cat(tensors) for tensors in zip(*self._earlier, strict=True))
-            self._earlier.clear()
+            z_a, z_b, index = (torch.cat(tensors) for tensors in zip(*self._parts, strict=True))
+            self._parts.clear()
         config = self.config
         self._last = rescue(
             z_a,

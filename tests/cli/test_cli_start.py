@@ -1,4 +1,4 @@
-"""How the command starts, ends early and prints, whatever the command."""
+"""Start, early end and output of every command."""
 
 import errno
 import io

@@ -47,7 +47,7 @@ class Pictures:
 
 
 class Stacked:
-    """What the workers do."""
+    """Read pictures as the workers do."""
 
     def __init__(self, source: WatchedSource) -> None:
         self.source = source

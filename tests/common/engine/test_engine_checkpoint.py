@@ -1,4 +1,4 @@
-"""What a checkpoint must hold."""
+"""Entries that a checkpoint must hold."""
 
 import copy
 import os
@@ -83,6 +83,8 @@ def test_one_of_an_early_version_is_read(tmp_path: Path) -> None:
         ("config/model", 3, "config.model: "),
         ("log/loss_sum", float("inf"), "log.loss_sum: "),
         ("log/loss_count", MISSING, "log.loss_count is missing"),
+        ("log/epoch_loss_sum", "1.5", "log.epoch_loss_sum: "),
+        ("log/epoch_loss_count", -1, "log.epoch_loss_count: "),
         ("processes/0/torch", torch.zeros(3), "processes.0.torch: is no generator's state"),
         ("processes/0/skipped", [1], "processes.0.skipped.0: "),
         ("precision/scaler", {"scale": 2.0}, "precision.scaler"),

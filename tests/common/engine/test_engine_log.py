@@ -1,4 +1,4 @@
-"""What a run writes down: rows, TensorBoard's events, and what stays of an epoch; also when the run is resumed."""
+"""Log of a run: rows, TensorBoard's events, and what stays of an epoch; also when the run is resumed."""
 
 import io
 import json
