@@ -63,12 +63,12 @@ def diversity(
     The Rescue paper has 0.7069 and 0.6690. With your encoder and images, a strong view that is as alike as a common one
     is too weak (raise rescue.num_ops or rescue.cutout); one that is not alike at all is no view of the image any more.
     """
+    from hvp.cli.diversity import measure_diversity
     from hvp.common.data import open_dataset
-    from hvp.common.engine.distributed import available_cores
-    from hvp.common.engine.precision import pick_device
-    from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.checkpoints import load_encoder
-    from hvp.common.evaluation.diversity import measure_diversity
+    from hvp.common.training.distributed import available_cores
+    from hvp.common.training.precision import pick_device
+    from hvp.common.training.run import available_workers
 
     encoder, meta = load_encoder(checkpoint, which.value if which else None)
     config = _configuration(meta, like, set_ or [])
@@ -121,7 +121,7 @@ def _configuration(meta: "BackboneMeta", like: str | None, assignments: list[str
     Raises:
         UserError: neither is there, or a name or value is wrong.
     """
-    from hvp.common.config import parse_assignment, read_yaml, resolve
+    from hvp.common.config.resolving import parse_assignment, read_yaml, resolve
     from hvp.common.errors import UserError
     from hvp.methods import get_method, get_preset
 

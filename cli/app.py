@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import hvp
-from hvp.cli import analyze, bench, config, convert, demo, doctor, evaluate, launch, patch, presets, pretrain, resume
+from hvp.cli import analyze, config, convert, demo, doctor, evaluate, launch, patch, presets, pretrain, resume
 
 app = typer.Typer(
     name="hvp",
@@ -22,7 +22,6 @@ app.command("convert")(convert.convert)
 app.add_typer(analyze.app, name="analyze")
 app.command("config")(config.config)
 app.command("presets")(presets.presets)
-app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(launch.app, name="launch")

@@ -22,8 +22,8 @@ def config(
 
     These are the keys of `--set KEY=VALUE`, of the files for `--config`, and of the presets.
     """
-    from hvp.common.allowed import allowed_values
-    from hvp.common.config import chosen_keys, leaf_keys, read_yaml, resolve
+    from hvp.common.config.allowed import allowed_values
+    from hvp.common.config.resolving import chosen_keys, leaf_keys, read_yaml, resolve
     from hvp.methods import get_method, get_preset
 
     config_class = get_method(method).config

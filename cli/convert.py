@@ -94,12 +94,12 @@ def convert(
 
 
 def _to(checkpoint: Path, to: Target, which: Which | None, out: Path, overwrite: bool) -> "Converted":
-    from hvp.common.config import resolve
+    from hvp.common.config.resolving import resolve
     from hvp.common.convert.backbone import export_backbone
     from hvp.common.convert.report import claim, saver, write
     from hvp.common.convert.upstream import to_upstream
-    from hvp.common.engine.checkpoint import load_checkpoint
     from hvp.common.evaluation.checkpoints import checkpoint_file
+    from hvp.common.training.checkpoint import load_checkpoint
     from hvp.methods import get_method
 
     path = checkpoint_file(checkpoint)

@@ -29,11 +29,11 @@ def demo(
     import torch
 
     from hvp.cli.pretrain import resolve_flags
+    from hvp.cli.preview import preview_selection
     from hvp.common.evaluation.checkpoints import load_encoder
     from hvp.common.evaluation.results import write_result
     from hvp.common.views import draw_selection
     from hvp.methods import get_method
-    from hvp.methods.dino.preview import preview_selection
 
     console = result_console()
     started = time.perf_counter()
@@ -97,9 +97,9 @@ def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
 
     from hvp.cli.evaluate import evaluation_progress
     from hvp.common.data import open_dataset
-    from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.knn import evaluate_knn
     from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, probe_defaults
+    from hvp.common.training.run import available_workers
 
     train = open_dataset("shapes", "train", shapes=config.data.shapes, labels=True)
     val = open_dataset("shapes", "val", shapes=config.data.shapes, labels=True)

@@ -11,7 +11,7 @@ from hvp.cli.output import progress_console, result_console
 from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
-    from hvp.common.doctor import Check
+    from hvp.cli.checks import Check
 
 STYLES = {"ok": "green", "warning": "yellow", "failure": "red"}
 
@@ -38,8 +38,8 @@ def doctor(
 
     With a METHOD and its preset, memory and disk are held against what that run takes.
     """
+    from hvp.cli.checks import examine
     from hvp.cli.pretrain import resolve_flags, run_folder
-    from hvp.common.doctor import examine
 
     run: Any = None
     build_modules = None

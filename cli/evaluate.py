@@ -90,9 +90,9 @@ def knn(
     out: ToFile = None,
 ) -> None:
     """Weighted k-NN: the training images vote on the classes of the validation images."""
-    from hvp.common.engine.precision import pick_device
-    from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.knn import KS, evaluate_knn
+    from hvp.common.training.precision import pick_device
+    from hvp.common.training.run import available_workers
 
     opened = _open(checkpoint, which, data, resolution)
     given = {
@@ -168,10 +168,10 @@ def linear(
     out: ToFile = None,
 ) -> None:
     """Linear probe: a classifier on the frozen features."""
-    from hvp.common.engine.precision import pick_device
-    from hvp.common.engine.run import available_workers
     from hvp.common.evaluation.linear import LinearOptions, LinearProtocol, evaluate_linear, probe_defaults
     from hvp.common.networks.vision_transformer import VisionTransformer
+    from hvp.common.training.precision import pick_device
+    from hvp.common.training.run import available_workers
     from hvp.methods import get_method
 
     encoder, meta, train, val, size = _open(checkpoint, which, data, resolution)

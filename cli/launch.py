@@ -58,7 +58,7 @@ def slurm(
     `hvp launch slurm --nodes 2 --gpus-per-node 8 --out job.sh -- pretrain dino --preset vitb16-400ep --data DIR`, then
     `sbatch job.sh`.
     """
-    from hvp.common.slurm import SlurmJob, sbatch_script
+    from hvp.cli.slurm import SlurmJob, sbatch_script
 
     name, given = parse(command)
     is_run = name in ("pretrain", "resume")
@@ -89,7 +89,7 @@ def slurm(
     if out is None:
         print(script, end="")
         return
-    from hvp.common.engine.checkpoint import write_atomically
+    from hvp.common.training.checkpoint import write_atomically
 
     if out.exists():
         raise UserError(f"{out}: exists. Remove it, or name another file with --out")

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from hvp.common.engine.signals import CommandInterrupts, say_interrupted
 from hvp.common.errors import LostProcess, SharedError, Stopped, UserError
+from hvp.common.training.signals import CommandInterrupts, say_interrupted
 
 
 def main() -> None:
@@ -25,10 +27,17 @@ def _run() -> None:
     from hvp.cli.output import outlive_readers
 
     outlive_readers()
-    try:
+    with reported():
         command_line()()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Print an error that the user can fix as one message, and exit with its code."""
+    try:
+        yield
     except (SharedError, Stopped) as error:
-        from hvp.common.engine.distributed import leave_together
+        from hvp.common.training.distributed import leave_together
 
         if error.leader:
             print(f"hvp: {error}", file=sys.stderr, flush=True)

@@ -16,8 +16,8 @@ from hvp.cli.output import progress_console, result_console
 from hvp.methods import METHODS
 
 if TYPE_CHECKING:
-    from hvp.common.config import Resolved
-    from hvp.common.engine.measure import Measurement
+    from hvp.cli.measure import Measurement
+    from hvp.common.config.resolving import Resolved
 
 FLAGS = {
     "data": "data.path",
@@ -136,7 +136,7 @@ def pretrain(
     and 75 (queue me again). `hvp resume` goes on. A mistake that you can mend is exit code 2.
     """
     given = locals()
-    from hvp.common.engine.memory import memory_advice
+    from hvp.cli.memory import memory_advice
     from hvp.common.errors import UserError
 
     flags = {key: given[name] for name, key in FLAGS.items()}
@@ -173,11 +173,11 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
     """
     import torch
 
-    from hvp.common.engine.distributed import environment_world, launch
-    from hvp.common.engine.footprint import check_fits
-    from hvp.common.engine.memory import memory_advice
-    from hvp.common.engine.training import build_loader, open_training_data
+    from hvp.cli.memory import memory_advice
     from hvp.common.errors import UserError
+    from hvp.common.training.distributed import environment_world, launch
+    from hvp.common.training.footprint import check_fits
+    from hvp.common.training.session import build_loader, open_training_data
     from hvp.methods import get_method
 
     started = environment_world().size
@@ -214,11 +214,11 @@ def _train_original(
     dry_run: bool,
 ) -> None:
     """Starts the patched original, or says what would be started."""
-    from hvp.common.engine.distributed import environment_world
     from hvp.common.errors import UserError
-    from hvp.common.originals.job import plan
-    from hvp.common.originals.patching import load_patch
-    from hvp.methods import get_original
+    from hvp.common.training.distributed import environment_world
+    from hvp.patches import get_original
+    from hvp.patches.job import plan
+    from hvp.patches.patching import load_patch
 
     with said_once():
         if environment_world().size > 1:
@@ -250,8 +250,8 @@ def _train_original(
 @contextmanager
 def said_once() -> Iterator[None]:
     """For mistakes that all processes of a run make alike before they are in touch: rank 0 says them."""
-    from hvp.common.engine.distributed import environment_world
     from hvp.common.errors import SharedError, UserError
+    from hvp.common.training.distributed import environment_world
 
     try:
         yield
@@ -275,7 +275,7 @@ def resolve_flags(
     Raises:
         UserError: an unknown method, preset or key, or a value that is not allowed.
     """
-    from hvp.common.config import parse_assignment, read_yaml, resolve
+    from hvp.common.config.resolving import parse_assignment, read_yaml, resolve
     from hvp.methods import get_method, get_preset
 
     names = {"data.path": "--data", "selection.hard_views": "--hard-views", "data.on_bad_image": "--on-bad-image"}
@@ -322,9 +322,9 @@ def consequences(method: str, config: Any) -> list[str]:
         UserError: the images are less than a batch, or the networks cannot be built.
     """
     from hvp.common.data import open_dataset
-    from hvp.common.engine.footprint import footprint, size
-    from hvp.common.engine.rescuing import images_to_rescue
     from hvp.common.errors import UserError
+    from hvp.common.training.footprint import footprint, size
+    from hvp.common.training.rescuing import images_to_rescue
     from hvp.methods import get_method
 
     train, slots = config.train, config.view_slots()
@@ -364,8 +364,8 @@ def consequences(method: str, config: Any) -> list[str]:
 
 
 def _measure(method: str, config: Any) -> None:
-    from hvp.common.engine.footprint import check_fits
-    from hvp.common.engine.measure import measure
+    from hvp.cli.measure import measure
+    from hvp.common.training.footprint import check_fits
     from hvp.methods import get_method
 
     check_fits(config, get_method(method).build_modules)
@@ -389,7 +389,7 @@ def _measure(method: str, config: Any) -> None:
 
 
 def _costs(found: "Measurement") -> Table:
-    from hvp.common.engine.timing import duration
+    from hvp.common.training.timing import duration
 
     kinds = [("without hard views", found.vanilla, found.vanilla.seconds * found.total_steps)]
     if found.hard is not None and found.hard_run_seconds is not None:

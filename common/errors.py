@@ -31,7 +31,7 @@ class Stopped(Exception):
 
     Args:
         message: what was left where.
-        exit_code: the command line's, by signal: see `hvp.common.engine.signals`.
+        exit_code: the command line's, by signal: see `hvp.common.training.signals`.
         leader: whether this is the process that shows it.
     """
 

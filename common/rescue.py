@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hvp.common.engine.collectives import gathered, summed
-from hvp.common.engine.distributed import World
+from hvp.common.training.collectives import gathered, summed
+from hvp.common.training.distributed import World
 
 Direction = Literal["pull", "push"]
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from hvp.common.convert.upstream import Layout
     from hvp.common.evaluation.linear import LinearProtocol
-    from hvp.common.originals.original import Original
-    from hvp.common.originals.released import Released
 
 METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""
@@ -65,37 +63,6 @@ def get_method(name: str) -> Method:
     return method
 
 
-def get_original(name: str) -> "Original":
-    """How a method's original is run, and compared with ours.
-
-    Raises:
-        UserError: nothing is known of it, or there is no such method.
-    """
-    known = [method for method in METHODS if (files("hvp.methods") / method / "original.py").is_file()]
-    if name not in known:
-        raise UserError(
-            f"{name} is not compared with its original, nor started by --engine upstream. Those that are: "
-            f"{', '.join(known)}"
-        )
-    original: Original = import_module(f"hvp.methods.{name}.original").ORIGINAL
-    return original
-
-
-def get_released(name: str) -> "Released":
-    """A method's selection in the code of HVP's authors.
-
-    Raises:
-        UserError: they released none for it, or there is no such method.
-    """
-    known = [method for method in METHODS if (files("hvp.methods") / method / "released.py").is_file()]
-    if name not in known:
-        raise UserError(
-            f"HVP's authors released no code for {name}. They did for {', '.join(known)}: leave --hvp-code out"
-        )
-    released: Released = import_module(f"hvp.methods.{name}.released").RELEASED
-    return released
-
-
 def presets(method: str) -> dict[str, Traversable]:
     """The presets of a method, by name.
 
@@ -115,7 +82,7 @@ def get_preset(method: str, name: str) -> Traversable:
     Raises:
         UserError: the method has no such preset.
     """
-    from hvp.common.config import nearest
+    from hvp.common.config.resolving import nearest
 
     known = presets(method)
     if name not in known:
@@ -124,6 +91,8 @@ def get_preset(method: str, name: str) -> Traversable:
 
 
 def _unknown(method: str) -> UserError:
-    from hvp.common.config import nearest  # needs Pydantic, which takes longer to import than `hvp --help` to run
+    from hvp.common.config.resolving import (
+        nearest,  # needs Pydantic, which takes longer to import than `hvp --help` to run
+    )
 
     return UserError(f"unknown method {method}.{nearest(method, list(METHODS))} Known: {', '.join(METHODS)}")

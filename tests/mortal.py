@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import torch
 
 from hvp.cli.main import main
-from hvp.common.engine import checkpoint, run
-from hvp.common.engine.run import Run
+from hvp.common.training import checkpoint, run
+from hvp.common.training.run import Run
 
 AFTER, MOMENT = int(sys.argv[1]), sys.argv[2]
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hvp.common.engine.distributed import World, joined
+from hvp.common.training.distributed import World, joined
 
 Body = Callable[[World, Callable[[Any], None]], None]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvp.common.config import leaf_keys
+from hvp.common.config.resolving import leaf_keys
 from hvp.methods import METHODS, get_method
 
 ROOT = Path(__file__).parents[1]

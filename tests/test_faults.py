@@ -52,14 +52,14 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from hvp.cli.main import main
-from hvp.common.config import read_yaml, resolve
-from hvp.common.engine import checkpoint, log, signals
-from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
-from hvp.common.engine.distributed import World
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.run import Run, claimed
-from hvp.common.engine.training import build_loader, open_training_data
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import Stopped
+from hvp.common.training import checkpoint, log, signals
+from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
+from hvp.common.training.distributed import World
+from hvp.common.training.precision import Precision
+from hvp.common.training.run import Run, claimed
+from hvp.common.training.session import build_loader, open_training_data
 from hvp.methods import get_method, get_preset
 
 HVP = str(Path(sys.executable).with_name("hvp"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from setuptools import PEP420PackageFinder
 
 import hvp
 
@@ -24,14 +25,13 @@ def test_environment_and_project_list_the_same_packages():
 
 
 def test_every_folder_with_code_is_packaged():
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    own = {folder: package for package, folder in setuptools["package-dir"].items()}
-    folders = set()
+    """Benchmarks are not installed."""
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = set(PEP420PackageFinder.find(ROOT / find["where"][0], exclude=find["exclude"]))
     for top in ("cli", "common", "methods", "patches"):
-        for file in [*(ROOT / top).rglob("*.py"), *(ROOT / top).rglob("*.yaml")]:
-            folder = file.parent.relative_to(ROOT)
-            folders.add(own.get(str(folder), "hvp." + ".".join(folder.parts)))
-    assert folders == set(setuptools["packages"])
+        for file in [*(ROOT / top).rglob("*.py"), *(ROOT / top).rglob("*.yaml"), *(ROOT / top).rglob("*.toml")]:
+            assert "hvp." + ".".join(file.parent.relative_to(ROOT).parts) in packages
+    assert not [package for package in packages if "benchmarks" in package]
 
 
 def test_the_package_knows_its_version():
@@ -42,14 +42,14 @@ def test_no_command_needs_pytorch_to_start():
     """PyTorch takes seconds to import, and may be imported only after `hvp` has set up OpenMP."""
     code = """
 import sys, typer
-import hvp.cli.main, hvp.common.config, hvp.methods
+import hvp.cli.main, hvp.common.config.resolving, hvp.methods
 from hvp.cli.app import app
 def names(command):
     return [command.name, *(name for part in getattr(command, "commands", {}).values() for name in names(part))]
 assert "knn" in names(typer.main.get_command(app))
 print(*sorted({"torch", "pydantic", "numpy"} & {name.partition(".")[0] for name in sys.modules}))
 """
-    assert _run([sys.executable, "-c", code.replace("hvp.common.config, ", "")], ROOT).strip() == ""
+    assert _run([sys.executable, "-c", code.replace("hvp.common.config.resolving, ", "")], ROOT).strip() == ""
     assert _run([sys.executable, "-c", code], ROOT).split() == ["pydantic"]
 
 

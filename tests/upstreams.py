@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hvp.common.originals.patching import Patch
+from hvp.patches.patching import Patch
 
 
 def clone_of(patch: Patch) -> Path:

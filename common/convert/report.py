@@ -16,9 +16,9 @@ import torchvision
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from hvp.common.engine.checkpoint import write_atomically
 from hvp.common.errors import UserError
 from hvp.common.evaluation.descriptions import described_in, sha256
+from hvp.common.training.checkpoint import write_atomically
 
 Became = Literal["kept", "renamed", "changed", "left out"]
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from hvp.common.config import flatten
+from hvp.common.config.resolving import flatten
+from hvp.common.config.sections import RunConfig
 from hvp.common.convert.report import Account, Became, Converted, write
-from hvp.common.engine.archive import save_sealed
-from hvp.common.engine.checkpoint import FORMAT, VERSION
-from hvp.common.engine.distributed import World
-from hvp.common.engine.optimizers import OptimizerName, build_optimizer
-from hvp.common.engine.run import LAST, claimed, describe_images, describe_run, versions
-from hvp.common.engine.training import open_training_data
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import WRAPPER, misfits, read_content
-from hvp.common.sections import RunConfig
+from hvp.common.training.archive import save_sealed
+from hvp.common.training.checkpoint import FORMAT, VERSION
+from hvp.common.training.distributed import World
+from hvp.common.training.optimizers import OptimizerName, build_optimizer
+from hvp.common.training.run import LAST, claimed, describe_images, describe_run, versions
+from hvp.common.training.session import open_training_data
 from hvp.common.views import steps_per_epoch
 
 Built = TypeVar("Built")

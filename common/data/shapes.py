@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from hvp.common.config import Section
+from hvp.common.config.resolving import Section
 
 # Geometry is in units of the image's side, x to the right and y down, so the scene does not depend on its size in
 # pixels: P corners, S pixels a side. Paint has its channels first, which NumPy broadcasts several times faster.

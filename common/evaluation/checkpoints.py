@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hvp.common.engine.archive import DamagedCheckpoint, read_archive, require_file
-from hvp.common.engine.checkpoint import FORMAT, Header, check_content
 from hvp.common.errors import UserError
 from hvp.common.evaluation.descriptions import described_in, read_description
 from hvp.common.networks import Encoder, encoder_from_state
 from hvp.common.networks.libraries import from_libraries
 from hvp.common.networks.vision_transformer import VisionTransformer
+from hvp.common.training.archive import DamagedCheckpoint, read_archive, require_file
+from hvp.common.training.checkpoint import FORMAT, Header, check_content
 
 log = logging.getLogger(__name__)
 

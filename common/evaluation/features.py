@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from hvp.common.data import BadImage, ImageSource
 from hvp.common.data.workers import Batches, WatchedSource, shared_empty
-from hvp.common.engine.archive import read_archive, save_sealed
-from hvp.common.engine.checkpoint import write_atomically
 from hvp.common.errors import UserError
+from hvp.common.training.archive import read_archive, save_sealed
+from hvp.common.training.checkpoint import write_atomically
 from hvp.common.views import normalize
 
 # N images, B images per forward pass, D features

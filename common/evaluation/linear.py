@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hvp.common.data import BadImage, ImageSource
-from hvp.common.engine.optimizers import LARS
 from hvp.common.errors import UserError
 from hvp.common.evaluation.features import (
     Precision,
@@ -28,6 +27,7 @@ from hvp.common.evaluation.features import (
 )
 from hvp.common.evaluation.metrics import percent, rank_of_target
 from hvp.common.evaluation.results import Result, describe_source, labelled, versions
+from hvp.common.training.optimizers import LARS
 from hvp.common.views import MultiViewLoader, ViewSlot, ViewTransform, epoch_order, normalize
 
 # N training images, M validation images, B images of a step, D features, C classes

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hvp.common.data import ImageSource
-from hvp.common.engine.checkpoint import write_atomically
 from hvp.common.errors import UserError
+from hvp.common.training.checkpoint import write_atomically
 
 Result = dict[str, Any]
 """What an evaluation found and every setting it ran with; JSON can hold all of it."""

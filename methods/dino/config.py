@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from hvp.common.config import Epochs, Fraction, PatchSize, Prototypes, Section, Temperature, Width
-from hvp.common.sections import TeacherOptimConfig
-from hvp.common.view_sections import MultiCropConfig
+from hvp.common.config.resolving import Epochs, Fraction, PatchSize, Prototypes, Section, Temperature, Width
+from hvp.common.config.sections import TeacherOptimConfig
+from hvp.common.config.view_sections import MultiCropConfig
 
 
 class ModelConfig(Section):

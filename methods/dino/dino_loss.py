@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hvp.common.center import GlobalMean
-from hvp.common.cross_entropy import view_cross_entropy
-from hvp.common.engine.schedules import linear_then_constant
+from hvp.common.losses.center import GlobalMean
+from hvp.common.losses.cross_entropy import view_cross_entropy
+from hvp.common.training.schedules import linear_then_constant
 
 NUM_TEACHER_VIEWS = 2
 

@@ -17,25 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.batch_norm import has_batch_norm
-from hvp.common.engine.collapse import feature_spread
-from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
-from hvp.common.engine.ema import update_ema
-from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.rescuing import Rescuer
-from hvp.common.engine.run import Run, Stateful
-from hvp.common.engine.schedules import warmup_cosine
-from hvp.common.engine.selecting import ViewSelector
-from hvp.common.engine.training import RunOptions, session
 from hvp.common.hardviews import Selection
 from hvp.common.networks import Encoder
 from hvp.common.networks.heads import DINOHead
+from hvp.common.training.batch_norm import has_batch_norm
+from hvp.common.training.collapse import feature_spread
+from hvp.common.training.distributed import averaging, data_parallel, synchronised, unwrapped
+from hvp.common.training.ema import update_ema
+from hvp.common.training.optimizers import build_optimizer, clip_gradients, split_weight_decay
+from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.run import Run, Stateful
+from hvp.common.training.schedules import warmup_cosine
+from hvp.common.training.selecting import ViewSelector
+from hvp.common.training.session import RunOptions, session
 from hvp.common.views.normalize import normalize
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.dino_loss import DINOLoss
+from hvp.methods.dino.multi_crop import MultiCropWrapper, build_backbone
 from hvp.methods.dino.score import pair_losses
-from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
 
 
 def train_dino(config: DinoConfig, out: Path, **options: Unpack[RunOptions]) -> Path:

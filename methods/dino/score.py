@@ -5,9 +5,9 @@
 
 from torch import Tensor
 
-from hvp.common.cross_entropy import pair_cross_entropies
+from hvp.common.losses.cross_entropy import pair_cross_entropies
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import MultiCropWrapper
+from hvp.methods.dino.multi_crop import MultiCropWrapper
 
 
 def pair_losses(

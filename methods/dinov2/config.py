@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common import sections
-from hvp.common.config import (
+from hvp.common.config import sections
+from hvp.common.config.resolving import (
     Epochs,
     Every,
     Fraction,
@@ -21,8 +21,8 @@ from hvp.common.config import (
     Weight,
     Width,
 )
+from hvp.common.config.view_sections import MultiCropConfig, MultiCropViews
 from hvp.common.hardviews import Slots
-from hvp.common.view_sections import MultiCropConfig, MultiCropViews
 
 
 class ModelConfig(Section):

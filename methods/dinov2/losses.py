@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvp.common.center import GlobalMean
-from hvp.common.cross_entropy import patch_weights, view_cross_entropies
+from hvp.common.losses.center import GlobalMean
+from hvp.common.losses.cross_entropy import patch_weights, view_cross_entropies
 
 NUM_GLOBAL_VIEWS = 2
 SINKHORN_ITERATIONS = 3

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import feature_spread
-from hvp.common.engine.distributed import assert_equal_weights, averaging, data_parallel, unwrapped
-from hvp.common.engine.ema import update_ema
-from hvp.common.engine.optimizers import build_optimizer
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.rescuing import Rescuer
-from hvp.common.engine.run import Run, Stateful
-from hvp.common.engine.selecting import ViewSelector, of_kept
-from hvp.common.engine.sharding import Whole, local, release, shard
-from hvp.common.engine.training import RunOptions, session
 from hvp.common.errors import UserError
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, build_register_vit
+from hvp.common.training.collapse import feature_spread
+from hvp.common.training.distributed import assert_equal_weights, averaging, data_parallel, unwrapped
+from hvp.common.training.ema import update_ema
+from hvp.common.training.optimizers import build_optimizer
+from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.run import Run, Stateful
+from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.session import RunOptions, session
+from hvp.common.training.sharding import Whole, local, release, shard
 from hvp.common.views.normalize import normalize
 from hvp.methods.dinov2.config import DINOv2Config, HeadConfig
 from hvp.methods.dinov2.losses import DINOv2Loss

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvp.common.engine.sharding import Unit
 from hvp.common.networks import Features
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer
+from hvp.common.training.sharding import Unit
 
 
 class StudentOutputs(NamedTuple):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvp.common.engine.schedules import cosine, linear_then_constant, warmup_cosine
 from hvp.common.errors import UserError
+from hvp.common.training.schedules import cosine, linear_then_constant, warmup_cosine
 from hvp.methods.dinov2.config import DINOv2Config
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvp.common.cross_entropy import masked_patch_losses, pair_cross_entropies
+from hvp.common.losses.cross_entropy import masked_patch_losses, pair_cross_entropies
 from hvp.common.networks.heads import WeightNormLinear
 from hvp.methods.dinov2.losses import DINOv2Loss
 from hvp.methods.dinov2.networks import Network

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import (
+from hvp.common.config.resolving import (
     Epochs,
     Fraction,
     PatchSize,
@@ -15,9 +15,9 @@ from hvp.common.config import (
     Weight,
     Width,
 )
+from hvp.common.config.sections import TeacherOptimConfig
+from hvp.common.config.view_sections import MultiCropConfig, MultiCropSelection, MultiCropViews
 from hvp.common.hardviews import Slots
-from hvp.common.sections import TeacherOptimConfig
-from hvp.common.view_sections import MultiCropConfig, MultiCropSelection, MultiCropViews
 
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
 Fractions = Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1, max_length=64)]

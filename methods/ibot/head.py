@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hvp.common.engine.batch_norm import has_batch_norm
 from hvp.common.networks import Features
 from hvp.common.networks.heads import DINOHead, WeightNormLinear
 from hvp.common.networks.vision_transformer import VisionTransformer
+from hvp.common.training.batch_norm import has_batch_norm
 
 
 class iBOTHead(DINOHead):

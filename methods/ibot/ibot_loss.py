@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvp.common.center import GlobalMean
-from hvp.common.cross_entropy import patch_weights, view_cross_entropy
-from hvp.common.engine.schedules import linear_then_constant
+from hvp.common.losses.center import GlobalMean
+from hvp.common.losses.cross_entropy import patch_weights, view_cross_entropy
+from hvp.common.training.schedules import linear_then_constant
 
 NUM_GLOBAL_VIEWS = 2
 

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import feature_spread
-from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
-from hvp.common.engine.ema import update_ema
-from hvp.common.engine.optimizers import build_optimizer, clip_gradients, split_weight_decay
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.rescuing import Rescuer
-from hvp.common.engine.run import Run, Stateful
-from hvp.common.engine.schedules import warmup_cosine
-from hvp.common.engine.selecting import ViewSelector, of_kept
-from hvp.common.engine.training import RunOptions, session
 from hvp.common.networks.vision_transformer import VisionTransformer, build_vit
+from hvp.common.training.collapse import feature_spread
+from hvp.common.training.distributed import averaging, data_parallel, synchronised, unwrapped
+from hvp.common.training.ema import update_ema
+from hvp.common.training.optimizers import build_optimizer, clip_gradients, split_weight_decay
+from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.run import Run, Stateful
+from hvp.common.training.schedules import warmup_cosine
+from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.session import RunOptions, session
 from hvp.common.views.normalize import normalize
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvp.common.cross_entropy import Layer, masked_patch_losses, pair_cross_entropies
+from hvp.common.losses.cross_entropy import Layer, masked_patch_losses, pair_cross_entropies
 from hvp.methods.ibot.head import MultiCropWrapper
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvp.common.engine.ema import update_ema
 from hvp.common.networks import Features
 from hvp.common.networks.resnet import ConvNet
+from hvp.common.training.ema import update_ema
 from hvp.methods.mocov3.vits import VisionTransformerMoCo
 
 

@@ -5,10 +5,20 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hvp.common import sections
-from hvp.common.config import CropSize, Epochs, Fraction, LearningRate, Scale, Section, Temperature, Weight, Width
+from hvp.common.config import sections
+from hvp.common.config.resolving import (
+    CropSize,
+    Epochs,
+    Fraction,
+    LearningRate,
+    Scale,
+    Section,
+    Temperature,
+    Weight,
+    Width,
+)
+from hvp.common.config.view_sections import ColorConfig, check_num_patches
 from hvp.common.hardviews import Slots
-from hvp.common.view_sections import ColorConfig, check_num_patches
 from hvp.common.views import ViewSlot
 from hvp.methods.mocov3.vits import PATCH_SIZE
 

@@ -6,9 +6,9 @@
 import torch
 from torch import Tensor
 
-from hvp.common.engine.collectives import gathered
-from hvp.common.engine.distributed import World
 from hvp.common.hardviews import Slots
+from hvp.common.training.collectives import gathered
+from hvp.common.training.distributed import World
 from hvp.methods.mocov3.builder import MoCo
 from hvp.methods.mocov3.contrastive_loss import info_nce
 

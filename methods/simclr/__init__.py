@@ -1,9 +1,9 @@
 """SimCLR (arXiv:2002.05709), with hard views."""
 
 from hvp.methods import Method
+from hvp.methods.simclr.checkpoint_names import upstream_layout
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.main_simclr import build_encoder, build_modules, train_simclr
-from hvp.methods.simclr.upstream import upstream_layout
 
 METHOD = Method(
     "simclr",

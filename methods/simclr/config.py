@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hvp.common.config import Epochs, Fraction, LearningRate, Scale, Section, Temperature, Weight, Width
-from hvp.common.view_sections import TwoViewConfig, TwoViews
+from hvp.common.config.resolving import Epochs, Fraction, LearningRate, Scale, Section, Temperature, Weight, Width
+from hvp.common.config.view_sections import TwoViewConfig, TwoViews
 
 
 class ModelConfig(Section):

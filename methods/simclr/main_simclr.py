@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import feature_spread
-from hvp.common.engine.distributed import averaging, data_parallel, synchronised, unwrapped
-from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.rescuing import Rescuer
-from hvp.common.engine.run import Run
-from hvp.common.engine.schedules import warmup_cosine
-from hvp.common.engine.selecting import ViewSelector
-from hvp.common.engine.training import RunOptions, session
 from hvp.common.networks.resnet import CONVNETS, ConvNet
+from hvp.common.training.collapse import feature_spread
+from hvp.common.training.distributed import averaging, data_parallel, synchronised, unwrapped
+from hvp.common.training.optimizers import build_optimizer, split_weight_decay
+from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.run import Run
+from hvp.common.training.schedules import warmup_cosine
+from hvp.common.training.selecting import ViewSelector
+from hvp.common.training.session import RunOptions, session
 from hvp.common.views.normalize import normalize
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead

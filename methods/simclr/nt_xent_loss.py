@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvp.common.engine.collectives import gathered
-from hvp.common.engine.distributed import World
+from hvp.common.training.collectives import gathered
+from hvp.common.training.distributed import World
 
 
 def nt_xent_loss(z: Tensor, temperature: float, world: World = World()) -> Tensor:

@@ -1,9 +1,9 @@
 """SimSiam (arXiv:2011.10566), with hard views."""
 
 from hvp.methods import Method
+from hvp.methods.simsiam.checkpoint_names import upstream_layout
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import build_encoder, build_modules, train_simsiam
-from hvp.methods.simsiam.upstream import upstream_layout
 
 METHOD = Method(
     "simsiam",

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from hvp.common.config import Fraction, LearningRate, Section, Weight, Width
-from hvp.common.view_sections import TwoViewConfig, TwoViews
+from hvp.common.config.resolving import Fraction, LearningRate, Section, Weight, Width
+from hvp.common.config.view_sections import TwoViewConfig, TwoViews
 
 
 class ModelConfig(Section):

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.engine.collapse import feature_spread
-from hvp.common.engine.distributed import (
+from hvp.common.errors import UserError
+from hvp.common.networks.resnet import CONVNETS, ConvNet
+from hvp.common.training.collapse import feature_spread
+from hvp.common.training.distributed import (
     World,
     averaging,
     data_parallel,
@@ -26,15 +28,13 @@ from hvp.common.engine.distributed import (
     synchronised,
     unwrapped,
 )
-from hvp.common.engine.optimizers import build_optimizer
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.rescuing import Rescuer
-from hvp.common.engine.run import Run
-from hvp.common.engine.schedules import cosine
-from hvp.common.engine.selecting import ViewSelector
-from hvp.common.engine.training import RunOptions, session
-from hvp.common.errors import UserError
-from hvp.common.networks.resnet import CONVNETS, ConvNet
+from hvp.common.training.optimizers import build_optimizer
+from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.run import Run
+from hvp.common.training.schedules import cosine
+from hvp.common.training.selecting import ViewSelector
+from hvp.common.training.session import RunOptions, session
 from hvp.common.views.normalize import normalize
 from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig

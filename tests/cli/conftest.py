@@ -22,7 +22,7 @@ def hvp(monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: object) -> Ran:
+    def run(*arguments: object, main: Callable[[], None] = main) -> Ran:
         monkeypatch.setattr(sys, "argv", ["hvp", *map(str, arguments)])
         code = 0
         try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvp.common.config import leaf_keys
+from hvp.common.config.resolving import leaf_keys
 from hvp.methods import METHODS, get_method
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
 from hvp.common.networks.resnet import CONVNETS
+from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
 
 SMALL = ("--data", "shapes", "--epochs", 2, "--batch-size", 8, "--workers", 0, "--set", "data.shapes.train=16")
 SMALLER = (

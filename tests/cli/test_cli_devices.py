@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvp.common.engine.checkpoint import load_checkpoint
+from hvp.common.training.checkpoint import load_checkpoint
 
 HVP = str(Path(sys.executable).with_name("hvp"))
 QUICK = [

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from hvp.common import doctor
-from hvp.common.config import read_yaml, resolve
-from hvp.common.doctor import check_cores, check_disk, check_packages, check_shared_memory
-from hvp.common.engine.checkpoint import checkpoint_bytes, load_checkpoint
+from hvp.cli import checks as doctor
+from hvp.cli.checks import check_cores, check_disk, check_packages, check_shared_memory
+from hvp.common.config.resolving import read_yaml, resolve
+from hvp.common.training.checkpoint import checkpoint_bytes, load_checkpoint
 from hvp.methods import get_method, get_preset
 
 Usage = namedtuple("Usage", "total used free")

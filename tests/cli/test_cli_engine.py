@@ -14,8 +14,8 @@ import pytest
 import torch
 from upstreams import clone_of
 
-from hvp.common.engine.signals import EXIT_CODES
-from hvp.common.originals import job, patching
+from hvp.common.training.signals import EXIT_CODES
+from hvp.patches import job, patching
 
 TRAINER = """import json, os, sys
 rank = os.environ.get("RANK", "none")
@@ -307,7 +307,7 @@ def test_the_original_understands_the_flags(hvp, tmp_path, method):
     assert hvp(*shlex.split(apply)[1:]).code == 0
     script = (
         "import argparse, runpy, sys\n"
-        "from hvp.common.originals.on_cpu import substitute\n"
+        "from hvp.benchmarks.originals.on_cpu import substitute\n"
         "substitute()\n"
         "parse = argparse.ArgumentParser.parse_args\n"
         "def parse_and_stop(*given):\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hvp.cli.slurm import SlurmJob, sbatch_script
 from hvp.common.errors import UserError
-from hvp.common.slurm import SlurmJob, sbatch_script
 
 RUN = ["pretrain", "dino", "--preset", "vitb16-400ep", "--data", "/data/imagenet"]
 # Stand-ins for Slurm's commands: what they are called with is noted, and srun runs the task as it would.

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp.common.engine import signals
-from hvp.common.engine.measure import _how_many, measure
-from hvp.common.engine.run import Run
-from hvp.common.engine.selecting import ViewSelector, selecting_steps
+from hvp.cli.measure import _how_many, measure
+from hvp.common.training import signals
+from hvp.common.training.run import Run
+from hvp.common.training.selecting import ViewSelector, selecting_steps
 from hvp.methods import get_method
 from hvp.methods.dino.config import DinoConfig
 

@@ -9,8 +9,10 @@ import pytest
 from released_standins import SIMSIAM, repository
 from upstreams import clone_at, clone_of
 
-from hvp.common.originals import patching, released
-from hvp.methods import get_original, get_released
+from hvp.benchmarks.originals.__main__ import command_line as compared
+from hvp.benchmarks.released import get_released
+from hvp.benchmarks.released import selection as released
+from hvp.patches import get_original, patching
 
 TRAINER = "first\nsecond\n"
 
@@ -106,7 +108,7 @@ def test_mistakes_are_one_message(hvp, clone, command, method, upstream, message
 
 
 def test_what_cannot_be_compared_is_one_message(hvp):
-    ran = hvp("patch", "compare", "nosuch", "--upstream", "anywhere")
+    ran = hvp("nosuch", "--upstream", "anywhere", main=compared)
     assert ran.code == 2
     assert ran.err.startswith(
         "hvp: nosuch is not compared with its original, nor started by --engine upstream. Those that are: dino, "
@@ -119,7 +121,7 @@ def test_the_patched_original_agrees_with_our_trainer(hvp, method):
     """On a real clone, where HVP_UPSTREAMS names one."""
     for package in get_original(method).needs:
         pytest.importorskip(package)
-    ran = hvp("patch", "compare", method, "--upstream", clone_of(patching.load_patch(method)))
+    ran = hvp(method, "--upstream", clone_of(patching.load_patch(method)), main=compared)
     assert ran.code == 0, ran.out + ran.err
     assert f"{method}: 20 steps of ours and of" in ran.out
 
@@ -146,7 +148,7 @@ def test_the_patched_original_agrees_with_our_trainer(hvp, method):
     ],
 )
 def test_no_code_to_compare_with_is_one_message(hvp, method, options, message):
-    ran = hvp("patch", "compare", method, *options)
+    ran = hvp(method, *options, main=compared)
     assert ran.code == 2
     assert ran.err.startswith(f"hvp: {message}")
     assert ran.err.count("\n") == 1
@@ -157,9 +159,9 @@ def test_no_code_to_compare_with_is_one_message(hvp, method, options, message):
 def test_a_selection_is_compared(hvp, monkeypatch, tmp_path, scale, code):
     commit, losses = repository(tmp_path / "clone", SIMSIAM), get_released("simsiam").pair_losses
     there = replace(get_released("simsiam"), commit=commit, pair_losses=lambda batch: scale * losses(batch))
-    monkeypatch.setattr("hvp.methods.simsiam.released.RELEASED", there)
+    monkeypatch.setattr("hvp.benchmarks.released.simsiam.RELEASED", there)
     monkeypatch.setattr(released, "NUM_BATCHES", 1)
-    ran = hvp("patch", "compare", "simsiam", "--hvp-code", tmp_path / "clone")
+    ran = hvp("simsiam", "--hvp-code", tmp_path / "clone", main=compared)
     assert ran.code == code
     assert f"automl/hvp at {commit[:7]}, branch main: select_crops.select_crops_cross.\n" in ran.out
     assert [line.split()[:5] for line in ran.out.splitlines() if line.startswith(" random")] == [
@@ -170,7 +172,7 @@ def test_a_selection_is_compared(hvp, monkeypatch, tmp_path, scale, code):
 @pytest.mark.parametrize("method", ["dino", "ibot", "simsiam", "simclr"])
 def test_the_released_selection_agrees_with_ours(hvp, method):
     """On a real clone, where HVP_UPSTREAMS names one."""
-    ran = hvp("patch", "compare", method, "--hvp-code", clone_at(released.REPOSITORY, "hvpcode"))
+    ran = hvp(method, "--hvp-code", clone_at(released.REPOSITORY, "hvpcode"), main=compared)
     assert ran.code == 0, ran.out + ran.err
     rows = {line.split("outputs")[0].strip(): line.split("outputs")[1].split() for line in ran.out.splitlines()[2:4]}
     assert rows.keys() == {"random", "network"}
@@ -186,5 +188,5 @@ def test_the_released_selection_agrees_with_ours(hvp, method):
 def test_a_loss_of_ours_with_another_value_is_seen(hvp, monkeypatch, method, name, wrong):
     """The same, with ours alone set wrongly: their side runs in a process of its own."""
     clone = clone_at(released.REPOSITORY, "hvpcode")
-    monkeypatch.setattr(f"hvp.methods.{method}.released.{name}", wrong)
-    assert hvp("patch", "compare", method, "--hvp-code", clone).code == 1
+    monkeypatch.setattr(f"hvp.benchmarks.released.{method}.{name}", wrong)
+    assert hvp(method, "--hvp-code", clone, main=compared).code == 1

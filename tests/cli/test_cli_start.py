@@ -16,8 +16,9 @@ import torch
 import hvp as package
 from hvp.cli import presets
 from hvp.cli.output import _Droppable, _outliving
-from hvp.common.engine import distributed, signals, training
-from hvp.common.engine.distributed import World, threads_beside_loader
+from hvp.common.training import distributed, signals
+from hvp.common.training import session as training
+from hvp.common.training.distributed import World, threads_beside_loader
 
 
 def commands() -> list[list[str]]:
@@ -83,7 +84,6 @@ NAME = "[/]:cat:[bold]"
         ["analyze", "diversity", NAME, "--data", "shapes"],
         ["presets", NAME],
         ["patch", "check", "dino", "--upstream", NAME],
-        ["patch", "compare", NAME, "--hvp-code", "x"],
         ["launch", "slurm", "--", "pretrain", NAME],
     ],
     ids=" ".join,
@@ -113,8 +113,6 @@ LONG = "long" * 1200
         ["demo", "--out", LONG],
         ["doctor", "dino", "--preset", "tiny", "--out", LONG],
         ["patch", "check", "dino", "--upstream", LONG],
-        ["patch", "compare", "dino", "--hvp-code", LONG],
-        ["patch", "compare", "dino", "--upstream", LONG],
         ["launch", "slurm", "--out", LONG, "--", "eval", "knn", "x", "--data", "y"],
     ],
     ids=lambda arguments: " ".join(arguments).replace(LONG, "LONG"),

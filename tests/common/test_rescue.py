@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hvp.common import rescue
-from hvp.common.engine.distributed import World
 from hvp.common.rescue import easiest
+from hvp.common.training.distributed import World
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

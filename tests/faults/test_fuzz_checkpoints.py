@@ -13,8 +13,8 @@ from fuzzing import EXAMPLES, examples, hvp, named
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvp.common.engine.checkpoint import load_checkpoint, save_checkpoint
 from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
 
 METHODS = ("dino", "simclr") if EXAMPLES else ("dino",)
 SMALL = (

@@ -11,7 +11,7 @@ from fuzzing import examples, hvp, named
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvp.common.config import leaf_keys, read_yaml, resolve
+from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.methods import METHODS, get_method
 
 MEMORY = 2 << 30

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvp.cli.pretrain import consequences
-from hvp.common.allowed import allowed_values, number_limits
-from hvp.common.config import leaf_keys, read_yaml, resolve
-from hvp.common.engine.footprint import check_fits
+from hvp.common.config.allowed import allowed_values, number_limits
+from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.common.errors import UserError
+from hvp.common.training.footprint import check_fits
 from hvp.methods import METHODS, get_method, get_preset
 
 SECONDS = 5.0

@@ -21,14 +21,15 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.config import read_yaml, resolve
+from hvp.common.config.resolving import read_yaml, resolve
+from hvp.common.config.sections import RunConfig
 from hvp.common.data import open_dataset
-from hvp.common.engine import rescuing, training
-from hvp.common.engine.checkpoint import load_checkpoint
-from hvp.common.engine.run import Run
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.evaluation.knn import evaluate_knn
-from hvp.common.sections import RunConfig
+from hvp.common.training import rescuing
+from hvp.common.training import session as training
+from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.run import Run
 from hvp.common.views import first_views
 from hvp.methods import METHODS, get_method, get_preset
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hvp.cli.pretrain import consequences
-from hvp.common.config import leaf_keys, read_yaml, resolve
+from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.methods import METHODS, get_method, get_preset, presets
 
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "imagenet100", "own")

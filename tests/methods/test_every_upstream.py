@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_every_method import config_of, leaves, train
 
-from hvp.common.config import leaf_keys
+from hvp.common.config.resolving import leaf_keys
 from hvp.common.convert.upstream import Converted, differences, from_upstream, to_upstream, write_run
-from hvp.common.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from hvp.common.engine.optimizers import build_optimizer
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from hvp.common.training.optimizers import build_optimizer
 from hvp.methods import METHODS, get_method
 
 STEPS_PER_EPOCH = 4

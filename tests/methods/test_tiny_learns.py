@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp.common.config import read_yaml, resolve
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.data import open_dataset
 from hvp.common.evaluation.knn import evaluate_knn
 from hvp.methods import get_method, get_preset

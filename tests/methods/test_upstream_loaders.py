@@ -17,8 +17,8 @@ from test_every_upstream import checkpoint_of
 from upstream_loaders import K, images
 
 from hvp.common.convert.upstream import from_upstream, to_upstream
-from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.evaluation.checkpoints import load_encoder, read_content
+from hvp.common.training.checkpoint import save_checkpoint
 from hvp.methods import METHODS, get_method
 
 CLONES = {"mocov3": ("moco-v3", "mocov3"), "simclr": ("hvp-simclr",)}

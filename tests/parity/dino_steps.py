@@ -12,20 +12,20 @@ from fixtures import Fixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hvp.common.engine import selecting
-from hvp.common.engine.collapse import CollapseWatch
-from hvp.common.engine.distributed import World
-from hvp.common.engine.optimizers import build_optimizer, split_weight_decay
-from hvp.common.engine.precision import Precision
-from hvp.common.engine.rescuing import Rescuer
-from hvp.common.engine.timing import Stopwatch
 from hvp.common.hardviews import Selection, Slots, select
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.vision_transformer import VisionTransformer
+from hvp.common.training import selecting
+from hvp.common.training.collapse import CollapseWatch
+from hvp.common.training.distributed import World
+from hvp.common.training.optimizers import build_optimizer, split_weight_decay
+from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.timing import Stopwatch
 from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import MultiCropWrapper
+from hvp.methods.dino.multi_crop import MultiCropWrapper
 
 CPU = torch.device("cpu")
 

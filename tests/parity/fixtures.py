@@ -40,7 +40,7 @@ OWNERS = (
     ("dinov2_", "hvp.methods.dinov2"),
     ("koleo_", "hvp.methods.dinov2"),
     ("knn_", "hvp.common.evaluation"),
-    ("lars_", "hvp.common.engine"),
+    ("lars_", "hvp.common.training"),
 )
 CHECKPOINT_KEYS = "checkpoint_keys"
 

@@ -11,7 +11,7 @@ import pytest
 from fixtures import checkpoint_models, load_checkpoint_keys
 from reference_models import Shapes, arch_of, head_sizes, linear_layers, shapes_of, vit_of
 
-from hvp.common.config import read_yaml, resolve
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.convert.upstream import Layout, to_upstream
 from hvp.methods import get_method, get_preset
 

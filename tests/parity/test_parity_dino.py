@@ -12,15 +12,15 @@ from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_ke
 from reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 from torch import Tensor, nn
 
-from hvp.common.cross_entropy import pair_cross_entropies
-from hvp.common.engine.optimizers import LARS, clip_gradients, split_weight_decay
-from hvp.common.engine.schedules import cosine, linear_then_constant, warmup_cosine
 from hvp.common.hardviews import Group, Slots, select
+from hvp.common.losses.cross_entropy import pair_cross_entropies
 from hvp.common.networks import encoder_from_state
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.vision_transformer import VisionTransformer
+from hvp.common.training.optimizers import LARS, clip_gradients, split_weight_decay
+from hvp.common.training.schedules import cosine, linear_then_constant, warmup_cosine
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import MultiCropWrapper
+from hvp.methods.dino.multi_crop import MultiCropWrapper
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:

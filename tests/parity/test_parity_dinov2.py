@@ -13,7 +13,7 @@ from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_ke
 from reference_models import arch_of, described, head_sizes, own_name, renamed, shapes_of, vit_of
 from torch import Tensor
 
-from hvp.common.cross_entropy import patch_weights, view_cross_entropies
+from hvp.common.losses.cross_entropy import patch_weights, view_cross_entropies
 from hvp.common.networks import encoder_from_state
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, build_register_vit

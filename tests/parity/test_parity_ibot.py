@@ -12,9 +12,9 @@ from reference_models import build_encoder, described, head_sizes, renamed, shap
 from scipy.stats import chi2_contingency
 from torch import Tensor, nn
 
-from hvp.common.engine.optimizers import split_weight_decay
 from hvp.common.hardviews import Group, Slots, select
 from hvp.common.networks.vision_transformer import VisionTransformer, vit_from_state
+from hvp.common.training.optimizers import split_weight_decay
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.masking import MaskSampler

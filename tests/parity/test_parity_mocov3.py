@@ -13,11 +13,11 @@ from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_ke
 from reference_models import arch_of, build_convnet, described, linear_layers, renamed, shapes_of, vit_of
 from torch import Tensor, nn
 
-from hvp.common.engine.optimizers import LARS
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots
 from hvp.common.networks.resnet import ResNet
 from hvp.common.networks.vision_transformer import VisionTransformer, sincos_positions
+from hvp.common.training.optimizers import LARS
 from hvp.methods.mocov3.builder import MoCo, MoCo_ResNet, MoCo_ViT
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.main_mocov3 import adjust_learning_rate, adjust_moco_momentum

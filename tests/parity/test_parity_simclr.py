@@ -12,10 +12,10 @@ from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_ke
 from reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 from torch import Tensor, nn
 
-from hvp.common.engine.optimizers import LARS
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.common.networks.resnet import ResNet
+from hvp.common.training.optimizers import LARS
 from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent

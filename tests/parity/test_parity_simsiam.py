@@ -11,11 +11,11 @@ from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_ke
 from reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 from torch import Tensor, nn
 
-from hvp.common.engine.schedules import cosine
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots, select
 from hvp.common.networks.resnet import CONVNETS, ResNet
+from hvp.common.training.schedules import cosine
 from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import symmetric_loss

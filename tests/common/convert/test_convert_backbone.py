@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from hvp.common.convert.backbone import export_backbone
 from hvp.common.convert.report import Converted, saver, write
-from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import evaluation_size, load_encoder
 from hvp.common.evaluation.linear import probe_defaults
@@ -23,6 +22,7 @@ from hvp.common.networks import Encoder
 from hvp.common.networks.register_vision_transformer import build_register_vit
 from hvp.common.networks.resnet import CONVNETS
 from hvp.common.networks.vision_transformer import VisionTransformer, build_vit, sincos_positions
+from hvp.common.training.checkpoint import save_checkpoint
 
 HEAD = {"head.mlp.0.weight": torch.ones(2, 4)}
 

@@ -157,7 +157,7 @@ def test_pixels_alone_do_not_tell_the_classes_apart():
 
 @pytest.mark.parametrize(("key", "value"), [("size", 7), ("train", 0), ("val", -1), ("seed", -1), ("seed", 2**32)])
 def test_impossible_options_are_refused_by_name(key, value):
-    with pytest.raises(ValidationError) as caught:  # which hvp.common.config turns into a message
+    with pytest.raises(ValidationError) as caught:  # which hvp.common.config.resolving turns into a message
         ShapesOptions(**{key: value})
     assert [error["loc"] for error in caught.value.errors()] == [(key,)]
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hvp.common.engine.checkpoint import save_checkpoint
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_complete, load_encoder, read_backbone_state
 from hvp.common.evaluation.linear import probe_defaults
 from hvp.common.networks.resnet import CONVNETS
+from hvp.common.training.checkpoint import save_checkpoint
 
 WEIGHT = {"cls_token": torch.ones(1, 1, 4), "norm.weight": torch.arange(4.0)}
 HEAD = {"head.mlp.0.weight": torch.ones(2, 4), "head.last_layer.weight_g": torch.ones(2, 1)}

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from processes import in_two_processes
 from torch import Tensor, nn
 
-from hvp.common.engine.distributed import World
 from hvp.common.errors import UserError
 from hvp.common.networks import encoder_from_state
 from hvp.common.networks.heads import DINOHead, WeightNormLinear
 from hvp.common.networks.resnet import CONVNETS
 from hvp.common.networks.vision_transformer import VisionTransformer, sincos_positions
+from hvp.common.training.distributed import World
 from hvp.methods.dino.dino_loss import DINOLoss
-from hvp.methods.dino.vision_transformer import MultiCropWrapper, build_backbone
+from hvp.methods.dino.multi_crop import MultiCropWrapper, build_backbone
 
 
 @pytest.fixture

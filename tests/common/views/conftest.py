@@ -2,7 +2,8 @@
 
 import pytest
 
-from hvp.common.views import ViewSlot, ViewTransform, benchmark
+from hvp.benchmarks import loading as benchmark
+from hvp.common.views import ViewSlot, ViewTransform
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torchvision import transforms
 
-from hvp.common.engine.rescuing import Rescuer
+from hvp.benchmarks import loading as benchmark
 from hvp.common.networks.resnet import convnet_micro
-from hvp.common.views import ViewBatch, benchmark
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.views import ViewBatch
 from hvp.methods.simclr.config import SimclrConfig
 from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hvp.benchmarks import loading as benchmark
 from hvp.common.data import BadImage
-from hvp.common.views import benchmark
 
 
 @lru_cache(maxsize=64)

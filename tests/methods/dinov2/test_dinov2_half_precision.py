@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hvp.common.config import read_yaml, resolve
-from hvp.common.engine.precision import Precision
+from hvp.common.config.resolving import read_yaml, resolve
+from hvp.common.training.precision import Precision
 from hvp.methods import get_preset
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.main_dinov2 import build_networks, train_dinov2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from processes import in_two_processes
 from torch import Tensor
 
-from hvp.common.engine.distributed import World
+from hvp.common.training.distributed import World
 from hvp.methods.dinov2.losses import DINOv2Loss, TeacherCenter, koleo_loss, sinkhorn_center
 
 K, K2, DIM, PATCHES = 11, 7, 5, 6

@@ -10,14 +10,14 @@ import torch
 import yaml
 from upstreams import clone_of
 
-from hvp.common.config import flatten, read_yaml, resolve
+from hvp.benchmarks.originals.comparison import compare
+from hvp.common.config.resolving import flatten, read_yaml, resolve
 from hvp.common.errors import UserError
-from hvp.common.originals.comparison import compare
-from hvp.common.originals.patching import load_patch
 from hvp.common.views import ViewBatch
 from hvp.methods import get_method, get_preset
 from hvp.methods.dinov2.config import DINOv2Config
-from hvp.methods.dinov2.original import IMAGES, ORIGINAL, ImagesOfSteps, check_data, flags, saved
+from hvp.patches.dinov2.original import IMAGES, ORIGINAL, ImagesOfSteps, check_data, flags, saved
+from hvp.patches.patching import load_patch
 
 
 def config(**values: object) -> DINOv2Config:

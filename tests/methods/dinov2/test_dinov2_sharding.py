@@ -11,17 +11,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from hvp.common.config import read_yaml, resolve
-from hvp.common.engine import sharding
-from hvp.common.engine.checkpoint import load_checkpoint
-from hvp.common.engine.run import Run
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.training import sharding
+from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.run import Run
 from hvp.methods import get_preset
 from hvp.methods.dinov2 import main_dinov2
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.main_dinov2 import train_dinov2
 
-# tests/common/engine/test_engine_sharding.py has the mechanism; whole runs take a minute.
+# tests/common/training/test_training_sharding.py has the mechanism; whole runs take a minute.
 pytestmark = pytest.mark.slow
 
 # What makes two processes do what one does: see test_every_method.py.

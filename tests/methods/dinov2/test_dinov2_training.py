@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hvp.common.config import read_yaml, resolve
-from hvp.common.engine.checkpoint import load_checkpoint
-from hvp.common.engine.selecting import ViewSelector, of_kept
-from hvp.common.engine.training import build_loader, open_training_data
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
 from hvp.methods import get_preset
 from hvp.methods.dinov2 import main_dinov2
@@ -259,7 +259,7 @@ def test_what_parts_change_is_said():
 
 
 def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr("hvp.common.engine.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
+    monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     hot = {"teacher__student_temp": 1e6, "teacher__teacher_temp": 1e6, "teacher__warmup_teacher_temp": 1e6}
     train(small(**hot), tmp_path / "run")
     assert f"ln(head_n_prototypes) = {math.log(128):.3f}" in (tmp_path / "run.txt").read_text()

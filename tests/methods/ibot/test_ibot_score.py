@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvp.common.cross_entropy import masked_patch_losses
 from hvp.common.hardviews import Slots, combination_losses
+from hvp.common.losses.cross_entropy import masked_patch_losses
 from hvp.common.networks.heads import WeightNormLinear
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.score import Prototypes, loss_matrix

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hvp.common.config import read_yaml, resolve
-from hvp.common.engine.checkpoint import load_checkpoint
-from hvp.common.engine.selecting import ViewSelector, of_kept
-from hvp.common.engine.training import build_loader, open_training_data
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
+from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
 from hvp.methods import get_preset
 from hvp.methods.ibot import main_ibot
@@ -236,7 +236,7 @@ def test_epochs_before_the_masks_begin_train_without_them(tmp_path):
 
 def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
     """A learning rate of nothing, and prototypes that agree on nothing: the [CLS] loss stays at ln K."""
-    monkeypatch.setattr("hvp.common.engine.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
+    monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     train(small(loss__student_temp=1e6, loss__teacher_temp=1e6, loss__warmup_teacher_temp=1e6), tmp_path / "run")
     said = (tmp_path / "run.txt").read_text()
     assert f"ln(out_dim) = {math.log(128):.3f}" in said

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from processes import in_two_processes
 from torch import Tensor, nn
 
-from hvp.common.engine.distributed import World, data_parallel
 from hvp.common.hardviews import Slots, combination_losses, select
+from hvp.common.training.distributed import World, data_parallel
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.score import pair_info_nce
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvp.common.engine.distributed import World, data_parallel
 from hvp.common.hardviews import Slots, combination_losses, select
+from hvp.common.training.distributed import World, data_parallel
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent
 

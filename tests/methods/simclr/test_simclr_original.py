@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hvp.common.config import resolve
+from hvp.common.config.resolving import resolve
 from hvp.methods.simclr.config import SimclrConfig
-from hvp.methods.simclr.original import flags, lr_of_epoch
+from hvp.patches.simclr.original import flags, lr_of_epoch
 
 
 @pytest.mark.parametrize("steps", [4, 12, 195])

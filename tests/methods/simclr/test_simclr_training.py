@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from hvp.common.config import read_yaml, resolve
-from hvp.common.engine import collapse
-from hvp.common.engine.checkpoint import load_checkpoint
-from hvp.common.engine.training import build_loader, open_training_data
+from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.hardviews import select
+from hvp.common.training import collapse
+from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
 from hvp.methods import get_preset, presets
 from hvp.methods.simclr.config import SimclrConfig

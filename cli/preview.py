@@ -1,0 +1,65 @@
+"""Which crops a trained model would train on, for pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvp.common.hardviews import Selection
+from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.run import seeded
+from hvp.common.training.selecting import ViewSelector
+from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.views import ViewBatch, normalize
+from hvp.methods.dino.config import DinoConfig
+from hvp.methods.dino.main_dino import build_loss, build_networks
+from hvp.methods.dino.score import pair_losses
+
+
+@dataclass(frozen=True)
+class Preview:
+    """N images, their sampled crops and the chosen ones: what `draw_selection()` draws."""
+
+    images: list[NDArray[np.uint8]]
+    """Source images, [H, W, 3]."""
+
+    batch: ViewBatch
+    """Their sampled crops."""
+
+    selection: Selection
+    """The crops that would be trained on."""
+
+
+def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> Preview:
+    """Selects among the crops of the first images of the first epoch, under the trained networks.
+
+    Args:
+        config: the run's configuration, with hard views.
+        checkpoint: one of that run.
+        num_images: N.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or there are fewer images.
+    """
+    train = config.train.model_copy(update={"batch_size": num_images, "accumulate": 1})
+    data = config.data.model_copy(update={"workers": 0})
+    selection = config.selection.model_copy(update={"start": 0.0, "every": 1})
+    config = config.model_copy(update={"train": train, "data": data, "selection": selection})
+    content = load_checkpoint(checkpoint)
+    device = torch.device("cpu")
+    with seeded(config.train.seed, device):
+        student, teacher = build_networks(config, device)
+        dino_loss = build_loss(config)
+        student.load_state_dict(content["student"])
+        teacher.load_state_dict(content["teacher"])
+        dino_loss.load_state_dict(content["dino_loss"])
+        source = open_training_data(config)
+        (batch,) = next(build_loader(config, source, device).epoch(0))
+        selector = ViewSelector(config, total_steps=1)
+        crops = [normalize(pixels) for pixels in batch.pixels]
+        with selector.scoring(student, teacher):
+            losses, _ = pair_losses(student, teacher, crops, dino_loss, config.train.epochs - 1)
+        kept = selector.keep(crops, losses, step=0)
+    return Preview([source.read(index) for index in batch.index.tolist()], batch, kept)

@@ -1,0 +1,222 @@
+"""The configuration sections of views: multi-crop (DINO and its kin), and two views of one distribution (SimSiam and
+its kin).
+
+A method whose defaults differ declares those fields again.
+"""
+
+from abc import ABC
+from dataclasses import replace
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from hvp.common.config.resolving import CropSize, Fraction, Scale, Section
+from hvp.common.config.sections import RunConfig, SelectionConfig
+from hvp.common.hardviews import Slots
+from hvp.common.views import ViewSlot, ViewTransform
+
+
+class ColorConfig(Section):
+    """What happens to the colours of every view."""
+
+    jitter: Fraction = 0.8
+    """Probability of colour jitter."""
+
+    brightness: Fraction = 0.4
+    """Jitter's brightness factor is drawn from 1 +- this."""
+
+    contrast: Fraction = 0.4
+    """Jitter's contrast factor is drawn from 1 +- this."""
+
+    saturation: Fraction = 0.2
+    """Jitter's saturation factor is drawn from 1 +- this."""
+
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Jitter's hue shift is drawn from +- this, as a fraction of the circle."""
+
+    grayscale: Fraction = 0.2
+    """Probability of grey."""
+
+    def transform(
+        self, size: int, scale: Scale, blur: float, interpolation: Literal["bicubic", "bilinear"]
+    ) -> ViewTransform:
+        """The distribution of a view with these colours."""
+        return ViewTransform(
+            size=size,
+            scale=scale,
+            interpolation=interpolation,
+            jitter=self.jitter,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            grayscale=self.grayscale,
+            blur=blur,
+        )
+
+
+class MultiCropViews(ColorConfig):
+    """The distribution of views: two global transforms and a local one."""
+
+    global_crops_size: CropSize = 224
+    """Height and width of a global crop, pixels."""
+
+    local_crops_size: CropSize = 96
+    """Height and width of a local crop, pixels."""
+
+    local_crops_number: int = Field(8, ge=0, le=256)
+    """Local crops that are trained on."""
+
+    global_crops_scale: Scale = (0.4, 1.0)
+    """Area of a global crop, as a fraction of the image's, (min, max)."""
+
+    local_crops_scale: Scale = (0.05, 0.4)
+    """Area of a local crop, as a fraction of the image's, (min, max)."""
+
+    blur_global1: Fraction = 1.0
+    """Probability of blur (sigma 0.1 to 2 pixels) in the first global transform."""
+
+    blur_global2: Fraction = 0.1
+    """The same in the second."""
+
+    blur_local: Fraction = 0.5
+    """The same in local crops."""
+
+    solarize: Fraction = 0.2
+    """Probability of solarisation (threshold 128) in the second global transform."""
+
+
+class MultiCropSelection(SelectionConfig):
+    """Which of the sampled crops are trained on (HVP)."""
+
+    global_candidates: int = Field(2, ge=1, le=32)
+    """Crops sampled for each of the two global transforms. HVP: 2."""
+
+    local_candidates: int = Field(16, ge=0, le=256)
+    """Local crops sampled. HVP: 2 for each that is kept."""
+
+    global_pairs: Literal["by_transform", "any"] = "by_transform"
+    """One global crop of each transform (HVP's released code), or any two (the paper's count of combinations)."""
+
+
+MAX_PATCHES = 256**2
+"""Most patches of a view: those of 4096 pixels in patches of 16."""
+
+
+def check_num_patches(key: str, size: int, patch_size: int) -> None:
+    """Sees to it that a view has not too many patches for a ViT.
+
+    Raises:
+        ValueError: it has.
+    """
+    if (patches := (size // patch_size) ** 2) > MAX_PATCHES:
+        raise ValueError(
+            f"{key} = {size} makes {patches} patches of {patch_size} pixels, but a ViT takes at most {MAX_PATCHES}. "
+            "Make the views smaller, or the patches larger"
+        )
+
+
+class MultiCropConfig(RunConfig, ABC):
+    """A run on two global crops, which are targets too, and local ones."""
+
+    views: MultiCropViews = MultiCropViews()
+    selection: MultiCropSelection = MultiCropSelection()
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> Self:
+        views, selection = self.views, self.selection
+        if selection.hard_views == "hvp" and selection.local_candidates < views.local_crops_number:
+            raise ValueError(
+                f"selection.local_candidates = {selection.local_candidates}, but views.local_crops_number = "
+                f"{views.local_crops_number} of them are kept. Sample at least as many; HVP samples twice as many"
+            )
+        return self
+
+    def check_patch_size(self, patch_size: int) -> None:
+        """Sees to it that crops are made of whole patches.
+
+        Raises:
+            ValueError: they are not.
+        """
+        for key in ("global_crops_size", "local_crops_size"):
+            if getattr(self.views, key) % patch_size:
+                raise ValueError(
+                    f"views.{key} = {getattr(self.views, key)} is not a multiple of model.patch_size = {patch_size}"
+                )
+            check_num_patches(f"views.{key}", getattr(self.views, key), patch_size)
+
+    def view_slots(self) -> tuple[ViewSlot, ...]:
+        """What the loader samples for an image: both global transforms, then local crops."""
+        views, selection = self.views, self.selection
+        hard = selection.hard_views == "hvp"
+        global1 = views.transform(views.global_crops_size, views.global_crops_scale, views.blur_global1, "bicubic")
+        global2 = replace(global1, blur=views.blur_global2, solarize=views.solarize)
+        num_global = selection.global_candidates if hard else 1
+        slots = [
+            ViewSlot("global1", global1, candidates=num_global, kept=1),
+            ViewSlot("global2", global2, candidates=num_global, kept=1),
+        ]
+        if views.local_crops_number:
+            local = views.transform(views.local_crops_size, views.local_crops_scale, views.blur_local, "bicubic")
+            num_local = selection.local_candidates if hard else views.local_crops_number
+            slots.append(ViewSlot("local", local, candidates=num_local, kept=views.local_crops_number))
+        return tuple(slots)
+
+    def combination_slots(self) -> Slots:
+        """Which combinations of those views `select()` compares."""
+        return self.slots_of_crops(diagonal=False)
+
+    def logits_bytes(self, images: int, prototypes: int) -> int:
+        """The logits of all crops that are trained on, float32."""
+        return 4 * images * (2 + self.views.local_crops_number) * prototypes
+
+    def slots_of_crops(self, *, diagonal: bool) -> Slots:
+        """The combinations of a global crop of each transform, or of any two, and of local crops.
+
+        Args:
+            diagonal: a global crop also has a loss of its own, as in `Slots`.
+        """
+        candidates = [slot.candidates for slot in self.view_slots()]
+        kept = [slot.kept for slot in self.view_slots()]
+        if self.selection.global_pairs == "any":
+            candidates[:2], kept[:2] = [candidates[0] + candidates[1]], [2]
+        return Slots.from_counts(candidates, kept, diagonal=diagonal)
+
+
+class TwoViews(ColorConfig):
+    """The distribution of views, one for both."""
+
+    crop_size: CropSize = 224
+    """Height and width of a view, pixels."""
+
+    crop_scale: Scale = (0.2, 1.0)
+    """Area of a view, as a fraction of the image's, (min, max)."""
+
+    blur: Fraction = 0.5
+    """Probability of blur (sigma 0.1 to 2 pixels)."""
+
+
+class PairSelection(SelectionConfig):
+    """Which pair of the sampled views is trained on (HVP)."""
+
+    candidates: int = Field(4, ge=2, le=64)
+    """Views sampled of every image, of which a pair is kept. HVP: 4, so 6 pairs."""
+
+
+class TwoViewConfig(RunConfig, ABC):
+    """A run on two views of one distribution."""
+
+    views: TwoViews = TwoViews()
+    selection: PairSelection = PairSelection()
+
+    def view_slots(self) -> tuple[ViewSlot, ...]:
+        """What the loader samples for an image: views of one distribution, of which a pair is kept."""
+        views = self.views
+        transform = views.transform(views.crop_size, views.crop_scale, views.blur, "bilinear")
+        num_views = self.selection.candidates if self.selection.hard_views == "hvp" else 2
+        return (ViewSlot("view", transform, candidates=num_views, kept=2),)
+
+    def combination_slots(self) -> Slots:
+        """Which pairs of those views `select()` compares: all of them."""
+        (slot,) = self.view_slots()
+        return Slots.from_counts((slot.candidates,), (slot.kept,))

@@ -1,0 +1,29 @@
+"""iBOT's checkpoints in the layout of bytedance/ibot, main_ibot.py."""
+
+from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
+from hvp.common.training.batch_norm import has_batch_norm
+from hvp.common.training.optimizers import split_weight_decay
+from hvp.methods.ibot.config import IbotConfig
+from hvp.methods.ibot.main_ibot import build_modules
+
+
+def upstream_layout(config: IbotConfig) -> Layout:
+    """The upstream's entries, keys and parameter groups. It wraps the teacher for batch norm's sake only."""
+    student, teacher, ibot_loss = on_meta(build_modules, config)
+    groups = split_weight_decay(student.named_parameters())
+    notes = []
+    if config.model.arch == "vit_micro":
+        notes.append("the upstream has no network like vit_micro")
+    if not config.model.shared_head:
+        notes.append("the teacher's head is separate, too: the upstream needs --shared_head_teacher false")
+    return Layout(
+        repository="bytedance/ibot",
+        parts=(
+            Part("student", "student", student, wrapped=True),
+            Part("teacher", "teacher", teacher, wrapped=has_batch_norm(student)),
+            Part("ibot_loss", "ibot_loss", ibot_loss),
+        ),
+        optimizer=Optimizer(config.optim.optimizer, groups, groups),
+        scaler="fp16_scaler",
+        notes=notes,
+    )

@@ -1,1 +1,0 @@
-../../common/hvp/__init__.py
