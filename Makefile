@@ -22,7 +22,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 test-faults: $(READY)
-	$(BIN)/python tests/faults --seed $(SEED) --count $(COUNT)
+	$(BIN)/python -m tests.faults --seed $(SEED) --count $(COUNT)
 	HVP_EXAMPLES=$(COUNT) $(BIN)/python -m pytest tests/faults --hypothesis-seed=$(SEED)
 
 lint: $(READY)

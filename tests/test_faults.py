@@ -47,7 +47,6 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 from PIL import Image
-from processes import in_two_processes
 from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -61,6 +60,7 @@ from hvp.common.training.precision import Precision
 from hvp.common.training.run import Run, claimed
 from hvp.common.training.session import build_loader, open_training_data
 from hvp.methods import get_method, get_preset
+from tests.processes import in_two_processes
 
 HVP = str(Path(sys.executable).with_name("hvp"))
 CPU = torch.device("cpu")

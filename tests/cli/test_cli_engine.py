@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from upstreams import clone_of
 
 from hvp.common.training.signals import EXIT_CODES
 from hvp.patches import job, patching
+from tests.upstreams import clone_of
 
 TRAINER = """import json, os, sys
 rank = os.environ.get("RANK", "none")

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from released_standins import SIMSIAM, repository
-from upstreams import clone_at, clone_of
 
 from hvp.benchmarks.originals.__main__ import command_line as compared
 from hvp.benchmarks.released import get_released
 from hvp.benchmarks.released import selection as released
 from hvp.patches import get_original, patching
+from tests.released_standins import SIMSIAM, repository
+from tests.upstreams import clone_at, clone_of
 
 TRAINER = "first\nsecond\n"
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import in_two_processes
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hvp.common import rescue
 from hvp.common.rescue import easiest
 from hvp.common.training.distributed import World
+from tests.processes import in_two_processes
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -2,6 +2,6 @@
 
 import sys
 
-from campaign import main
+from tests.faults.campaign import main
 
 sys.exit(main())

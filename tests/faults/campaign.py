@@ -22,9 +22,10 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
-from cases import OWN, WHOLE, Case, arguments_of
-from commands import Failure, Zygote, check_said
-from faults import FAULTS, IN_TRAINING, Fault, knn_arguments
+
+from tests.faults.cases import OWN, WHOLE, Case, arguments_of
+from tests.faults.commands import Failure, Zygote, check_said
+from tests.faults.faults import FAULTS, IN_TRAINING, Fault, knn_arguments
 
 METHODS = tuple(OWN)
 

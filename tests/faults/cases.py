@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import Anew, Command, Failure, Zygote, alive, check_said, end_all, until
 from torch import Tensor
+
+from tests.faults.commands import Anew, Command, Failure, Zygote, alive, check_said, end_all, until
 
 STEPS = 10
 WHOLE = 300.0

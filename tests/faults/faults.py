@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cases import SOON, WHOLE, Case, arguments_of
-from commands import Command, Failure, children, send, until
+
+from tests.faults.cases import SOON, WHOLE, Case, arguments_of
+from tests.faults.commands import Command, Failure, children, send, until
 
 Fault = Callable[[Case], None]
 

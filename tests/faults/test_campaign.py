@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign import METHODS, plan, report, strike
-from cases import STEPS, Case
-from commands import Failure, alive, check_said
-from faults import DAMAGES, FAULTS
 
 from hvp import methods
+from tests.faults.campaign import METHODS, plan, report, strike
+from tests.faults.cases import STEPS, Case
+from tests.faults.commands import Failure, alive, check_said
+from tests.faults.faults import DAMAGES, FAULTS
 
 
 class Done:

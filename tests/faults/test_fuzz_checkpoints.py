@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import EXAMPLES, examples, hvp, named
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
+from tests.faults.fuzzing import EXAMPLES, examples, hvp, named
 
 METHODS = ("dino", "simclr") if EXAMPLES else ("dino",)
 SMALL = (

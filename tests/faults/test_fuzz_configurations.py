@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from fuzzing import examples, hvp, named
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.methods import METHODS, get_method
+from tests.faults.fuzzing import examples, hvp, named
 
 MEMORY = 2 << 30
 """Bytes that a check may take on top of what the process has."""

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import disks
+from tests.faults import disks
 
 MODULES = (
     *(f"hvp.methods.{name}" for name in ("dino", "dinov2", "ibot", "mocov3", "simclr", "simsiam")),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_every_method import config_of, leaves, train
 
 from hvp.common.config.resolving import leaf_keys
 from hvp.common.convert.upstream import Converted, differences, from_upstream, to_upstream, write_run
@@ -19,6 +18,7 @@ from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from hvp.common.training.optimizers import build_optimizer
 from hvp.methods import METHODS, get_method
+from tests.methods.test_every_method import config_of, leaves, train
 
 STEPS_PER_EPOCH = 4
 

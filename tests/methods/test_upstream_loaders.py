@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_method import config_of, leaves
-from test_every_upstream import checkpoint_of
-from upstream_loaders import K, images
 
 from hvp.common.convert.upstream import from_upstream, to_upstream
 from hvp.common.evaluation.checkpoints import load_encoder, read_content
 from hvp.common.training.checkpoint import save_checkpoint
 from hvp.methods import METHODS, get_method
+from tests.methods.test_every_method import config_of, leaves
+from tests.methods.test_every_upstream import checkpoint_of
+from tests.methods.upstream_loaders import K, images
 
 CLONES = {"mocov3": ("moco-v3", "mocov3"), "simclr": ("hvp-simclr",)}
 VIT = {"model.arch": "vit_small", "model.patch_size": 16, "views.global_crops_size": 224, "views.local_crops_size": 96}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import fixtures
 import pytest
+
+from tests.parity import fixtures
 
 HERE = Path(__file__).parent
 OF_THE_FOLDER = {"test_other_networks.py", "test_unread_fixtures.py"}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import Fixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +25,7 @@ from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.multi_crop import MultiCropWrapper
+from tests.parity.fixtures import Fixture
 
 CPU = torch.device("cpu")
 

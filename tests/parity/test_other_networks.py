@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import CHECKPOINT_KEYS, folder
-from reference_models import described
 from torchvision.models import resnet18
 
 from hvp.common.networks.register_vision_transformer import build_register_vit
+from tests.parity.fixtures import CHECKPOINT_KEYS, folder
+from tests.parity.reference_models import described
 
 pytestmark = pytest.mark.skipif("HVP_PARITY" in os.environ, reason="other networks are made from our own fixtures'")
 

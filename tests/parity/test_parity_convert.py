@@ -8,12 +8,12 @@ from itertools import chain
 from typing import Any, get_args
 
 import pytest
-from fixtures import checkpoint_models, load_checkpoint_keys
-from reference_models import Shapes, arch_of, head_sizes, linear_layers, shapes_of, vit_of
 
 from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.convert.upstream import Layout, to_upstream
 from hvp.methods import get_method, get_preset
+from tests.parity.fixtures import checkpoint_models, load_checkpoint_keys
+from tests.parity.reference_models import Shapes, arch_of, head_sizes, linear_layers, shapes_of, vit_of
 
 
 @dataclass(frozen=True)

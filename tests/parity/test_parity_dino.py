@@ -5,11 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import dino_steps
 import pytest
 import torch
-from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
-from reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 from torch import Tensor, nn
 
 from hvp.common.hardviews import Group, Slots, select
@@ -21,6 +18,9 @@ from hvp.common.training.optimizers import LARS, clip_gradients, split_weight_de
 from hvp.common.training.schedules import cosine, linear_then_constant, warmup_cosine
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.multi_crop import MultiCropWrapper
+from tests.parity import dino_steps
+from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:

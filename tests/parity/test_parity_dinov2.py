@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dino_steps import formula_images
-from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
-from reference_models import arch_of, described, head_sizes, own_name, renamed, shapes_of, vit_of
 from torch import Tensor
 
 from hvp.common.losses.cross_entropy import patch_weights, view_cross_entropies
@@ -24,6 +21,9 @@ from hvp.methods.dinov2.masking import SMALLEST_BLOCK, MaskSampler
 from hvp.methods.dinov2.networks import Network
 from hvp.methods.dinov2.param_groups import layer_decay, parameter_groups
 from hvp.methods.dinov2.schedules import Schedules
+from tests.parity.dino_steps import formula_images
+from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.reference_models import arch_of, described, head_sizes, own_name, renamed, shapes_of, vit_of
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, f: Fixture, what: str) -> None:

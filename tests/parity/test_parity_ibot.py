@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from dino_steps import formula_images
-from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
-from reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 from scipy.stats import chi2_contingency
 from torch import Tensor, nn
 
@@ -19,6 +16,9 @@ from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.masking import MaskSampler
 from hvp.methods.ibot.score import loss_matrix
+from tests.parity.dino_steps import formula_images
+from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.reference_models import build_encoder, described, head_sizes, renamed, shapes_of
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:

@@ -1,9 +1,9 @@
 """Weighted k-NN against facebookresearch/dino's eval_knn.py."""
 
 import pytest
-from fixtures import cases, load
 
 from hvp.common.evaluation.knn import knn_classify
+from tests.parity.fixtures import cases, load
 
 
 @pytest.mark.parametrize("chunk", [7, 100, 100_000])

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from dino_steps import formula_images
-from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
-from reference_models import arch_of, build_convnet, described, linear_layers, renamed, shapes_of, vit_of
 from torch import Tensor, nn
 
 from hvp.common.evaluation.checkpoints import load_encoder
@@ -23,6 +20,9 @@ from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.main_mocov3 import adjust_learning_rate, adjust_moco_momentum
 from hvp.methods.mocov3.score import pair_info_nce
 from hvp.methods.mocov3.vits import VITS, VisionTransformerMoCo, vit_small
+from tests.parity.dino_steps import formula_images
+from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.reference_models import arch_of, build_convnet, described, linear_layers, renamed, shapes_of, vit_of
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:

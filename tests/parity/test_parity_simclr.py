@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
-from reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 from torch import Tensor, nn
 
 from hvp.common.evaluation.checkpoints import load_encoder
@@ -19,6 +17,8 @@ from hvp.common.training.optimizers import LARS
 from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent
+from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 
 
 def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
-from reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 from torch import Tensor, nn
 
 from hvp.common.errors import UserError
@@ -20,6 +18,8 @@ from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import symmetric_loss
 from hvp.methods.simsiam.score import negative_cosines
+from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.reference_models import build_convnet, described, linear_layers, renamed, shapes_of
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, f: Fixture, what: str) -> None:

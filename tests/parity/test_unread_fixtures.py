@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+ONE = "tests/parity/test_one.py"
+
 READS_ONE_OF_TWO = """
-from fixtures import cases, load
+from tests.parity.fixtures import cases, load
 
 def test_reads_the_first():
     assert load(cases("dino_thing")[0]).config == {}
@@ -29,13 +31,18 @@ def test_reads_nothing():
         pytest.param(["dino_thing_0", "nobodys_0"], [], 1, id="unread, of no known method"),
         pytest.param(["dino_thing_0"], [], 0, id="all read"),
         pytest.param(["dino_thing_0", "dino_thing_1"], ["-k", "first"], 0, id="some tests only"),
-        pytest.param(["dino_thing_0", "dino_thing_1"], ["test_one.py::test_reads_nothing"], 0, id="one test only"),
+        pytest.param(
+            ["dino_thing_0", "dino_thing_1"], ["tests/parity/test_one.py::test_reads_nothing"], 0, id="one test only"
+        ),
     ],
 )
 def test_unread_fixture_fails_a_whole_run(tmp_path: Path, names: list[str], arguments: list[str], code: int) -> None:
+    folder = tmp_path / "tests" / "parity"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
     for helper in ("conftest.py", "fixtures.py"):
-        shutil.copy(Path(__file__).parent / helper, tmp_path)
-    (tmp_path / "test_one.py").write_text(READS_ONE_OF_TWO)
+        shutil.copy(Path(__file__).parent / helper, folder)
+    (folder / "test_one.py").write_text(READS_ONE_OF_TWO)
     data = tmp_path / "data"
     data.mkdir()
     for name in names:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from upstreams import clone_of
 
 from hvp.common.config.resolving import resolve
 from hvp.methods import get_method
 from hvp.patches import get_original
 from hvp.patches.patching import apply_patch, load_patch
+from tests.upstreams import clone_of
 
 MULTI_CROP = {
     "model.arch": "vit_tiny",

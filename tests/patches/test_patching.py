@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from upstreams import clone_of
 
 from hvp.common.errors import UserError
 from hvp.patches import patching
@@ -29,8 +28,9 @@ from hvp.patches.patching import (
     patched,
     patches,
 )
+from tests.upstreams import clone_of
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 TRAINER = "import tools\n\n\ndef train(steps):\n    for step in range(steps):\n        tools.train(step)\n"
 EXPECTED = (
     "import tools\nimport extra\n\n\ndef train(steps):\n    for step in range(steps):\n        extra.train(step)\n"

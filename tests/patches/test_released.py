@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from released_standins import SIMSIAM, STANDINS, repository
 
 from hvp.benchmarks.released import get_released
 from hvp.benchmarks.released import selection as released
 from hvp.benchmarks.released.selection import Agreement, Released, compare_selection
 from hvp.common.errors import UserError
 from hvp.methods import get_method
+from tests.released_standins import SIMSIAM, STANDINS, repository
 
 RANDOM, NETWORK = "random outputs", "network outputs"
 

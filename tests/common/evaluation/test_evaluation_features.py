@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import ToyEncoder, ToySource
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +17,7 @@ from hvp.common.errors import UserError
 from hvp.common.evaluation import features as features_module
 from hvp.common.evaluation.features import cached, evaluation_view, extract, source_digest, weights_digest
 from hvp.common.views import normalize
+from tests.common.evaluation.evaluation_toys import ToyEncoder, ToySource
 
 
 @pytest.mark.parametrize("resolution", [224, 96, 32, 33])

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import ToyEncoder, ToySource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ from hvp.common.errors import UserError
 from hvp.common.evaluation.knn import KnnScore, evaluate_knn, knn_classify, nearest_neighbours
 from hvp.common.evaluation.metrics import percent, rank_of_target
 from hvp.common.evaluation.results import differences, free_path, write_result
+from tests.common.evaluation.evaluation_toys import ToyEncoder, ToySource
 
 
 def slow_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, temperature: float) -> Any:

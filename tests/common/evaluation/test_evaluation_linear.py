@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_toys import ToyEncoder, ToySource
 from torch import Tensor, nn
 
 from hvp.common.errors import UserError
 from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, train_linear
+from tests.common.evaluation.evaluation_toys import ToyEncoder, ToySource
 
 TRAIN = ToySource()
 VAL = ToySource(name="toy (val, 30 images)", length=30, seed=1)

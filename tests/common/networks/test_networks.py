@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import in_two_processes
 from torch import Tensor, nn
 
 from hvp.common.errors import UserError
@@ -23,6 +22,7 @@ from hvp.common.networks.vision_transformer import VisionTransformer, sincos_pos
 from hvp.common.training.distributed import World
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.multi_crop import MultiCropWrapper, build_backbone
+from tests.processes import in_two_processes
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import in_two_processes
 from torch import Tensor, nn
 
 from hvp.common.training.collectives import gathered, summed
 from hvp.common.training.distributed import World, data_parallel, synchronised
+from tests.processes import in_two_processes
 
 CPU = torch.device("cpu")
 ROWS = 12

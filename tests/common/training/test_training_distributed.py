@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import in_two_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +24,7 @@ from hvp.common.training.distributed import (
     synchronised,
     unwrapped,
 )
+from tests.processes import in_two_processes
 
 CPU = torch.device("cpu")
 

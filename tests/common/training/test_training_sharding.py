@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes import in_two_processes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hvp.common.training.distributed import World, averaging
 from hvp.common.training.optimizers import build_optimizer, squared_gradient_norm
 from hvp.common.training.sharding import Whole, local, release, shard
+from tests.processes import in_two_processes
 
 CPU = torch.device("cpu")
 

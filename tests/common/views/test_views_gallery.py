@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from view_images import Photographs
 
 from hvp.common.views import COLUMNS, MultiViewLoader, ViewSlot, ViewTransform, draw_selection
 from hvp.common.views.gallery import COLOURS, COLUMN_GAP, HEADER, MARGIN, SCALE, SOURCE_WIDTH, _tiles
+from tests.common.views.view_images import Photographs
 
 INDEX = torch.tensor([[0, 2, 4, 7], [1, 3, 5, 6]])
 

@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from view_images import Photographs
 
 from hvp.benchmarks.loading import SLOTS
 from hvp.common.data import BadImage
 from hvp.common.errors import UserError
 from hvp.common.views import COLUMNS, MultiViewLoader, ViewBatch, ViewParameters, ViewSlot, epoch_order, view_layout
+from tests.common.views.view_images import Photographs
 
 
 def loader_of(slots, source=None, **options) -> MultiViewLoader:

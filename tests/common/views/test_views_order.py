@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from view_images import Photographs
 
 from hvp.common.views import MultiViewLoader, ViewSlot, ViewTransform, epoch_order, micro_batches, steps_per_epoch
+from tests.common.views.view_images import Photographs
 
 COUNTS = st.integers(1, 300)
 SEEDS = st.integers(0, 2**64 - 1)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
-from view_images import photograph
 
 from hvp.common.views import (
     JITTER_ORDERS,
@@ -21,6 +20,7 @@ from hvp.common.views import (
 )
 from hvp.common.views.parameters import NUM_UNIFORMS
 from hvp.common.views.randomness import view_uniforms
+from tests.common.views.view_images import photograph
 
 SIZES = [(375, 500), (500, 333), (64, 64), (32, 32)]
 WHOLE = ViewParameters(

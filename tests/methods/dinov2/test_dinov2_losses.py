@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import in_two_processes
 from torch import Tensor
 
 from hvp.common.training.distributed import World
 from hvp.methods.dinov2.losses import DINOv2Loss, TeacherCenter, koleo_loss, sinkhorn_center
+from tests.processes import in_two_processes
 
 K, K2, DIM, PATCHES = 11, 7, 5, 6
 

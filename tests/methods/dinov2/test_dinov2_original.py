@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from upstreams import clone_of
 
 from hvp.benchmarks.originals.comparison import compare
 from hvp.common.config.resolving import flatten, read_yaml, resolve
@@ -18,6 +17,7 @@ from hvp.methods import get_method, get_preset
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.patches.dinov2.original import IMAGES, ORIGINAL, ImagesOfSteps, check_data, flags, saved
 from hvp.patches.patching import load_patch
+from tests.upstreams import clone_of
 
 
 def config(**values: object) -> DINOv2Config:

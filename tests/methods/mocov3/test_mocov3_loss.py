@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import in_two_processes
 from torch import Tensor, nn
 
 from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.common.training.distributed import World, data_parallel
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.score import pair_info_nce
+from tests.processes import in_two_processes
 
 
 def queries_and_keys(views: int = 4, images: int = 6, dim: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

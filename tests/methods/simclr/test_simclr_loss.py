@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import in_two_processes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +19,7 @@ from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.common.training.distributed import World, data_parallel
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent
+from tests.processes import in_two_processes
 
 
 def projections(views: int = 4, images: int = 6, dim: int = 5, seed: int = 0) -> Tensor:
