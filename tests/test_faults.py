@@ -1,4 +1,4 @@
-"""Everything that ends a run before its time, and what must be left then.
+"""Faults that end a run early, what the command says, and what each must leave behind.
 
     fault                                   what the command says          what is left
     --------------------------------------  -----------------------------  -----------------------------------------
@@ -7,23 +7,24 @@
     SIGINT, SIGTERM, SIGUSR1                the step; code 130, 143, 75    a checkpoint of that very step
     SIGINT, SIGUSR1 before the first step   one line; code 130, 75         what was there
     a second SIGINT, also inside a save     nothing; code 130              the checkpoint that was there
-    nobody reads the output any more        nothing                        the run goes on
-    last.pt truncated, with a flipped bit,  its name, and what is taken    previous.pt, which is gone on from and stays
-    empty, a pipe, incomplete or gone                                      until last.pt is whole
+    nobody reads the output any more        nothing                        the run continues
+    last.pt truncated, with a flipped bit,  its name and the file used     previous.pt, which is resumed from and kept
+    empty, a pipe, incomplete or gone       instead                        until last.pt is whole
     both damaged; unknown version           the files; code 2              both, untouched
-    the folder removed, and perhaps made    that; code 2                   the other run, untouched
-    anew by another run
-    the images moved or fewer               both numbers; code 2           the run, untouched; --data, --force go on
-    another configuration                   every difference; code 2       the run, untouched; --force goes on
+    the folder removed, and perhaps         that; code 2                   the other run, untouched
+    recreated by another run
+    the images moved or fewer               both numbers; code 2           the run, untouched; --data, --force resume
+    another configuration                   every difference; code 2       the run, untouched; --force resumes
     a second run into the folder            process and machine; code 2    the first run, untouched
     a loss or gradient that is not finite   step, rate, checkpoint; 2      weights of the step before; nonfinite.json
     full disk, at a checkpoint or a row     the file and why; code 2       the last good checkpoint
     the data set vanishes                   the image; code 2              the last good checkpoint
     a loader worker dies, or hangs          the worker and its image; 2    a checkpoint of that very step
     a signal while the loader hangs         the step; code 130, 143, 75    a checkpoint of that very step
-    one of several processes is killed      the rank; no code 0            the last good checkpoint; nobody waits on
+    one of several processes is killed      the rank; code 2               the last good checkpoint; no process left
 
-A message is one, on stderr, without a traceback. Configuration, folders and single images: tests/cli/test_cli.py.
+Every message is printed once, on stderr, without a traceback. Bad configurations, folders and single images are tested
+in tests/cli/test_cli.py.
 """
 
 import errno
@@ -41,6 +42,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,16 +53,18 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from hvp.cli.main import main
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import Stopped
 from hvp.common.training import checkpoint, log, signals
 from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
 from hvp.common.training.distributed import World
 from hvp.common.training.precision import Precision
-from hvp.common.training.run import Run, claimed
+from hvp.common.training.run import Run, Stateful, claimed
 from hvp.common.training.session import build_loader, open_training_data
-from hvp.methods import get_method, get_preset
-from tests.processes import in_two_processes
+from hvp.methods.simsiam.config import SimSiamConfig
+from tests.faults.commands import children
+from tests.mortal import run_until_killed
+from tests.processes import Report, in_two_processes
+from tests.runs import SMALL, at_step, rows_of, tiny
 
 HVP = str(Path(sys.executable).with_name("hvp"))
 CPU = torch.device("cpu")
@@ -77,7 +81,7 @@ Hvp = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def hvp(monkeypatch, capsys, tmp_path) -> Hvp:
-    """Runs the command in this process, in an empty folder: (exit code, what it said)."""
+    """Run the command in this process, in an empty folder; return the exit code and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str]:
@@ -95,7 +99,7 @@ def hvp(monkeypatch, capsys, tmp_path) -> Hvp:
     return run
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [HVP, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -103,7 +107,7 @@ def start(*arguments: object) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["hvp", *QUICK, "--out", str(out)])
@@ -114,65 +118,43 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(whole, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of the uninterrupted run."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 
 
-def at_step(monkeypatch, step: int, act: Callable[[], object]) -> None:
-    """Has something happen while a step is in progress."""
-    record = Run.record
-
-    def recording(self: Run, loss: float, **values: float | list[float]) -> None:
-        if self.step + 1 == step:
-            act()
-        record(self, loss, **values)
-
-    monkeypatch.setattr(Run, "record", recording)
-
-
 def step_of(out: Path) -> int:
-    return load_checkpoint(out / "last.pt")["step"]
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    step: int = load_checkpoint(out / "last.pt")["step"]
+    return step
 
 
 def assert_finished_like(out: Path, whole: Path) -> None:
-    """Weights, centre and optimiser bit for bit; every step logged once, with the same loss."""
+    """Compare weights, centre and optimiser bit for bit, and require every step logged once with the same loss."""
     one, other = (load_checkpoint(folder / "last.pt") for folder in (out, whole))
     for part in ("student", "teacher", "dino_loss"):
         assert all(torch.equal(value, other[part][key]) for key, value in one[part].items()), part
     for number, state in one["optimizer"]["state"].items():
         assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
-    assert [(row["step"], row["loss"]) for row in rows(out)] == [(row["step"], row["loss"]) for row in rows(whole)]
+    ours, expected = ([(row["step"], row["loss"]) for row in rows_of(folder)] for folder in (out, whole))
+    assert ours == expected
 
 
-def die(*arguments: object, after: int, moment: float | str) -> None:
-    """Runs the command until SIGKILL ends it: see mortal.py."""
-    mortal = Path(__file__).with_name("mortal.py")
-    command = [sys.executable, str(mortal), str(after), str(moment), *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
+def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None:
     metrics = out / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < count):
         time.sleep(0.001)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
-    """Killed before the first checkpoint, while one is written, and between two; each time with other workers."""
-    out = tmp_path / "run"
-    die(*QUICK, "--out", out, after=0, moment="writing")
-    die("resume", out, "--workers", "1", after=3, moment="writing")
-    # what was cut off in the middle is readable up to there
+def test_a_killed_run_resumes_as_if_nothing_had_happened(whole, tmp_path):
+    """Killed before the first checkpoint, during a write, and between two; each time with a different worker count."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    run_until_killed([*QUICK, "--out", str(out)], 0, "writing", log)
+    run_until_killed(["resume", str(out), "--workers", "1"], 3, "writing", log)
+    # a file cut off in the middle of a row is readable up to there
     assert len([json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]) >= 3
     logged = [event.step for file in (out / "tensorboard").iterdir() for event in EventFileLoader(str(file)).Load()]
     assert max(logged) >= 3
-    die(*QUICK, "--out", out, "--resume", "--workers", "2", after=6, moment=0.01)
+    run_until_killed([*QUICK, "--out", str(out), "--resume", "--workers", "2"], 6, 0.01, log)
     process = start("resume", out)
     said = process.communicate()[1]
     assert process.returncode == 0, said
@@ -184,8 +166,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
 @pytest.mark.parametrize("point", range(20))
 def test_twenty_kill_points_give_twenty_equal_runs(whole, tmp_path, point):
     choose, out = random.Random(point), tmp_path / "run"
-    after, moment = choose.randrange(1, STEPS), choose.choice(["writing", choose.random() * 0.02])
-    die(*QUICK, "--out", out, after=after, moment=moment)
+    after = choose.randrange(1, STEPS)
+    moments: list[float | str] = ["writing", choose.random() * 0.02]
+    run_until_killed([*QUICK, "--out", str(out)], after, choose.choice(moments), tmp_path / "log")
     process = start("resume", out, "--workers", point % 3)
     said = process.communicate()[1]
     assert process.returncode == 0, said
@@ -243,12 +226,12 @@ def test_a_second_interrupt_inside_a_save_leaves_the_checkpoint_before(hvp, whol
 
 
 def ended(code: int) -> None:
-    """Stands for os._exit(), which would end the tests."""
+    """Stand-in for os._exit(), which would end the test process."""
     raise SystemExit(code)
 
 
 def interrupt(*arguments: object, seconds: float, again: float | None = None) -> str:
-    """Starts the command, presses Ctrl-C after a while, and perhaps once more; what it said."""
+    """Start the command, press Ctrl-C after a while and perhaps once more; return stderr."""
     process = start(*arguments)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -264,12 +247,12 @@ def interrupt(*arguments: object, seconds: float, again: float | None = None) ->
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
 def test_a_signal_before_the_first_step_is_one_line(tmp_path, number, code):
-    """As soon as the command handles signals; PyTorch is not imported yet."""
+    """Sent as soon as the command handles signals, before PyTorch is imported."""
     process = start(*QUICK, "--out", tmp_path / "run")
     handled = 0
     while not handled & 1 << signal.SIGUSR1 - 1:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        handled = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        status = dict(line.split(":") for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        handled = int(status["SigCgt"], 16)
     process.send_signal(number)
     assert (process.communicate()[1], process.returncode) == ("hvp: interrupted\n", code)
     assert not (tmp_path / "run").exists()
@@ -287,7 +270,7 @@ def test_interrupts_at_any_moment_leave_no_traceback(whole, tmp_path, moment):
         step_of(out)
 
 
-def test_a_run_outlives_whoever_reads_its_output(hvp, whole, monkeypatch, tmp_path):
+def test_a_run_outlives_the_reader_of_its_output(hvp, whole, monkeypatch, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     with monkeypatch.context() as patch, open(writer, "wb", 0) as nobody:
@@ -322,7 +305,7 @@ def damage_checkpoint(path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "incomplete", "pipe", "gone"])
-def test_the_checkpoint_before_stands_in(hvp, run, whole, damage):
+def test_the_previous_checkpoint_replaces_a_damaged_one(hvp, run, whole, damage):
     last = run / "last.pt"
     damage_checkpoint(last, damage)  # `gone` is a crash between the two renames of a save
     code, said = hvp("resume", run)
@@ -335,7 +318,7 @@ def test_the_checkpoint_before_stands_in(hvp, run, whole, damage):
     assert load_checkpoint(run / "previous.pt")["step"] == 9  # never replaced by the damaged one
 
 
-def test_what_cannot_be_read_is_named_and_left(hvp, run):
+def test_unreadable_checkpoints_are_named_and_kept(hvp, run):
     for name in ("last.pt", "previous.pt"):
         (run / name).write_bytes(b"PK\x03\x04 half a file")
     code, said = hvp("resume", run)
@@ -351,7 +334,7 @@ def test_what_cannot_be_read_is_named_and_left(hvp, run):
 
 @pytest.mark.parametrize("damage", ["flipped", "incomplete", "empty", "pipe"])
 def test_no_command_uses_a_damaged_checkpoint(hvp, run, damage):
-    """Of a checkpoint of ours, and where the damage is one of bytes, of an upstream's."""
+    """Damage to one of our checkpoints and, where the bytes are damaged, to an upstream's."""
     last = run / "last.pt"
     files = [last]
     if damage == "flipped":
@@ -394,6 +377,7 @@ def test_another_configuration_is_refused_unless_forced(hvp, run):
     assert code == 2
     assert "train.epochs: 2 in the checkpoint, 3 now" in said
     assert re.search(r"optim\.base_lr: \S+ in the checkpoint, 0\.001 now", said)
+    assert step_of(run) == STEPS
     assert hvp(*changed, "--force")[0] == 0
     assert step_of(run) == 15
     code, said = hvp(*changed, "--set", "model.head_hidden_dim=16", "--force")
@@ -402,7 +386,7 @@ def test_another_configuration_is_refused_unless_forced(hvp, run):
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), 0.5])
-def test_moments_of_other_parameters_are_refused(hvp, run, wrong):
+def test_optimizer_moments_of_the_wrong_shape_are_refused(hvp, run, wrong):
     content = load_checkpoint(run / "last.pt")
     content["optimizer"]["state"][0]["exp_avg"] = wrong
     save_checkpoint(run / "last.pt", content)
@@ -411,7 +395,7 @@ def test_moments_of_other_parameters_are_refused(hvp, run, wrong):
     assert "optimizer does not fit this configuration: exp_avg is " in said
 
 
-def test_resuming_what_is_no_run(hvp, tmp_path):
+def test_a_folder_without_a_run_cannot_be_resumed(hvp, tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("folder", "nowhere"):
         code, said = hvp("resume", name)
@@ -431,7 +415,7 @@ def test_a_second_run_into_the_folder_is_refused(hvp, run):
         assert code == 2
         assert f"another run is writing here: process {os.getpid()} on " in said
     assert (run / "last.pt").stat() == before
-    holder.kill()  # a crash leaves no lock behind
+    holder.kill()  # a crash releases the lock
     holder.wait()
     assert hvp("resume", run)[0] == 0
 
@@ -439,7 +423,7 @@ def test_a_second_run_into_the_folder_is_refused(hvp, run):
 @pytest.mark.parametrize(
     ("moment", "anew"), [("a row", False), ("a row", True), ("a save", True), ("inside a save", True)]
 )
-def test_a_folder_that_is_removed_under_a_run(hvp, monkeypatch, tmp_path, moment, anew):
+def test_a_folder_removed_during_a_run(hvp, monkeypatch, tmp_path, moment, anew):
     out = tmp_path / "run"
 
     def replace() -> None:
@@ -471,11 +455,11 @@ def test_a_folder_that_is_removed_under_a_run(hvp, monkeypatch, tmp_path, moment
     assert anew or not out.exists()
 
 
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
+def test_a_non_finite_loss_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
     check = Run.check
 
-    def checking(self: Run, loss: torch.Tensor, *others: Any, **values: float) -> float:
-        return check(self, loss * float("nan") if self.step == 3 else loss, *others, **values)
+    def checking(self: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer, **values: float) -> float:
+        return check(self, loss * float("nan") if self.step == 3 else loss, optimizer, **values)
 
     monkeypatch.setattr(Run, "check", checking)
     code, said = hvp(*QUICK, "--out", "run")
@@ -492,7 +476,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, t
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path, value):
+def test_a_non_finite_gradient_never_reaches_the_weights(hvp, monkeypatch, tmp_path, value):
     unscale, steps = Precision.unscale, []
 
     def unscaling(self: Precision, optimizer: torch.optim.Optimizer) -> None:
@@ -514,7 +498,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatc
     assert len(about["images"]) == 8
 
 
-def test_a_disk_that_fills_up_under_a_checkpoint(hvp, monkeypatch, tmp_path):
+def test_a_disk_that_fills_up_during_a_checkpoint(hvp, monkeypatch, tmp_path):
     fsync, synced = os.fsync, []
 
     def full(number: int) -> None:
@@ -531,7 +515,7 @@ def test_a_disk_that_fills_up_under_a_checkpoint(hvp, monkeypatch, tmp_path):
     assert not list((tmp_path / "run").glob("*.part"))
 
 
-def test_a_disk_that_fills_up_under_the_log(hvp, monkeypatch, tmp_path):
+def test_a_disk_that_fills_up_during_a_log_write(hvp, monkeypatch, tmp_path):
     add = log.Events.add
 
     def full(self: log.Events, step: int, values: dict[str, float]) -> None:
@@ -548,7 +532,7 @@ def test_a_disk_that_fills_up_under_the_log(hvp, monkeypatch, tmp_path):
 
 @pytest.fixture
 def on_images(hvp, tmp_path, monkeypatch) -> Path:
-    """A finished run of one epoch, made in a folder of its own with `--data images`; the command stands elsewhere."""
+    """A finished run of one epoch with `--data images`, made in its own folder; later commands run elsewhere."""
     home = tmp_path / "home"
     (home / "images").mkdir(parents=True)
     for i in range(16):
@@ -578,8 +562,8 @@ def test_images_are_found_from_any_folder(hvp, on_images, monkeypatch):
     assert f"If the same images have moved: hvp resume {run} --data DIR" in said
 
 
-def test_a_run_with_a_relative_path_resumes_where_it_did(hvp, on_images, monkeypatch):
-    """As early versions wrote it."""
+def test_a_relative_data_path_resolves_from_the_current_folder(hvp, on_images, monkeypatch):
+    """Early versions wrote relative paths."""
     run = on_images / "run"
     content = load_checkpoint(run / "last.pt")
     content["config"]["data"]["path"] = "images"
@@ -593,7 +577,7 @@ def test_a_run_with_a_relative_path_resumes_where_it_did(hvp, on_images, monkeyp
     assert hvp("resume", run)[0] == 0
 
 
-def test_images_that_moved(hvp, on_images):
+def test_a_run_resumes_with_moved_images(hvp, on_images):
     run, moved = on_images / "run", on_images / "moved"
     (on_images / "images").rename(moved)
     code, said = hvp("resume", run)
@@ -603,8 +587,8 @@ def test_images_that_moved(hvp, on_images):
     assert f"path: {moved}\n" in (run / "config.yaml").read_text()
 
 
-def test_fewer_images_are_named(hvp, on_images):
-    """Also where an epoch has as many steps as before: the order of the images is another."""
+def test_a_different_number_of_images_is_refused(hvp, on_images):
+    """Even when an epoch has as many steps as before, because the order of the images changes."""
     run, images = on_images / "run", on_images / "images"
     Image.new("RGB", (40, 40)).save(images / "more.png")
     code, said = hvp("resume", run)
@@ -625,7 +609,7 @@ def test_fewer_images_are_named(hvp, on_images):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own."""
+    """A separate, small file system."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], capture_output=True).returncode:
@@ -634,7 +618,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_disk_that_is_really_full(hvp, small_disk):
+def test_a_real_full_disk(hvp, small_disk):
     assert hvp(*QUICK, "--out", small_disk / "run")[0] == 0
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**16))
     code, said = hvp(*QUICK, "--out", small_disk / "run", "--resume", "--epochs", "3", "--force")
@@ -643,7 +627,7 @@ def test_a_disk_that_is_really_full(hvp, small_disk):
     assert step_of(small_disk / "run") == 10
 
 
-def test_a_data_set_that_vanishes(hvp, monkeypatch, tmp_path):
+def test_a_data_set_deleted_during_a_run(hvp, monkeypatch, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(40):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
@@ -656,13 +640,15 @@ def test_a_data_set_that_vanishes(hvp, monkeypatch, tmp_path):
 
 
 def to_workers(number: signal.Signals) -> None:
+    """Send a signal to every loader worker of this process."""
     for worker in multiprocessing.active_children():
+        assert worker.pid is not None
         os.kill(worker.pid, number)
 
 
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_loader_worker_that_dies(hvp, whole, monkeypatch, tmp_path, step):
-    """In an epoch, and at the end of one, after which it is asked for the next."""
+    """In the middle of an epoch, and at its end, before the worker is asked for the next."""
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: to_workers(signal.SIGKILL))
         code, said = hvp(*QUICK, "--workers", "1", "--save-every", "0", "--out", "run")
@@ -700,9 +686,7 @@ def test_a_loader_worker_that_hangs(hvp, whole, monkeypatch, tmp_path, ended_by)
     assert_finished_like(tmp_path / "run", whole)
 
 
-def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
-    out = Path(os.environ["HVP_TEST_OUT"])
-
+def _hang_in_one(out: Path, world: World, report: Report) -> None:
     def hang() -> None:
         if world.rank == 1:
             to_workers(signal.SIGSTOP)
@@ -710,15 +694,9 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
 
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters())
-    parts = {"layer": layer, "optimizer": optimizer, "precision": Precision("fp32", CPU)}
-    config = resolve(
-        get_method("simsiam").config,
-        [
-            ("", read_yaml(get_preset("simsiam", "tiny"))),
-            ("", {"train.batch_size": 8, "train.epochs": 2, "train.log_every": 1, "data.workers": 1}),
-            ("", {"data.path": "shapes", "data.shapes.train": 40, "data.shapes.size": 32, "train.device": "cpu"}),
-        ],
-    ).config
+    parts: dict[str, Stateful] = {"layer": layer, "optimizer": optimizer, "precision": Precision("fp32", CPU)}
+    changes = {"data.path": "shapes", "data.shapes.train": 40, "data.workers": 1, "train.epochs": 2}
+    config = tiny(SimSiamConfig, "simsiam", SMALL, changes, train__device="cpu")
     source = open_training_data(config)
     with (
         closing(build_loader(config, source, CPU, world)) as loader,
@@ -732,22 +710,17 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
                         hang()
                     run.record(run.check(torch.tensor(0.5), optimizer))
         except Stopped as stopped:
-            say(str(stopped))
-            say(run.step)
-    say(len(multiprocessing.active_children()))
+            report(str(stopped))
+            report(run.step)
+    report(len(multiprocessing.active_children()))
 
 
-def test_a_signal_ends_the_wait_of_one_process_and_of_those_that_wait_for_it(monkeypatch, tmp_path):
+def test_a_signal_stops_a_process_waiting_for_its_worker_and_the_process_waiting_for_it(tmp_path):
     out = tmp_path / "run"
-    monkeypatch.setenv("HVP_TEST_OUT", str(out))
-    for said, step, left in in_two_processes(_hang_in_one, tmp_path):
+    for said, step, left in in_two_processes(partial(_hang_in_one, out), tmp_path):
         assert said.startswith(f"SIGTERM: stopped after step {step} of 10")
         assert step == step_of(out)
         assert left == 0
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def test_several_processes_stop_together_and_die_together(tmp_path):
@@ -760,12 +733,12 @@ def test_several_processes_stop_together_and_die_together(tmp_path):
     assert said.count("hvp: ") == 1
     assert "SIGTERM: stopped after step" in said
     stopped = step_of(out)
-    assert rows(out)[-1]["step"] == stopped
+    assert rows_of(out)[-1]["step"] == stopped
 
     process = start("resume", out, "--devices", "2")
     wait_for_rows(process, out, stopped + 3)
-    # the launcher's children are the processes, and whichever of its own helpers
-    victims = [pid for pid in children(process) if b"hvp.cli.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    # the launcher's children are the ranks and its own helpers
+    victims = [pid for pid in children(process.pid) if b"hvp.cli.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
     said = process.communicate()[1]

@@ -1,4 +1,4 @@
-"""python tests/faults: the campaign."""
+"""Run the campaign: `python -m tests.faults`."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""Hundreds of faults at random moments of tiny runs; each run must end as if nothing had happened.
+"""A campaign of hundreds of faults at random moments of tiny runs; each run must end as if nothing had happened.
 
     make test-faults SEED=17 COUNT=40
 
-runs the cases of the seeds 17 to 56. A seed decides on method, fault and moment, so that COUNT=1 repeats one case, as
-far as a machine's timing can be repeated.
+runs the cases of seeds 17 to 56. A seed determines method, fault and moment, so COUNT=1 repeats one case, as far as
+timing can be repeated.
 """
 
 import argparse
@@ -30,29 +30,31 @@ from tests.faults.faults import FAULTS, IN_TRAINING, Fault, knn_arguments
 METHODS = tuple(OWN)
 
 LEAKS = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
-"""What triton says at the end of a forked process about what the zygote holds for all of them."""
+"""Lines that triton prints at the end of a forked process about objects held by the zygote."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case went."""
+    """Outcome of a case."""
 
     seed: int
     title: str
     seconds: float
     problem: str = ""
-    """What went wrong, what had been done, and the ends of the logs."""
+    """The failure, the steps that led to it, and the ends of the logs; empty if the case passed."""
 
 
 def plan(seed: int) -> tuple[str, Fault]:
-    """The method of a case and its first fault: as many successive seeds as there are faults have one of each, and
-    the methods take turns."""
+    """Return the method and the first fault of a case.
+
+    Any run of as many successive seeds as there are faults has one of each, and the methods take turns.
+    """
     turn, number = divmod(seed, len(FAULTS))
     return METHODS[(turn + number) % len(METHODS)], FAULTS[number]
 
 
 def run_case(seed: int, folder: Path, zygote: Zygote) -> Verdict:
-    """Runs one case; what it leaves is removed unless something went wrong."""
+    """Run one case, and remove what it leaves unless something went wrong."""
     method, fault = plan(seed)
     start = time.monotonic()
     case = Case(seed, method, folder / f"seed{seed}", folder / "references" / method, zygote)
@@ -61,7 +63,7 @@ def run_case(seed: int, folder: Path, zygote: Zygote) -> Verdict:
         strike(case, fault)
     except Failure as failure:
         problem = report(case, str(failure))
-    except Exception:  # a mistake of the campaign's own, which is no reason to leave out the other cases
+    except Exception:  # an error of the campaign itself must not stop the other cases
         problem = report(case, traceback.format_exc())
     else:
         case.clear()
@@ -69,13 +71,13 @@ def run_case(seed: int, folder: Path, zygote: Zygote) -> Verdict:
 
 
 def strike(case: Case, fault: Fault) -> None:
-    """Sends one fault after the other, up to three, and then lets the run finish.
+    """Strike with up to three faults, one after the other, then let the run finish.
 
     Raises:
-        Failure: what the campaign looks for.
+        Failure: the run does not end as it should.
     """
     for _ in range(3):
-        case.tell(f"{fault.__name__} on {case.method}")
+        case.note(f"{fault.__name__} on {case.method}")
         fault(case)
         if fault not in IN_TRAINING:
             return
@@ -86,8 +88,8 @@ def strike(case: Case, fault: Fault) -> None:
 
 
 def report(case: Case, problem: str) -> str:
-    """What is to be known of a case that went wrong."""
-    lines = [problem, *(f"  {line}" for line in case.told)]
+    """Return the report of a failed case."""
+    lines = [problem, *(f"  {line}" for line in case.notes)]
     for log in sorted(case.folder.glob("*.log")):
         said = [line for line in log.read_text(errors="replace").splitlines() if not LEAKS.match(line)]
         lines += [f"  {log}:", *(f"    {line}" for line in said[-25:])]
@@ -95,7 +97,7 @@ def report(case: Case, problem: str) -> str:
 
 
 def make_reference(method: str, folder: Path, zygote: Zygote) -> Verdict:
-    """Runs what the cases of a method are compared with: a training and an evaluation that nothing disturbs."""
+    """Run the reference for a method's cases: an undisturbed training run and evaluation."""
     start = time.monotonic()
     out = folder / "references" / method
     log = folder / f"{method}.log"
@@ -109,7 +111,7 @@ def make_reference(method: str, folder: Path, zygote: Zygote) -> Verdict:
 
 
 def main() -> int:
-    """Runs the campaign; 1 if anything was found."""
+    """Run the campaign and return 1 if any case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
     parser.add_argument("--count", type=int, default=51, help="number of cases, each with a seed of its own")
@@ -145,7 +147,7 @@ def main() -> int:
 
 
 _zygotes: list[Zygote] = []
-"""The zygote of a process of the pool."""
+"""The zygote of this process of the pool."""
 
 
 def _prepare() -> None:

@@ -1,4 +1,4 @@
-"""One case of the campaign: a tiny run of one method, what happens to it, and what must be left when it is finished."""
+"""A case of the campaign: a tiny run of one method, the faults it meets, and the state it must end in."""
 
 import json
 import random
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.faults.commands import Anew, Command, Failure, Zygote, alive, check_said, end_all, until
+from tests.faults.commands import Anew, Command, Failure, Starter, alive, check_said, end_all, until
 
 STEPS = 10
 WHOLE = 300.0
-"""Seconds in which a command that nothing disturbs must end; it takes two or three."""
+"""Seconds allowed for an undisturbed command; it takes two or three."""
 SOON = 60.0
-"""Seconds in which one must end that was told to. Longer than any machine needs, so that load is no failure."""
+"""Seconds allowed for a command to end once it should. Generous, so that a loaded machine is no failure."""
 
 SMALL = (
     *("--epochs", "2", "--batch-size", "8", "--set", "train.log_every=1", "--set", "selection.start=0"),
@@ -33,14 +33,14 @@ OWN = {
     "mocov3": ("optim.warmup_epochs=1", "model.mlp_dim=64"),
     "dinov2": ("optim.warmup_epochs=1", "model.drop_path_rate=0.3", *TWO_HEADS),
 }
-"""What a method's `tiny` preset needs for so short a run, and what draws random numbers in a step."""
+"""Settings that a `tiny` preset needs for so short a run, and ones that draw random numbers in a step."""
 
 ABOUT = ("format", "version", "versions", "method", "config")
-"""What a checkpoint says of the run, rather than what training has made of it."""
+"""Entries of a checkpoint that describe the run rather than the state of training."""
 
 
 def arguments_of(method: str) -> list[str]:
-    """The command line of a run of ten steps, but for its folder."""
+    """Return the command line of a run of ten steps, without its folder."""
     own = [word for value in OWN[method] for word in ("--set", value)]
     return ["pretrain", method, "--preset", "tiny", *SMALL, *own]
 
@@ -52,15 +52,15 @@ class Case:
     seed: int
     method: str
     folder: Path
-    """Its own; removed if all is well."""
+    """Folder of this case; removed if it passes."""
     reference: Path
-    """The folder of the same run without a fault."""
-    zygote: Zygote
+    """Folder of the same run without a fault."""
+    zygote: Starter
     choose: random.Random = field(init=False)
-    """What all its choices are drawn from."""
+    """Generator for every random choice of the case."""
     save_every: int = field(init=False)
-    told: list[str] = field(default_factory=list)
-    """What was done, for the report."""
+    notes: list[str] = field(default_factory=list)
+    """Steps so far, for the report."""
 
     def __post_init__(self) -> None:
         self.choose = random.Random(self.seed)
@@ -73,20 +73,20 @@ class Case:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was logged, so that there is nothing left to disturb."""
+        """Whether the last step is logged and nothing is left to disturb."""
         return rows_in(self.out) >= STEPS
 
-    def tell(self, what: str) -> None:
-        """Notes what is done."""
-        self.told.append(what)
+    def note(self, what: str) -> None:
+        """Note a step for the report."""
+        self.notes.append(what)
 
     def train(self, *, workers: int | None = None, anew: bool = False, **surroundings: Any) -> Command:
-        """Starts the run, or goes on with it; the number of workers, if not given, is drawn.
+        """Start the run, or resume it.
 
         Args:
-            workers: loader processes.
-            anew: in a process that has its imports to do.
-            surroundings: as for `Zygote.start()`.
+            workers: number of loader processes; drawn if not given.
+            anew: start a new process, which has its imports still to do.
+            surroundings: `disk` and `limits` for `Zygote.start()`.
         """
         workers = self.choose.choice([0, 1, 2]) if workers is None else workers
         if (self.out / "run.json").exists() and self.choose.random() < 0.5:
@@ -97,41 +97,44 @@ class Case:
         return self.start(words, anew=anew, **surroundings)
 
     def start(self, words: list[str], *, anew: bool = False, **surroundings: Any) -> Command:
-        """Starts any command of hvp, with a log of its own."""
+        """Start any `hvp` command, with its own log."""
         log = self.folder / f"{len(list(self.folder.glob('*.log')))}.log"
-        self.tell(f"{'process' if anew else 'fork'} {log.name}: hvp {words[0]} {' '.join(words[-4:])} {surroundings}")
+        self.note(f"{'process' if anew else 'fork'} {log.name}: hvp {words[0]} {' '.join(words[-4:])} {surroundings}")
         return Anew(words, log) if anew else self.zygote.start(words, log, **surroundings)
 
     def moment(self, command: Command) -> bool:
-        """Waits for a moment of a run: before its first step, or somewhere in a later one. False if the run is over."""
+        """Wait for a random moment of a run, before its first step or in a later one; return False if it is over."""
         before = rows_in(self.out)
         rows = self.choose.randrange(before, STEPS) if before < STEPS else before
         pause = self.choose.uniform(0, 0.5 if rows == before else 0.1)
         until(lambda: rows_in(self.out) >= rows or command.wait(0) is not None, WHOLE)
         time.sleep(pause)
         over = command.wait(0) is not None
-        self.tell(f"{pause:.3f} s after step {rows}{', which was too late' if over else ''}")
+        self.note(f"{pause:.3f} s after step {rows}{', which was too late' if over else ''}")
         return not over
 
     def ended(
         self, command: Command, codes: Collection[int], seconds: float = SOON, *, workers_end: bool = True
     ) -> int:
-        """Waits for a command's end, which must be clean.
+        """Wait for a command to end, and check that it ends cleanly.
 
         Args:
             command: the command.
-            codes: exit codes that are right.
-            seconds: how long it may take.
-            workers_end: nothing of it may be left running, either.
+            codes: allowed exit codes.
+            seconds: time allowed.
+            workers_end: also require that no process of it is left running.
+
+        Returns:
+            The exit code.
 
         Raises:
-            Failure: it hangs, has another code, or says what no command may say.
+            Failure: it hangs, has another exit code, or prints a traceback.
         """
         try:
             code = command.wait(seconds)
             if code is None:
                 raise Failure(f"{command.log.name}: still running after {seconds:.0f} s")
-            self.tell(f"{command.log.name}: code {code}")
+            self.note(f"{command.log.name}: code {code}")
             check_said(command.log)
             if code not in codes:
                 raise Failure(f"{command.log.name}: code {code}, not one of {sorted(codes)}")
@@ -143,16 +146,16 @@ class Case:
             command.wait(SOON)
 
     def finish(self) -> None:
-        """Goes on to the end, undisturbed, and compares.
+        """Resume to the end, undisturbed, and compare with the reference.
 
         Raises:
-            Failure: it does not end well, or other than the run without a fault.
+            Failure: it does not end cleanly, or differs from the run without a fault.
         """
         self.ended(self.train(), {0}, WHOLE)
         self.compare()
 
     def compare(self) -> None:
-        """Every tensor of the checkpoint bit for bit, and every step's loss, logged once.
+        """Compare every tensor of the checkpoint bit for bit, and every step's loss, logged once.
 
         Raises:
             Failure: something differs.
@@ -167,12 +170,12 @@ class Case:
             raise Failure(f"metrics.jsonl differs from that of the undisturbed run: {logged[0]}, not {logged[1]}")
 
     def clear(self) -> None:
-        """Removes what a case leaves."""
+        """Remove the case's folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def rows_in(out: Path) -> int:
-    """How many steps a run has logged so far."""
+    """Return the number of steps a run has logged so far."""
     try:
         return (out / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
@@ -180,12 +183,12 @@ def rows_in(out: Path) -> int:
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    """The rows of a run's log."""
+    """Return the rows of a run's log."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """What training has made of a checkpoint, by its place in it."""
+    """Yield the tensors of a checkpoint that training changes, with their places."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     yield from _tensors({key: value for key, value in content.items() if key not in ABOUT}, "")
 

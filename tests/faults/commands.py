@@ -1,4 +1,4 @@
-"""Commands of hvp as the campaign starts them: forked from a zygote, or as processes of their own."""
+"""Start `hvp` commands for the campaign: forked from a zygote, or as new processes."""
 
 import json
 import os
@@ -20,29 +20,43 @@ print(flush=True)
 from hvp.cli.main import main
 main()
 """
-"""The `hvp` command. It says when Python is up: until then a signal is Python's to answer, not ours."""
+"""The `hvp` command. It prints a line once Python is running; before that, Python itself handles signals."""
 
 
 SAID_BY_PYTHON = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called", "Segmentation fault")
-"""What no command may ever say."""
+"""Words that no command may ever print."""
 
 
 class Failure(Exception):
-    """What the campaign looks for: a hang, a traceback, a wrong exit code, or a run that went on as another."""
+    """A finding of the campaign: a hang, a traceback, a wrong exit code, or a resumed run that differs."""
 
 
 class Command(Protocol):
-    """A command that was started."""
+    """A started command."""
 
     pid: int
     log: Path
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, or None if the process has not ended by then."""
+        """Wait for up to `seconds` and return the exit code, or None if the process is still running."""
+
+
+class Starter(Protocol):
+    """Anything that starts commands: a `Zygote`, or a stand-in in the tests of the campaign itself."""
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        disk: dict[str, Any] | None = None,
+        limits: dict[str, int] | None = None,
+    ) -> Command:
+        """Start a command; the arguments are those of `Zygote.start()`."""
 
 
 class Anew:
-    """A Python process of its own, with the imports still to come."""
+    """A new Python process, which has its imports still to do."""
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         self.log = log
@@ -69,7 +83,7 @@ class Anew:
 
 
 class Forked:
-    """A process that the zygote forked."""
+    """A process forked from the zygote."""
 
     def __init__(self, pid: int, log: Path, zygote: "Zygote") -> None:
         self.pid, self.log, self._zygote = pid, log, zygote
@@ -86,12 +100,13 @@ class Zygote:
 
     def __enter__(self) -> "Zygote":
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            [sys.executable, "-m", "tests.faults.zygote"],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a command's goes to its log
-            bufsize=0,  # so that `select()` sees every line that was not read
+            stderr=subprocess.DEVNULL,  # a command writes its own to its log
+            bufsize=0,  # unbuffered, so `select()` sees every unread line
             start_new_session=True,
         )
         if self.answer(300) is None:
@@ -110,14 +125,14 @@ class Zygote:
         disk: dict[str, Any] | None = None,
         limits: dict[str, int] | None = None,
     ) -> Forked:
-        """Forks a command.
+        """Fork a command.
 
         Args:
-            arguments: of `hvp`.
-            log: where its output goes.
-            disk: the arguments of `disks.install()`; None for the machine's own.
-            limits: by the names of `setrlimit()`: FSIZE, bytes that a file may have; AS, bytes of memory beyond what
-                the process begins with.
+            arguments: words after `hvp`.
+            log: file for its output.
+            disk: arguments of `disks.install()`; None for the real disk.
+            limits: limits by the names of `setrlimit()`: FSIZE, the largest file in bytes; AS, bytes of memory beyond
+                what the process starts with.
         """
         request = {"arguments": list(arguments), "log": str(log), "disk": disk, "limits": limits or {}}
         assert self._process.stdin is not None
@@ -128,7 +143,7 @@ class Zygote:
         return Forked(answer["pid"], log, self)
 
     def answer(self, seconds: float) -> dict[str, Any] | None:
-        """The next line from the zygote; None if there is none by then."""
+        """Return the zygote's next line, or None if there is none within `seconds`."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
             return None
@@ -140,10 +155,10 @@ class Zygote:
 
 
 def check_said(log: Path) -> None:
-    """Sees to it that a command has said nothing that only Python says.
+    """Check that a command printed no message of Python's own.
 
     Raises:
-        Failure: it has.
+        Failure: it did.
     """
     said = log.read_text(errors="replace")
     if found := [word for word in SAID_BY_PYTHON if word in said]:
@@ -151,26 +166,26 @@ def check_said(log: Path) -> None:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Sends a signal to a process that may have ended."""
+    """Send a signal to a process that may have ended."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started and that have not been waited for; none where it has ended."""
+    """Return the child processes of a process that have not been waited for; none if it has ended."""
     with suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def end_all(pid: int) -> None:
-    """Ends what is left of a command: its process and its workers, stopped ones, too."""
+    """Kill what is left of a command: its process and its workers, including stopped ones."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
-    """Whether anything is left of a command's session that is not a zombie."""
+    """Return whether a command's session has any process left that is not a zombie."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _, group = status.read_text().rpartition(")")[2].split()[:3]
@@ -180,7 +195,7 @@ def alive(pid: int) -> bool:
 
 
 def until(condition: Any, seconds: float) -> bool:
-    """Waits for a condition; whether it came true in time."""
+    """Wait for a condition and return whether it came true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Disks that are slow, fill up, or lose their process in the middle of a write: put under Python's own files."""
+"""Simulated disks under Python's own files: slow ones, ones that fill up, and ones whose process dies in a write."""
 
 import builtins
 import errno
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def install(folder: str, *, delay: float = 0.0, full_after: int | None = None, dies_after: int | None = None) -> None:
-    """Puts such a disk under every file of this process that is opened for writing in a folder.
+    """Put a simulated disk under every file that this process opens for writing in a folder.
 
     Args:
-        folder: where.
+        folder: the folder.
         delay: seconds that each write and each fsync takes.
         full_after: bytes that fit on the disk.
-        dies_after: bytes after which SIGKILL ends this process, half of a write done.
+        dies_after: bytes after which SIGKILL ends this process, with half of a write done.
     """
     written = 0
 
@@ -44,11 +44,13 @@ def install(folder: str, *, delay: float = 0.0, full_after: int | None = None, d
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         if "b" in mode:
             return buffered
-        return io.TextIOWrapper(buffered, *args, line_buffering=buffering == 1, **kwargs)
+        text = io.TextIOWrapper(buffered, *args, **kwargs)
+        text.reconfigure(line_buffering=buffering == 1)
+        return text
 
-    def slow_sync(number: int) -> None:
+    def slow_sync(fd: Any) -> None:
         time.sleep(delay)
-        sync(number)
+        sync(fd)
 
     builtins.open = io.open = opened
     os.fsync = slow_sync

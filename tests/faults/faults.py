@@ -1,4 +1,4 @@
-"""What happens to a run. Each fault starts it or goes on with it, strikes at a moment drawn, and judges how it ends.
+"""Faults. Each starts or resumes a run, strikes at a randomly drawn moment, and checks how the run ends.
 
     fault                              exit code    what is left
     ---------------------------------  -----------  ---------------------------------------
@@ -6,15 +6,15 @@
     SIGTERM, SIGINT, SIGUSR1           143 130 75   the checkpoint of the step in progress
     SIGINT twice                       130          a whole checkpoint, or none yet
     SIGHUP                             -1           a whole checkpoint, or none yet
-    SIGSTOP, SIGCONT                   0            the run goes on
+    SIGSTOP, SIGCONT                   0            the run continues
     a worker killed                    2            the last good checkpoint
     a worker stopped, then a signal    143 130      a checkpoint
     a full disk                        2            the last good checkpoint
-    a damaged checkpoint               0, or 2      previous.pt takes its place, or both are left
-    an absurd number in the            0, or 2      nothing, or a run that stops when it is told to
+    a damaged checkpoint               0, or 2      previous.pt takes its place, or both are kept
+    an absurd number in the            0, or 2      nothing, or a run that stops on a signal
     configuration
 
-Before a run has its handlers a signal does what it does to any process: it ends, with minus its number.
+A signal that arrives before a run has installed its handlers ends the process with minus the signal's number.
 """
 
 import json
@@ -39,16 +39,16 @@ def kill(case: Case) -> None:
 
 
 def kill_in_write(case: Case) -> None:
-    """SIGKILL from within a write, half of which reaches the disk."""
+    """SIGKILL in the middle of a write; half of it reaches the disk."""
     size = sum(file.stat().st_size for file in case.reference.glob("last.pt"))
     after = int(case.choose.uniform(0, 4) * size)
-    case.tell(f"dies after {after} bytes")
+    case.note(f"dies after {after} bytes")
     command = case.train(disk={"folder": str(case.out), "dies_after": after})
     case.ended(command, {0, -signal.SIGKILL}, WHOLE, workers_end=False)
 
 
 def kill_on_slow_disk(case: Case) -> None:
-    """SIGKILL while most of the time goes into writing."""
+    """SIGKILL on a disk so slow that most of the time goes into writing."""
     _signalled(case, case.train(disk=_slow(case)), signal.SIGKILL, {-signal.SIGKILL})
 
 
@@ -63,14 +63,14 @@ def sigint(case: Case) -> None:
 
 
 def sigint_twice(case: Case) -> None:
-    """SIGINT, and once more soon after."""
+    """SIGINT, and a second one soon after."""
     command = case.train(disk=_maybe_slow(case))
     if case.moment(command):
         send(command.pid, signal.SIGINT)
         pause = case.choose.choice([0.0, case.choose.uniform(0, 0.1)])
         time.sleep(pause)
         send(command.pid, signal.SIGINT)
-        case.tell(f"SIGINT twice, {pause:.3f} s apart")
+        case.note(f"SIGINT twice, {pause:.3f} s apart")
     case.ended(command, {0, 130})
 
 
@@ -85,7 +85,7 @@ def sighup(case: Case) -> None:
 
 
 def stop_and_continue(case: Case) -> None:
-    """SIGSTOP, and SIGCONT soon after."""
+    """SIGSTOP, then SIGCONT soon after."""
     command = case.train()
     if case.moment(command):
         send(command.pid, signal.SIGSTOP)
@@ -103,14 +103,14 @@ def worker_killed(case: Case) -> None:
 
 
 def worker_stopped(case: Case) -> None:
-    """SIGSTOP to a loader worker, and then a signal to the run, which waits for that worker."""
+    """SIGSTOP to a loader worker, then a signal to the run, which waits for that worker."""
     number, code = case.choose.choice([(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
     command = case.train(workers=case.choose.choice([1, 2]))
     if (worker := _worker(case, command)) is not None:
         send(worker, signal.SIGSTOP)
         time.sleep(case.choose.uniform(0, 1))
         send(command.pid, number)
-        case.tell(f"worker stopped, then {number.name}")
+        case.note(f"worker stopped, then {number.name}")
     case.ended(command, {0, code, -number})
 
 
@@ -118,19 +118,19 @@ def full_disk(case: Case) -> None:
     """No space is left on the disk."""
     size = sum(file.stat().st_size for file in case.reference.glob("last.pt"))
     after = int(case.choose.uniform(0, 4) * size)
-    case.tell(f"full after {after} bytes")
+    case.note(f"full after {after} bytes")
     case.ended(case.train(disk={"folder": str(case.out), "full_after": after}), {0, 2}, WHOLE)
 
 
 def largest_file(case: Case) -> None:
-    """Files may not grow any further (`ulimit -f`)."""
+    """Files may not grow beyond a limit (`ulimit -f`)."""
     size = sum(file.stat().st_size for file in case.reference.glob("last.pt"))
-    # workers share their batches through files in memory, which have the same limit
+    # workers share their batches through files in memory, and the limit would apply to those too
     case.ended(case.train(workers=0, limits={"FSIZE": int(case.choose.uniform(0, 1) * size)}), {0, 2}, WHOLE)
 
 
 def ctrl_c_at_the_start(case: Case) -> None:
-    """SIGINT in the first seconds of a process that has its imports still to do; sometimes twice."""
+    """SIGINT, sometimes twice, in the first seconds of a new process, while it still imports."""
     command = case.train(anew=True)
     pause = case.choose.uniform(0.05, 4)
     time.sleep(pause)
@@ -138,18 +138,18 @@ def ctrl_c_at_the_start(case: Case) -> None:
     if case.choose.random() < 0.3:
         time.sleep(case.choose.uniform(0, 0.3))
         send(command.pid, signal.SIGINT)
-    case.tell(f"SIGINT {pause:.3f} s after Python's start")
+    case.note(f"SIGINT {pause:.3f} s after Python's start")
     case.ended(command, {0, 130})
 
 
 def damaged_checkpoint(case: Case) -> None:
-    """A stopped run whose last checkpoint is damaged, and maybe the one before as well."""
+    """A stopped run whose last checkpoint is damaged, and perhaps the one before as well."""
     case.save_every = 1
     command = case.train()
     until(lambda: (case.out / "previous.pt").exists() or command.wait(0) is not None, WHOLE)
     case.moment(command)
     send(command.pid, signal.SIGTERM)
-    case.ended(command, {0, 143, -signal.SIGTERM})  # the last when it comes after the last step
+    case.ended(command, {0, 143, -signal.SIGTERM})  # -SIGTERM if it arrives after the last step
     last, previous = case.out / "last.pt", case.out / "previous.pt"
     damaged = [last]
     if case.choose.random() < 0.3 and previous.exists():
@@ -158,11 +158,11 @@ def damaged_checkpoint(case: Case) -> None:
     kind = case.choose.choice(list(DAMAGES))
     for path in damaged:
         DAMAGES[kind](path, case.choose)
-    case.tell(f"{kind}: {', '.join(path.name for path in damaged)}")
+    case.note(f"{kind}: {', '.join(path.name for path in damaged)}")
     if len(damaged) == 1 and previous.exists():
-        return  # the run is to go on from the other
+        return  # the run must resume from the other
     left = {path: path.read_bytes() for path in damaged if path.exists()}
-    # a flipped bit may lie where nothing is stored
+    # code 0: a flipped bit may lie in unused bytes
     code = case.ended(case.train(), {0, 2}, WHOLE)
     if code == 2 and any(path.read_bytes() != content for path, content in left.items()):
         raise Failure("a damaged checkpoint was replaced")
@@ -172,7 +172,7 @@ def damaged_checkpoint(case: Case) -> None:
 
 
 def evaluation(case: Case) -> None:
-    """A k-NN evaluation is struck; the next one finds what an undisturbed one finds."""
+    """A k-NN evaluation is interrupted; the next one finds the figures of an undisturbed one."""
     case.out.mkdir()
     for name in ("last.pt", "config.yaml", "run.json"):
         (case.out / name).write_bytes((case.reference / name).read_bytes())
@@ -191,7 +191,7 @@ def evaluation(case: Case) -> None:
         number = signal.Signals[strike]
         send(command.pid, number)
         codes = {0, 128 + number, -number}
-    case.tell(f"eval: {strike}")
+    case.note(f"eval: {strike}")
     case.ended(command, codes, workers_end=strike not in ("SIGKILL", "SIGHUP"))
     result.unlink(missing_ok=True)
     case.ended(case.start(words), {0}, WHOLE)
@@ -200,18 +200,19 @@ def evaluation(case: Case) -> None:
 
 
 def knn_arguments(run: Path, *, workers: int, result: Path) -> list[str]:
-    """The command line of an evaluation."""
+    """Return the command line of an evaluation."""
     words = ["eval", "knn", str(run), "--data", "shapes", "--batch-size", "8", "--k", "5"]
     return [*words, "--workers", str(workers), "--out", str(result)]
 
 
 def absurd_value(case: Case) -> None:
-    """One number of the configuration is of any size: the run refuses it, or trains, and stops when it is told to."""
+    """One number of the configuration has any size: the run refuses it, or trains and stops on a signal."""
     numbers = dict(_numbers(yaml.safe_load((case.reference / "config.yaml").read_text())))
     key = case.choose.choice(sorted(numbers))
-    value = _any_number(case.choose)
+    number = _any_number(case.choose)
+    value: float | list[float] = number
     if isinstance(numbers[key], list):
-        value = sorted([value, case.choose.choice([value, _any_number(case.choose)])])
+        value = sorted([number, case.choose.choice([number, _any_number(case.choose)])])
     words = [*arguments_of(case.method), "--workers", "0", "--out", str(case.out), "--set", f"{key}={value}"]
     command = case.start(words, limits={"AS": 4 << 30})
     if command.wait(5) is None:
@@ -220,14 +221,14 @@ def absurd_value(case: Case) -> None:
 
 
 def flip_bit(path: Path, choose: random.Random) -> None:
-    """One bit is another."""
+    """Flip one bit."""
     content = bytearray(path.read_bytes())
     content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
     path.write_bytes(content)
 
 
 def zero_block(path: Path, choose: random.Random) -> None:
-    """A block of the disk reads as zeros."""
+    """Zero a block of the disk."""
     content = bytearray(path.read_bytes())
     start = choose.randrange(len(content)) // 4096 * 4096
     content[start : start + 4096] = bytes(len(content[start : start + 4096]))
@@ -235,23 +236,23 @@ def zero_block(path: Path, choose: random.Random) -> None:
 
 
 def truncate(path: Path, choose: random.Random) -> None:
-    """The end is missing."""
+    """Cut off the end."""
     content = path.read_bytes()
     path.write_bytes(content[: choose.randrange(len(content))])
 
 
 def empty(path: Path, choose: random.Random) -> None:
-    """Nothing is left but the name."""
+    """Leave an empty file."""
     path.write_bytes(b"")
 
 
 def noise(path: Path, choose: random.Random) -> None:
-    """Another file has its name."""
+    """Replace the content with random bytes."""
     path.write_bytes(choose.randbytes(10_000))
 
 
 def remove(path: Path, choose: random.Random) -> None:
-    """It is gone."""
+    """Delete the file."""
     path.unlink()
 
 
@@ -271,7 +272,7 @@ def _signalled(case: Case, command: Command, number: signal.Signals, codes: set[
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys of a configuration whose values are numbers or pairs of them."""
+    """Yield the keys of a configuration whose values are numbers or pairs of numbers."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}.")
@@ -293,7 +294,7 @@ def _maybe_slow(case: Case) -> dict[str, object] | None:
 
 
 def _worker(case: Case, command: Command) -> int | None:
-    """A worker of a run, at a moment drawn; None if the run is over."""
+    """Wait for a randomly drawn moment and return one of the run's workers, or None if the run is over."""
     if not case.moment(command):
         return None
     until(lambda: bool(children(command.pid)) or command.wait(0) is not None, WHOLE)

@@ -1,7 +1,6 @@
-"""What the fuzz tests share: how many examples they take, and the command line in this process, with a time limit.
+"""Settings for the fuzz tests, and the command line run in this process under a time limit.
 
-HVP_EXAMPLES sets the number of examples, which are then drawn from `--hypothesis-seed`; without it there are a few,
-always the same.
+HVP_EXAMPLES sets the number of examples, drawn from `--hypothesis-seed`. Without it there are a few, always the same.
 """
 
 import io
@@ -22,11 +21,11 @@ from hvp.common.errors import UserError
 EXAMPLES = int(os.environ.get("HVP_EXAMPLES", "0"))
 
 SECONDS = 20
-"""In which any example must be done; it takes a fraction of one."""
+"""Seconds allowed for an example; it takes a fraction of one."""
 
 
 def examples(few: int) -> settings:
-    """The settings of a test that takes `few` examples by default."""
+    """Return the settings of a test with `few` examples by default."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(
         max_examples=EXAMPLES or few,
@@ -41,7 +40,7 @@ def examples(few: int) -> settings:
 
 @contextmanager
 def time_limit(seconds: int = SECONDS) -> Iterator[None]:
-    """Fails what takes longer, and what waits for ever."""
+    """Fail the test if the block takes longer."""
 
     def late(number: int, frame: FrameType | None) -> None:
         pytest.fail(f"not done after {seconds} s", pytrace=False)
@@ -57,7 +56,7 @@ def time_limit(seconds: int = SECONDS) -> Iterator[None]:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Lets pass what is refused with a message that names the file, and fails anything else, and what takes long."""
+    """Accept success or a `UserError` that names the file; fail on anything else, or when it takes too long."""
     with time_limit():
         try:
             yield
@@ -71,7 +70,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def hvp(*arguments: object) -> tuple[int, str]:
-    """Runs the command in this process: the exit code, and what it said. Whatever else it raises is a failure."""
+    """Run the command in this process and return its exit code and output; any other exception fails the test."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said), time_limit():
         patch.setattr(sys, "argv", ["hvp", *map(str, arguments)])

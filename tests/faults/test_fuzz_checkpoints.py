@@ -1,4 +1,4 @@
-"""Checkpoints whose content or whose bytes are other than they should be: each is used rightly, or refused by name."""
+"""Checkpoints with wrong content or damaged bytes: each is used correctly, or refused with a message that names it."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ OWN = {
     "simclr": ("--set", "optim.warmup_epochs=0", "--set", "model.proj_hidden_dim=16"),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's, about the tensors that stand for damage
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch warns about the unusual tensors used as damage
 
 Place = tuple[Any, ...]
 """Keys and indices that lead to a value in nested containers."""
@@ -34,7 +34,7 @@ Place = tuple[Any, ...]
 
 @pytest.fixture(scope="module", params=METHODS)
 def run(request, tmp_path_factory) -> Path:
-    """A run of two steps, whose `previous.pt` is of the first."""
+    """A run of two steps, with its checkpoints of both."""
     out = tmp_path_factory.mktemp(request.param) / "run"
     code, said = hvp("pretrain", request.param, *SMALL, *OWN[request.param], "--out", out)
     assert code == 0, said
@@ -82,11 +82,11 @@ REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "meta like it": lambda old: old.to("meta") if isinstance(old, torch.Tensor) else None,
     "expanded": lambda old: torch.zeros(()).expand(10**6, 10**6),
 }
-"""What may stand in a value's place."""
+"""Replacements for a value, by description."""
 
 
 def places(value: Any, place: Place = (), deepest: int = 5) -> Iterator[Place]:
-    """The places of all values in nested containers, outermost first."""
+    """Yield the places of all values in nested containers, outermost first."""
     if len(place) >= deepest or not isinstance(value, dict | list | tuple):
         return
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -95,7 +95,7 @@ def places(value: Any, place: Place = (), deepest: int = 5) -> Iterator[Place]:
 
 
 def mutated(content: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
-    """The content with one to three values removed or replaced, anywhere; each level as likely as any other."""
+    """Return the content with one to three values removed or replaced, at any level with equal probability."""
     content = copy.deepcopy(content)
     for _ in range(data.draw(st.integers(1, 3))):
         depth = data.draw(st.integers(1, 5))
@@ -117,15 +117,15 @@ def mutated(content: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint as hvp does, so that only the content is wrong; where hvp cannot, as PyTorch does."""
+    """Write a checkpoint as hvp does, so that only the content is wrong; if hvp cannot, as PyTorch does."""
     try:
         save_checkpoint(path, content)
-    except Exception:  # content that no run has
+    except Exception:  # content that no run would have
         torch.save(content, path)
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    """A run that can be spoiled."""
+    """Return a copy of a run that a test may damage."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run, out, ignore=shutil.ignore_patterns("tensorboard", "step*.pt"))
@@ -133,7 +133,7 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether the networks in two checkpoints are equal."""
+    """Return whether the networks in two checkpoints are equal."""
     contents = [torch.load(path, map_location="cpu", weights_only=True) for path in (one, other)]
     networks = [
         {key: content[key] for key in ("student", "teacher", "model") if key in content} for content in contents
@@ -147,7 +147,7 @@ def same(one: Path, other: Path) -> bool:
 
 @examples(10)
 @given(data=st.data())
-def test_content_that_is_wrong_is_refused_by_resume(run: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_wrong_content_is_refused_by_resume(run: Path, tmp_path: Path, data: st.DataObject) -> None:
     out = copy_of(run, tmp_path)
     write(out / "last.pt", mutated(load_checkpoint(run / "step1.pt"), data))
     (out / "previous.pt").unlink()
@@ -158,7 +158,7 @@ def test_content_that_is_wrong_is_refused_by_resume(run: Path, tmp_path: Path, d
 
 @examples(10)
 @given(data=st.data())
-def test_content_that_is_wrong_is_refused_by_evaluation(run: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_wrong_content_is_refused_by_evaluation(run: Path, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "checkpoint.pt"
     write(path, mutated(load_checkpoint(run / "step2.pt"), data))
     with named(path):
@@ -167,9 +167,7 @@ def test_content_that_is_wrong_is_refused_by_evaluation(run: Path, tmp_path: Pat
 
 @examples(10)
 @given(data=st.data(), to=st.sampled_from(["upstream", "timm", "torchvision", "safetensors"]))
-def test_content_that_is_wrong_is_refused_by_conversion(
-    run: Path, tmp_path: Path, data: st.DataObject, to: str
-) -> None:
+def test_wrong_content_is_refused_by_conversion(run: Path, tmp_path: Path, data: st.DataObject, to: str) -> None:
     path = tmp_path / "checkpoint.pt"
     write(path, mutated(load_checkpoint(run / "step2.pt"), data))
     code, said = hvp("convert", path, "--to", to, "--out", tmp_path / "converted.safetensors", "--overwrite")
@@ -177,7 +175,7 @@ def test_content_that_is_wrong_is_refused_by_conversion(
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
-    """The bytes of a file after an accident."""
+    """Return the bytes of a file with some damage."""
     kind = data.draw(st.sampled_from(["flipped", "zeroed", "truncated", "lengthened", "repeated"]))
     start = data.draw(st.integers(0, len(content) - 1))
     length = data.draw(st.sampled_from([1, 16, 512, 4096]))

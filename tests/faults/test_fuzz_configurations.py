@@ -1,4 +1,4 @@
-"""Configurations of any text and any value: each is resolved or refused with a message, soon, and in little memory."""
+"""Configurations of any text and any value: each is resolved or refused with a message, fast and in little memory."""
 
 import resource
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from hvp.methods import METHODS, get_method
 from tests.faults.fuzzing import examples, hvp, named
 
 MEMORY = 2 << 30
-"""Bytes that a check may take on top of what the process has."""
+"""Bytes that a check may allocate on top of the process's own."""
 
 
 @pytest.fixture(autouse=True)
 def _little_memory() -> Iterator[None]:
-    """Makes a check that wants gigabytes fail, rather than the machine."""
+    """Make a check that allocates gigabytes fail, rather than the machine."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, limits[1]))
@@ -29,7 +29,7 @@ def _little_memory() -> Iterator[None]:
 
 
 def bomb(levels: int, width: int) -> str:
-    """Aliases of aliases: a few lines that stand for `width ** levels` values."""
+    """Return aliases of aliases: a few lines that expand to `width ** levels` values."""
     lines = [f"a0: &a0 [{', '.join(['1'] * width)}]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)]
     return "\n".join(lines)
@@ -99,7 +99,7 @@ def test_any_bytes_are_a_configuration_or_refused(tmp_path: Path, content: bytes
 @examples(25)
 @given(data=st.data(), method=st.sampled_from(METHODS))
 def test_any_value_is_shown_or_refused(tmp_path: Path, data: st.DataObject, method: str) -> None:
-    """Up to three keys have any value of any size, and the dry run says what follows from them."""
+    """Up to three keys have any value of any size; the dry run prints the consequences."""
     keys = data.draw(st.lists(st.sampled_from(sorted(leaf_keys(get_method(method).config))), min_size=1, max_size=3))
     values: dict[str, Any] = {key: data.draw(VALUES, label=key) for key in keys}
     path = tmp_path / "config.yaml"

@@ -1,12 +1,12 @@
-"""Python with PyTorch and hvp imported, which forks a command for each line it reads.
+"""A Python process with PyTorch and hvp imported that forks a command for each line it reads.
 
-A command that starts anew spends two to three seconds on imports. One that is forked from here starts at once, and is a
-process like any other from then on: it falls out of this file's end, so that Python shuts down in it as it always does.
+A new process spends two to three seconds on imports. One forked from here starts at once and is an ordinary process
+from then on: it reaches the end of this file, so Python shuts down in it as usual.
 
     line in                                             lines out
-    {"arguments", "log", "disk", "limits"}              {"pid"}, and when the process has ended {"code"}
+    {"arguments", "log", "disk", "limits"}              {"pid"}, then {"code"} when the process has ended
 
-There is one command at a time.
+Only one command runs at a time.
 """
 
 import gc
@@ -25,11 +25,11 @@ MODULES = (
     *("hvp.cli.main", "hvp.cli.memory", "hvp.common.evaluation.knn", "torch.utils.tensorboard"),
     "hvp.common.convert.upstream",
 )
-"""What the commands import."""
+"""Modules that the commands import."""
 
 
 def serve() -> bool:
-    """Forks a process for each request. True in each of them, which is set up then; False here, at the end."""
+    """Fork a process for each request; return True in each, once it is set up, and False here, after the last."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     print(json.dumps({"ready": True}), file=answers)
     while line := sys.stdin.readline():
@@ -42,7 +42,7 @@ def serve() -> bool:
             os.close(set_up)
             return True
         os.close(set_up)
-        os.read(ready, 1)  # ends when the process has closed its side: from here on signals reach a command
+        os.read(ready, 1)  # returns when the process has closed its side; signals reach a command from here on
         os.close(ready)
         print(json.dumps({"pid": pid}), file=answers)
         _, status = os.waitpid(pid, 0)
@@ -51,7 +51,7 @@ def serve() -> bool:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Makes this process a command of its own: session, output, arguments, and the disk it writes to."""
+    """Turn this process into a command with its own session, output, arguments and disk."""
     os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -69,7 +69,7 @@ def become(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for module in MODULES:
         import_module(module)
-    gc.freeze()  # else every process spends two seconds of its end on what was imported here
+    gc.freeze()  # otherwise every process spends two seconds at its end collecting these imports
     if serve():
         from hvp.cli.main import main
 
