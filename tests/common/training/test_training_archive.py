@@ -1,4 +1,4 @@
-"""Files whose bytes, or whose content, cannot be used."""
+"""Checkpoint files with damaged bytes or unusable content."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def refused(path: Path, data: bytes) -> bool:
-    """Whether a file is refused; if it is not, what it holds is what was written."""
+    """Return whether a file is refused; if it is read, check that its content is intact."""
     path.write_bytes(data)
     try:
         content = read_archive(path)
@@ -53,7 +53,7 @@ def refused(path: Path, data: bytes) -> bool:
 
 
 def damages(data: bytes, end: int, choose: random.Random) -> list[bytes]:
-    """200 copies with one bit flipped, and 100 with up to 512 bytes zeroed, somewhere before `end`."""
+    """Return 200 copies with one bit flipped, and 100 with up to 512 bytes zeroed, somewhere before `end`."""
     copies = [bytearray(data) for _ in range(300)]
     for number, copy in enumerate(copies):
         start = choose.randrange(end)
@@ -65,15 +65,15 @@ def damages(data: bytes, end: int, choose: random.Random) -> list[bytes]:
     return [bytes(copy) for copy in copies if copy != data]
 
 
-def test_no_flipped_bit_and_no_zeroed_block_is_used(tmp_path: Path) -> None:
+def test_flipped_bits_and_zeroed_blocks_are_refused(tmp_path: Path) -> None:
     data = sealed()
     found = [refused(tmp_path / "x.pt", copy) for copy in damages(data, len(data), random.Random(0))]
     assert len(found) > 250
-    assert sum(found) >= len(found) - 2  # those in the seal's own name leave a file without a seal
+    assert sum(found) >= len(found) - 2  # damage to the seal's own name leaves a file without a seal
 
 
-def test_the_end_counts_too(tmp_path: Path) -> None:
-    """The archive's directory, its end and the seal, where parsers differ in what they overlook."""
+def test_damage_at_the_end_never_reaches_the_content(tmp_path: Path) -> None:
+    """Damage to the archive's directory, its end and the seal, where parsers differ in what they overlook."""
     data = sealed()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         start = archive.start_dir
@@ -83,7 +83,7 @@ def test_the_end_counts_too(tmp_path: Path) -> None:
         refused(tmp_path / "x.pt", bytes(copy))
 
 
-def test_files_without_a_seal_are_held_against_their_own_sums(tmp_path: Path) -> None:
+def test_files_without_a_seal_are_checked_against_their_own_checksums(tmp_path: Path) -> None:
     data = plain()
     assert not refused(tmp_path / "x.pt", data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -92,7 +92,7 @@ def test_files_without_a_seal_are_held_against_their_own_sums(tmp_path: Path) ->
     assert sum(found) > 50  # the rest fills gaps between records
 
 
-def test_a_sealed_file_is_one_of_pytorch_and_of_any_zip_program(tmp_path: Path) -> None:
+def test_a_sealed_file_is_readable_by_pytorch_and_any_zip_program(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(sealed())
     for mmap in (False, True):
         assert equal(torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap), CONTENT)
@@ -101,7 +101,7 @@ def test_a_sealed_file_is_one_of_pytorch_and_of_any_zip_program(tmp_path: Path) 
         assert archive.comment.startswith(b"hvp-crc32:")
 
 
-def test_files_without_any_sum_are_read(tmp_path: Path) -> None:
+def test_files_without_any_checksum_are_read(tmp_path: Path) -> None:
     assert not refused(tmp_path / "x.pt", plain(_use_new_zipfile_serialization=False))
     torch.serialization.set_crc32_options(False)
     try:
@@ -124,7 +124,7 @@ def in_itself() -> dict[str, Any]:
 
 
 def many_times_over() -> dict[str, Any]:
-    """2 ** 30 entries in 30 small dicts."""
+    """Return 2 ** 30 entries in 30 small dicts."""
     inner: dict[str, Any] = {}
     for _ in range(30):
         inner = {"a": inner, "b": inner}
@@ -142,7 +142,7 @@ def many_times_over() -> dict[str, Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_content_that_cannot_be_used(tmp_path: Path, content: Any, said: str) -> None:
+def test_unusable_content_is_refused(tmp_path: Path, content: Any, said: str) -> None:
     (tmp_path / "x.pt").write_bytes(sealed(content))
     with torch.serialization.safe_globals([Namespace]), pytest.raises(DamagedCheckpoint, match=f"is damaged: .*{said}"):
         read_archive(tmp_path / "x.pt")
@@ -159,7 +159,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
         read_archive(Path("/dev/zero"))
 
 
-def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 

@@ -1,4 +1,4 @@
-"""Entries that a checkpoint must hold."""
+"""Entries required in a checkpoint."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ MISSING = object()
 
 
 def whole() -> dict[str, Any]:
-    """A checkpoint's entries, as a run writes them."""
+    """Return a checkpoint's entries as a run writes them."""
     moments = {"step": torch.tensor(7.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
     return {
         "method": "simsiam",
@@ -52,13 +52,14 @@ def changed(place: str, value: object) -> dict[str, Any]:
 
 
 def test_a_whole_checkpoint_is_read(tmp_path: Path) -> None:
-    for changes in ({}, {"precision": {"scaler": {}, "skipped_steps": 0}}, {"processes": []}):
+    variants: list[dict[str, Any]] = [{}, {"precision": {"scaler": {}, "skipped_steps": 0}}, {"processes": []}]
+    for changes in variants:
         save_checkpoint(tmp_path / "last.pt", {**whole(), **changes})
         assert load_checkpoint(tmp_path / "last.pt")["step"] == 7
 
 
-def test_one_of_an_early_version_is_read(tmp_path: Path) -> None:
-    """Without a seal, and without a word of the images."""
+def test_a_checkpoint_of_an_early_version_is_read(tmp_path: Path) -> None:
+    """Early versions wrote no seal and no entry for the images."""
     content = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, **changed("data", MISSING)}
     torch.save(content, tmp_path / "last.pt")
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 7
@@ -99,7 +100,7 @@ def test_one_of_an_early_version_is_read(tmp_path: Path) -> None:
         ("data/images", 0, "data.images: "),
     ],
 )
-def test_what_is_missing_or_of_another_type_is_named(tmp_path: Path, place: str, value: object, said: str) -> None:
+def test_missing_entries_and_wrong_types_are_named(tmp_path: Path, place: str, value: object, said: str) -> None:
     save_checkpoint(tmp_path / "last.pt", changed(place, value))
     with pytest.raises(DamagedCheckpoint, match=r"last\.pt: is damaged: ") as caught:
         load_checkpoint(tmp_path / "last.pt")
@@ -108,15 +109,15 @@ def test_what_is_missing_or_of_another_type_is_named(tmp_path: Path, place: str,
 
 
 @pytest.mark.parametrize("key", ["version", "method", "config", "step", "epoch"])
-def test_an_evaluation_names_what_it_relies_on(tmp_path: Path, key: str) -> None:
+def test_an_evaluation_names_the_entry_it_cannot_use(tmp_path: Path, key: str) -> None:
     for value in (None, torch.zeros(2)):
         save_checkpoint(tmp_path / "last.pt", changed(key, value))
         with pytest.raises(DamagedCheckpoint, match=rf"last\.pt: is damaged: {key}"):
             read_backbone_state(tmp_path / "last.pt")
 
 
-def test_a_folder_that_is_replaced_while_a_file_is_written(tmp_path: Path) -> None:
-    """The file of the other run is neither replaced nor deleted."""
+def test_a_folder_replaced_during_a_write(tmp_path: Path) -> None:
+    """The other run's file is neither replaced nor deleted."""
     out = tmp_path / "run"
     out.mkdir()
 

@@ -1,4 +1,4 @@
-"""Exchanges with gradients, and batch norm over two processes, against one process with all the rows."""
+"""Differentiable collectives and batch norm over two processes, against one process with all the rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from hvp.common.training.collectives import gathered, summed
 from hvp.common.training.distributed import World, data_parallel, synchronised
-from tests.processes import in_two_processes
+from tests.processes import Report, in_two_processes
 
 CPU = torch.device("cpu")
 ROWS = 12
-"""Of both processes; the first has SHARE of them where the shares differ."""
+"""Rows of both processes together; where the shares differ, the first process has SHARE of them."""
 SHARE = 5
 
 
@@ -22,39 +22,40 @@ def rows_of(*shape: int) -> Tensor:
     return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(3)) * 2 + 5
 
 
-def test_alone_nothing_is_exchanged():
+def test_one_process_exchanges_nothing():
     x = torch.randn(3, requires_grad=True)
     assert gathered(x) is x
     assert summed(x) is x
 
 
-def _exchange(world: World, say: Callable[[Any], None]) -> None:
+def gradient(loss: Tensor, x: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(loss, x)
+    return found
+
+
+def _exchange(world: World, report: Report) -> None:
     x = rows_of(2)[world.rank * 6 :][:6].requires_grad_()
     everything = gathered(x)
-    say(everything.detach())
-    # each process's loss: its own rows against everybody's
-    (x @ everything.T).sin().mean().backward()
-    say(x.grad.clone())
-    x.grad = None
+    report(everything.detach())
+    # each process's loss: its own rows against everyone's
+    report(gradient((x @ everything.T).sin().mean(), x))
     total = summed(x)
-    say(total.detach())
-    (total.square().sum() * (world.rank + 1)).backward()
-    say(x.grad)
+    report(total.detach())
+    report(gradient(total.square().sum() * (world.rank + 1), x))
 
 
 def test_gathered_and_summed_rows_and_their_gradients(tmp_path: Path):
-    said = in_two_processes(_exchange, tmp_path)
+    reports = in_two_processes(_exchange, tmp_path)
     x = rows_of(2).requires_grad_()
     halves = x.chunk(2)
-    sum(((half @ x.T).sin().mean() for half in halves), torch.zeros(())).backward()
-    gradients, x.grad = x.grad.chunk(2), None
+    of_gathered = gradient(sum(((half @ x.T).sin().mean() for half in halves), torch.zeros(())), x).chunk(2)
     total = halves[0] + halves[1]
-    (total.square().sum() * 3).backward()
-    for rank, (everything, gradient, both, gradient_of_both) in enumerate(said):
+    of_sum = gradient(total.square().sum() * 3, x).chunk(2)
+    for rank, (everything, gathered_gradient, both, summed_gradient) in enumerate(reports):
         assert torch.equal(everything, x)
-        torch.testing.assert_close(gradient, gradients[rank])
+        torch.testing.assert_close(gathered_gradient, of_gathered[rank])
         assert torch.equal(both, total)
-        torch.testing.assert_close(gradient_of_both, x.grad.chunk(2)[rank])
+        torch.testing.assert_close(summed_gradient, of_sum[rank])
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -68,7 +69,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def passed(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and state of a layer after two passes in training, and its output in evaluation."""
+    """Return output, gradients and state of a layer after two passes in training, and its output in evaluation."""
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):
             parameter.add_(torch.arange(3.0) * 0.1 + number)
@@ -76,13 +77,13 @@ def passed(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     output = layer(x)
     (output.sin() * torch.arange(output[0].numel()).view_as(output[0])).sum().backward()
-    found = {"output": output.detach(), "gradient": x.grad}
+    found: dict[str, Any] = {"output": output.detach(), "gradient": x.grad}
     found |= {f"grad {name}": parameter.grad for name, parameter in layer.named_parameters()}
     found |= {f"state {name}": value.clone() for name, value in layer.state_dict().items()}
     return found | {"evaluated": layer.eval()(x).detach()}
 
 
-def _normalise(world: World, say: Callable[[Any], None]) -> None:
+def _normalise(world: World, report: Report) -> None:
     for make, shape in LAYERS.values():
         layer = make()
         before, keys = dict(layer.named_parameters()), list(layer.state_dict())
@@ -90,10 +91,10 @@ def _normalise(world: World, say: Callable[[Any], None]) -> None:
         assert list(layer.state_dict()) == keys
         assert all(before[name] is parameter for name, parameter in layer.named_parameters())
         x = rows_of(*shape)
-        say(passed(layer, x[:SHARE] if world.leader else x[SHARE:]))
+        report(passed(layer, x[:SHARE] if world.leader else x[SHARE:]))
 
 
-def test_batch_norm_of_two_processes_is_that_of_all_rows(tmp_path: Path):
+def test_batch_norm_over_two_processes_normalises_by_all_rows(tmp_path: Path):
     """Shares of 5 and 7 rows. Tolerance: float32 sums in another order."""
     first, second = in_two_processes(_normalise, tmp_path)
     for number, (name, (make, shape)) in enumerate(LAYERS.items()):
@@ -104,12 +105,12 @@ def test_batch_norm_of_two_processes_is_that_of_all_rows(tmp_path: Path):
             if key.startswith("state"):
                 found = parts[0]
                 assert torch.equal(*parts), (name, key)
-            elif key.startswith("grad "):  # of parameters: data_parallel() adds them up
+            elif key.startswith("grad "):  # parameters' gradients: data_parallel() adds them up
                 found = parts[0] + parts[1]
             else:
                 found = torch.cat(parts)
             if (name, key) == ("no statistics", "evaluated"):
-                continue  # without statistics to go by, each process takes those of its rows
+                continue  # without running statistics, each process uses those of its rows
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}, {key}: {m}")  # noqa: B023
 
 
@@ -137,14 +138,13 @@ def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
     return losses
 
 
-def _train(world: World, say: Callable[[Any], None]) -> None:
+def _train(world: World, report: Report) -> None:
     model = data_parallel(synchronised(convnet(), world, CPU), world, CPU)
-    say(torch.stack(steps(model, rows_of(1, 4, 4).chunk(2)[world.rank])))
+    report(torch.stack(steps(model, rows_of(1, 4, 4).chunk(2)[world.rank])))
 
 
 def test_a_network_trains_as_in_one_process(tmp_path: Path):
-    said = in_two_processes(_train, tmp_path)
-    losses = torch.stack([losses for (losses,) in said]).mean(dim=0)
+    losses = torch.stack([losses for (losses,) in in_two_processes(_train, tmp_path)]).mean(dim=0)
     torch.testing.assert_close(losses, torch.stack(steps(convnet(), rows_of(1, 4, 4))), rtol=1e-5, atol=1e-6)
 
 
@@ -166,4 +166,4 @@ def test_half_precision_is_kept_and_computed_in_float32():
     x = rows_of(3).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-    assert layer.running_mean.dtype == torch.float32
+    assert layer.state_dict()["running_mean"].dtype == torch.float32

@@ -1,8 +1,6 @@
-"""Several processes: what the environment says, what they agree on, and what the helpers do to modules."""
+"""Several processes: their places in the environment, their agreement, and the modules made for them."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ from hvp.common.training.distributed import (
     synchronised,
     unwrapped,
 )
-from tests.processes import in_two_processes
+from tests.processes import Report, in_two_processes
 
 CPU = torch.device("cpu")
 
@@ -41,7 +39,7 @@ CPU = torch.device("cpu")
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, World()),
     ],
 )
-def test_the_environment_says_the_place(environment, world):
+def test_a_process_reads_its_place_from_the_environment(environment, world):
     assert environment_world(environment) == world
 
 
@@ -66,20 +64,20 @@ def test_the_first_machine_of_a_slurm_list(nodes, host):
     assert first_host(nodes) == host
 
 
-def test_where_the_processes_meet():
+def test_the_rendezvous_address():
     assert rendezvous({"MASTER_ADDR": "here", "MASTER_PORT": "5"}) == ("here", "5")
     assert rendezvous({"SLURM_JOB_ID": "1234567", "SLURM_STEP_NODELIST": "n[3-4]"}) == ("n3", "34567")
     with pytest.raises(UserError, match="MASTER_ADDR"):
         rendezvous({"RANK": "0", "WORLD_SIZE": "2"})
 
 
-def test_a_batch_must_divide():
+def test_a_batch_must_divide_evenly():
     assert share_of_batch(64, 2, World(0, 4)) == 8
     with pytest.raises(UserError, match="Set a multiple of 8, for example 64"):
         share_of_batch(60, 2, World(0, 4))
 
 
-def test_one_process_is_left_as_it_is():
+def test_modules_of_a_single_process_stay_unwrapped():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert data_parallel(module, World(), CPU) is module
     assert synchronised(module, World(), CPU) is module
@@ -95,24 +93,24 @@ def test_synchronised_batch_norm_keeps_parameters_and_names(device, kind):
     assert all(before[name] is parameter for name, parameter in after.named_parameters())
 
 
-def _agree(world: World, say: Callable[[Any], None]) -> None:
-    say(world.mean([float(world.rank), 3.0]))
-    say(world.broadcast(f"from {world.rank}"))
+def _agree(world: World, report: Report) -> None:
+    report(world.mean([float(world.rank), 3.0]))
+    report(world.broadcast(f"from {world.rank}"))
     for who in (0, 1, None):
         try:
             with world.agreeing():
                 if who in (world.rank, None):
                     raise UserError("the disk is full")
         except SharedError as error:
-            say((str(error), error.leader))
+            report((str(error), error.leader))
     with world.agreeing():
-        say("on")
+        report("on")
 
 
-def test_a_mistake_of_one_process_is_raised_in_all(tmp_path):
-    for rank, said in enumerate(in_two_processes(_agree, tmp_path)):
+def test_an_error_in_one_process_is_raised_in_all(tmp_path):
+    for rank, reported in enumerate(in_two_processes(_agree, tmp_path)):
         leader = rank == 0
-        assert said == [
+        assert reported == [
             [0.5, 3.0],
             "from 0",
             ("rank 0: the disk is full", leader),
@@ -124,7 +122,7 @@ def test_a_mistake_of_one_process_is_raised_in_all(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_processes_that_train_on_the_cpu_need_no_gpu(monkeypatch, device):
-    """On a machine with one GPU; the second process of two."""
+    """The second process of two, on a machine with one GPU."""
     backends: list[str] = []
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
@@ -144,7 +142,12 @@ def test_processes_that_train_on_the_cpu_need_no_gpu(monkeypatch, device):
             joined(device).__enter__()
 
 
-def _accumulate(world: World, say: Callable[[Any], None]) -> None:
+def gradient_of(layer: nn.Linear) -> Tensor:
+    assert layer.weight.grad is not None
+    return layer.weight.grad.clone()
+
+
+def _accumulate(world: World, report: Report) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(3, 1, bias=False)
     model = data_parallel(layer, world, CPU)
@@ -153,13 +156,13 @@ def _accumulate(world: World, say: Callable[[Any], None]) -> None:
     with averaging(model, on=False):
         output = model(first)
     output.sum().backward()
-    say(layer.weight.grad.clone())
+    report(gradient_of(layer))
     with averaging(model, on=True):
         output = model(second)
     output.sum().backward()
-    say(layer.weight.grad.clone())
+    report(gradient_of(layer))
     unwrapped(model)(first).sum().backward()
-    say(layer.weight.grad.clone())
+    report(gradient_of(layer))
     with torch.no_grad():
         layer.weight += world.rank
     with pytest.raises(SharedError, match="different weights"):
@@ -167,14 +170,14 @@ def _accumulate(world: World, say: Callable[[Any], None]) -> None:
 
 
 def inputs_of(rank: int) -> Tensor:
-    """Two inputs of a process; they are the gradients of a linear layer's summed outputs."""
+    """Return two inputs of a process; they are also the gradients of a linear layer's summed outputs."""
     return torch.arange(12.0).reshape(2, 2, 1, 3)[rank]
 
 
 def test_gradients_are_averaged_once_a_step_and_unequal_weights_refused(tmp_path):
     mean = torch.stack([inputs_of(rank).sum(0) for rank in range(2)]).mean(0)
-    for rank, said in enumerate(in_two_processes(_accumulate, tmp_path)):
+    for rank, gradients in enumerate(in_two_processes(_accumulate, tmp_path)):
         first, _ = inputs_of(rank)
-        assert torch.equal(said[0], first)  # its own until the last part
-        assert torch.equal(said[1], mean)  # everyone's from then on
-        assert torch.equal(said[2], mean + first)  # a pass through the module itself exchanges nothing
+        assert torch.equal(gradients[0], first)  # its own until the last part
+        assert torch.equal(gradients[1], mean)  # averaged in the last part
+        assert torch.equal(gradients[2], mean + first)  # a pass through the module itself exchanges nothing

@@ -1,26 +1,24 @@
-"""The least memory of a run, and the refusal of one that cannot fit."""
+"""A run's minimum memory, and the refusal of a run that cannot fit."""
 
 import pytest
 import torch
 
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.training import footprint as footprints
 from hvp.common.training.checkpoint import checkpoint_bytes
 from hvp.common.training.distributed import World
 from hvp.common.training.footprint import check_fits, footprint
-from hvp.methods import METHODS, get_method, get_preset
+from hvp.methods import METHODS, get_method
+from tests import runs
 
 
 def tiny(method, **values):
-    values = {key.replace("__", "."): value for key, value in values.items()}
-    layers = [("preset", read_yaml(get_preset(method, "tiny"))), ("test", values)]
-    return resolve(get_method(method).config, layers).config
+    return runs.tiny(get_method(method).config, method, **values)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_networks_are_counted_as_they_are_built(method):
-    """Networks without memory and without values count as real ones; a checkpoint lacks the gradients."""
+    """Networks on the meta device are counted like real ones; a checkpoint lacks the gradients."""
     config = tiny(method)
     build = get_method(method).build_modules
     modules = build(config, torch.device("cpu"))
@@ -32,8 +30,8 @@ def test_networks_are_counted_as_they_are_built(method):
     assert checkpoint_bytes(config, build) + gradients == held
 
 
-def test_parts_are_tensors_of_the_step():
-    """DINO tiny: 2 + 2 global crops of 32 pixels and 4 local ones of 16, of which 2 + 2 are trained on."""
+def test_the_estimate_adds_up_the_tensors_of_a_step():
+    """DINO tiny: 2 + 2 global crops of 32 pixels and 4 local ones of 16; 2 + 2 of them are trained on."""
     pixels = 16 * 3 * (4 * 32**2 + 4 * 16**2)
     needs = footprint(tiny("dino", train__accumulate=2), get_method("dino").build_modules)
     assert (needs.pixels, needs.views) == (pixels, 4 * pixels)
@@ -58,7 +56,7 @@ def test_parts_are_tensors_of_the_step():
         ("mocov3", {"train__batch_size": 2**20, "views__crop_size": 8}, "objective"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_what_to_lower(method, values, largest, monkeypatch):
+def test_a_run_that_cannot_fit_is_refused_with_the_setting_to_lower(method, values, largest, monkeypatch):
     monkeypatch.setattr(footprints, "host_memory", lambda: 2**38)
     with pytest.raises(
         UserError, match=rf"the run needs at least .* this machine has 256\.0 GiB \({largest}"
@@ -67,7 +65,8 @@ def test_what_cannot_fit_is_refused_with_what_to_lower(method, values, largest, 
     assert footprints.SETTINGS[largest] in str(caught.value)
 
 
-def test_what_fits_is_let_through(monkeypatch):
+def test_a_run_that_just_fits_is_accepted(monkeypatch):
+    assert footprints.host_memory(), "this machine's memory is known"
     config, build = tiny("dino", train__device="cpu"), get_method("dino").build_modules
     needs = footprint(config, build)
     for memory in (needs.device + needs.pixels, None):
@@ -76,4 +75,3 @@ def test_what_fits_is_let_through(monkeypatch):
     monkeypatch.setattr(footprints, "host_memory", lambda: needs.device + needs.pixels - 1)
     with pytest.raises(UserError):
         check_fits(config, build)
-    assert footprints.host_memory() > 0

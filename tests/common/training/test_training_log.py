@@ -1,4 +1,4 @@
-"""Log of a run: rows, TensorBoard's events, and what stays of an epoch; also when the run is resumed."""
+"""A run's log: its rows, TensorBoard events and one line per epoch, also when the run is resumed."""
 
 import io
 import json
@@ -19,9 +19,10 @@ from hvp.common.training.progress import Progress
 from hvp.common.training.run import Run
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import train_dino
+from tests.runs import killed_at, rows_of
 
 STEPS, STEPS_PER_EPOCH, BATCH = 15, 5, 4
-CONFIG = {
+CONFIG: dict[str, dict[str, Any]] = {
     "data": {"path": "shapes", "shapes": {"size": 32, "train": 20, "val": 10}, "workers": 0},
     "model": {"arch": "vit_micro", "patch_size": 8, "out_dim": 16, "head_hidden_dim": 16},
     "optim": {"warmup_epochs": 0},
@@ -33,37 +34,16 @@ CONFIG = {
 
 
 def train(out: Path, *, resume: bool = False, **train_changes: Any) -> str:
-    """A run of 15 steps that select and rescue; what it says."""
+    """Train for 15 steps with hard views and Rescue, and return the output."""
     config = DinoConfig.model_validate({**CONFIG, "train": {**CONFIG["train"], **train_changes}})
     said = io.StringIO()
     train_dino(config, out, console=Console(file=said, width=200), resume=resume)
     return said.getvalue()
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def stop_at(step: int, out: Path, patch: pytest.MonkeyPatch) -> None:
-    class Stop(Exception):
-        pass
-
-    check = Run.check
-
-    def stopping(run: Run, *loss_and_optimizer: Any, **values: float) -> float:
-        if run.step == step:
-            raise Stop
-        return check(run, *loss_and_optimizer, **values)
-
-    with patch.context() as patched:
-        patched.setattr(Run, "check", stopping)
-        with pytest.raises(Stop):
-            train(out, save_every=step)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, str]:
-    """A run of which every step is logged, and what it said."""
+    """A run that logs every step, and its output."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return out, train(out, log_every=1)
 
@@ -72,7 +52,7 @@ def epoch_lines(said: str) -> list[str]:
     return [line for line in said.splitlines() if re.match(r"epoch \d+/", line)]
 
 
-def test_a_run_begins_with_what_it_is(whole):
+def test_a_run_starts_with_a_summary(whole):
     out, said = whole
     assert said.splitlines()[:5] == [
         f"output:     {out}",
@@ -82,11 +62,11 @@ def test_a_run_begins_with_what_it_is(whole):
         "steps:      15: 3 epochs of 5, 4 images each",
     ]
     trained, everything = map(float, re.findall(r"[\d.]+", said.splitlines()[2]))
-    # student and teacher are alike but for what of the prototypes is fixed
+    # student and teacher are alike, but some of the prototypes are fixed
     assert 0 < trained <= everything / 2
 
 
-def test_a_line_stays_of_every_epoch(whole):
+def test_one_line_per_epoch_stays(whole):
     out, said = whole
     losses = [row["loss"] for row in rows_of(out)]
     lines = epoch_lines(said)
@@ -96,16 +76,17 @@ def test_a_line_stays_of_every_epoch(whole):
     assert len(lines) == 3
 
 
-def test_the_screen_and_the_rows_count_epochs_alike(whole):
+def test_the_progress_line_and_the_rows_agree_on_the_epoch(whole):
     out, said = whole
     last = rows_of(out)[-1]
     assert (last["step"], last["epoch"]) == (STEPS, 3)
     assert re.search(rf"^step {STEPS}/{STEPS}  left 0:00:00  loss {last['loss']:.4f}  epoch 3/3 ", said, re.MULTILINE)
 
 
-def test_a_resumed_run_goes_on_with_its_time_and_its_epoch(whole, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_clock_and_its_epoch(whole, tmp_path):
     """Stopped after step 7, in the middle of an epoch and between two rows."""
-    stop_at(7, tmp_path / "run", monkeypatch)
+    with killed_at(8):
+        train(tmp_path / "run", save_every=7)
     before = rows_of(tmp_path / "run")
     assert [row["step"] for row in before] == [2, 4, 6]
     lines = epoch_lines(train(tmp_path / "run", resume=True))
@@ -113,18 +94,18 @@ def test_a_resumed_run_goes_on_with_its_time_and_its_epoch(whole, tmp_path, monk
     assert rows[:3] == before
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14, 15]
     assert [row["epoch"] for row in rows] == [1, 1, 2, 2, 2, 3, 3, 3]
-    # the epoch's mean is over all of its steps, its time over those of this start
+    # the epoch's mean covers all of its steps, its time only those since the resume
     expected = epoch_lines(whole[1])
     assert [line.partition(",")[0] for line in lines] == [line.partition(",")[0] for line in expected[1:]]
     assert "3 steps in" in lines[0]
-    # seconds go on where the last row left them, and only step 8 was made in those of the next
+    # the clock continues from the last row, and the next row's seconds cover step 8 alone
     seconds = rows[3]["seconds"] - before[-1]["seconds"]
     assert rows[3]["images_per_s"] * seconds == pytest.approx(BATCH)
     assert all(earlier["seconds"] < later["seconds"] for earlier, later in pairwise(rows))
 
 
-def test_rows_of_an_earlier_version_count_epochs_as_the_later_ones(tmp_path):
-    old = [{"step": 5, "epoch": 0, "loss": 3.0}, {"step": 10, "epoch": 1, "loss": 2.0}]
+def test_rows_of_an_earlier_version_get_the_later_epoch_numbers(tmp_path):
+    old: list[dict[str, float]] = [{"step": 5, "epoch": 0, "loss": 3.0}, {"step": 10, "epoch": 1, "loss": 2.0}]
     new = [{"step": 15, "epoch": 3, "loss": 1.5, "seconds": 4.0}, {"step": 16, "epoch": 4, "loss": 1.0, "seconds": 5.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in old + new))
     for _ in range(2):  # resumed twice
@@ -134,7 +115,7 @@ def test_rows_of_an_earlier_version_count_epochs_as_the_later_ones(tmp_path):
         assert [(row["step"], row["epoch"]) for row in rows_of(tmp_path)] == [(5, 1), (10, 2), (15, 3)]
 
 
-def test_a_row_has_the_gradients_norm_before_clipping(tmp_path, monkeypatch):
+def test_a_row_has_the_gradient_norm_before_clipping(tmp_path, monkeypatch):
     unscale, norms = Precision.unscale, []
 
     def unscaled(precision: Precision, optimizer: torch.optim.Optimizer) -> None:
@@ -147,11 +128,11 @@ def test_a_row_has_the_gradients_norm_before_clipping(tmp_path, monkeypatch):
     assert [row["grad_norm"] for row in rows_of(tmp_path / "run")] == pytest.approx(norms, rel=1e-5)
 
 
-def test_a_step_that_fp16_leaves_out_has_no_gradient_norm(tmp_path, monkeypatch):
+def test_a_step_skipped_by_fp16_has_no_gradient_norm(tmp_path, monkeypatch):
     check = Run.check
 
-    def checked(run: Run, *loss_and_optimizer: Any, **values: float) -> float:
-        mean = check(run, *loss_and_optimizer, **values)
+    def checked(run: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer, **values: float) -> float:
+        mean = check(run, loss, optimizer, **values)
         run.grad_norm = None if run.step == 1 else run.grad_norm
         return mean
 
@@ -164,7 +145,7 @@ def events(folder: Path) -> list[Any]:
     return [event for file in sorted(folder.iterdir()) for event in EventFileLoader(str(file)).Load()]
 
 
-def test_tensorboard_has_the_rows_in_groups(whole):
+def test_tensorboard_groups_the_values_of_the_rows(whole):
     out, _ = whole
     written = events(out / "tensorboard")
     tags = {value.tag for event in written for value in event.summary.value}
@@ -191,7 +172,7 @@ def test_tensorboard_has_the_rows_in_groups(whole):
         ([0.0, 0.75, 0.0, 1.25, 0.0], [(0.5, 1.5, 0.75), (1.5, 2.5, 0.0), (2.5, 3.5, 1.25)]),
     ],
 )
-def test_the_kept_views_are_a_histogram(tmp_path, shares, buckets):
+def test_kept_views_become_a_histogram(tmp_path, shares, buckets):
     log = Events(tmp_path / "tensorboard", config="", first_step=0)
     log.add(1, {"kept_hist": shares})
     log.close()

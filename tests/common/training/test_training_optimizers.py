@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from hvp.common.training.optimizers import (
     squared_gradient_norm,
 )
 
+By = Literal["tensor", "global"]
 
-def test_weight_decay_is_for_matrices() -> None:
+
+def test_weight_decay_applies_to_matrices_only() -> None:
     module = nn.ModuleDict({"linear": nn.Linear(2, 3), "norm": nn.LayerNorm(3), "conv": nn.Conv2d(1, 2, 3)})
     module.register_parameter("token", nn.Parameter(torch.zeros(1, 1, 3)))
     module.register_parameter("fixed", nn.Parameter(torch.zeros(2, 2), requires_grad=False))
-    module["norm"].bias = nn.Parameter(torch.zeros(1, 3))  # a bias is one by its name, too
+    module["norm"].bias = nn.Parameter(torch.zeros(1, 3))  # a bias is also recognised by its name
     decayed, exempt = split_weight_decay(module.named_parameters())
     names = {id(p): name for name, p in module.named_parameters()}
     assert [names[id(p)] for p in decayed["params"]] == ["token", "linear.weight", "conv.weight"]
@@ -32,22 +35,28 @@ def test_weight_decay_is_for_matrices() -> None:
     assert exempt["weight_decay"] == 0.0
 
 
-def test_optimizers_and_their_settings() -> None:
-    weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    for name, kind, settings_ in (
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
         ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8}),
         ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
         ("lars", LARS, {"momentum": 0.9, "eta": 0.001}),
-    ):
-        optimizer = build_optimizer(name, [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}])
-        assert type(optimizer) is kind
-        assert len(optimizer.param_groups) == 2
-        assert optimizer.param_groups[1]["weight_decay"] == 0.0
-        for group in optimizer.param_groups:
-            assert {key: group[key] for key in settings_} == settings_
-            assert group["lr"] == 0.0  # nothing moves before the schedule has spoken
+    ],
+)
+def test_optimizers_and_their_settings(name: Any, kind: type, expected: dict[str, Any]) -> None:
+    weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(name, [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}])
+    assert type(optimizer) is kind
+    assert len(optimizer.param_groups) == 2
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in expected} == expected
+        assert group["lr"] == 0.0  # nothing moves before the schedule sets the rate
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match="'adam'"):
-        build_optimizer("adam", [{"params": [weight]}])
+        build_optimizer("adam", [{"params": [nn.Parameter(torch.ones(2, 2))]}])  # type: ignore[arg-type]
 
 
 @settings(max_examples=30)
@@ -80,9 +89,10 @@ def test_lars_equals_its_formula(
     slow = [matrix.flatten().tolist(), vector.tolist()]
     speed = [[0.0] * 6, [0.0] * 3]
     for _ in range(steps):
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        gradients = [p.grad.flatten().tolist() for p in parameters]
+        drawn = [torch.randn(parameter.shape, generator=generator) for parameter in parameters]
+        for parameter, value in zip(parameters, drawn, strict=True):
+            parameter.grad = value
+        gradients = [value.flatten().tolist() for value in drawn]
         optimizer.step()
         for i, gradient in enumerate(gradients):
             update = gradient
@@ -127,31 +137,31 @@ def test_lars_leaves_parameters_without_gradient_and_calls_the_closure() -> None
     assert torch.equal(moved.detach(), torch.full((2,), 0.9))
 
 
+@pytest.mark.parametrize("by", ["tensor", "global"])
 @settings(max_examples=40)
 @given(
     max_norm=st.floats(0.01, 100.0), scales=st.lists(st.floats(0, 50), min_size=1, max_size=5), seed=st.integers(0, 99)
 )
-def test_clipping_shortens_and_never_turns(max_norm: float, scales: list[float], seed: int) -> None:
+def test_clipping_shortens_and_never_turns(by: By, max_norm: float, scales: list[float], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     before = [scale * torch.randn(3, 2, generator=generator) for scale in scales]
-    for by in ("tensor", "global"):
-        parameters = [nn.Parameter(torch.zeros(3, 2)) for _ in before]
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient.clone()
-        norms = clip_gradients(parameters, max_norm, by=by)
-        lengths = torch.stack([g.norm() for g in before])
-        if by == "global":
-            torch.testing.assert_close(norms, lengths.norm())
-            factors = [min(1.0, max_norm / (lengths.norm().item() + 1e-6))] * len(before)
-        else:
-            torch.testing.assert_close(norms, lengths)
-            factors = [min(1.0, max_norm / (length + 1e-6)) for length in lengths.tolist()]
-        for parameter, gradient, factor in zip(parameters, before, factors, strict=True):
-            torch.testing.assert_close(parameter.grad, factor * gradient, rtol=1e-5, atol=1e-6)
+    parameters = [nn.Parameter(torch.zeros(3, 2)) for _ in before]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient.clone()
+    norms = clip_gradients(parameters, max_norm, by=by)
+    lengths = torch.stack([g.norm() for g in before])
+    if by == "global":
+        torch.testing.assert_close(norms, lengths.norm())
+        factors = [min(1.0, max_norm / (lengths.norm().item() + 1e-6))] * len(before)
+    else:
+        torch.testing.assert_close(norms, lengths)
+        factors = [min(1.0, max_norm / (length + 1e-6)) for length in lengths.tolist()]
+    for parameter, gradient, factor in zip(parameters, before, factors, strict=True):
+        torch.testing.assert_close(parameter.grad, factor * gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("by", ["tensor", "global"])
-def test_clipping_skips_parameters_without_gradient(by: str) -> None:
+def test_clipping_skips_parameters_without_gradient(by: By) -> None:
     without, small, large = (nn.Parameter(torch.zeros(4)) for _ in range(3))
     small.grad, large.grad = torch.full((4,), 0.1), torch.full((4,), 10.0)
     norms = clip_gradients(iter([without, small, large]), 1.0, by=by)
@@ -159,11 +169,11 @@ def test_clipping_skips_parameters_without_gradient(by: str) -> None:
     assert large.grad.norm().item() == pytest.approx(1.0, abs=1e-3)
     if by == "tensor":
         torch.testing.assert_close(norms, torch.tensor([0.2, 20.0]))
-        assert torch.equal(small.grad, torch.full((4,), 0.1))  # one short enough is not touched
+        assert torch.equal(small.grad, torch.full((4,), 0.1))  # a short one is not touched
     assert clip_gradients([without], 1.0, by=by).numel() == (0 if by == "tensor" else 1)
 
 
-def test_the_squared_norm_of_all_gradients_is_shared_out() -> None:
+def test_the_squared_norm_of_all_gradients_is_divided_among_the_processes() -> None:
     parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
     optimizer = build_optimizer("sgd", [{"params": parameters[:1]}, {"params": parameters[1:]}])
     assert squared_gradient_norm(optimizer).item() == 0

@@ -1,3 +1,5 @@
+"""Rescue in a training step: its images, strong views, features and batch statistics."""
+
 import json
 import subprocess
 import sys
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
-    """Random features whose order does not hang on rounding, whatever ran before."""
+    """Seed the random features, so that their order does not depend on rounding or on earlier tests."""
     torch.manual_seed(0)
 
 
@@ -35,7 +37,7 @@ def config(**rescue: object) -> SimclrConfig:
 
 
 @pytest.mark.parametrize(("k", "batch_size", "count"), [(None, 256, 4), (None, 32, 1), (None, 320, 5), (16, 256, 16)])
-def test_a_step_rescues_a_sixty_fourth_of_its_images_or_as_many_as_asked(k, batch_size, count):
+def test_a_step_rescues_one_in_64_images_or_as_many_as_configured(k, batch_size, count):
     values = {"rescue": {"enabled": True, "k": k}, "train": {"batch_size": batch_size}}
     assert images_to_rescue(SimclrConfig.model_validate(values)) == count
 
@@ -46,7 +48,7 @@ def test_more_images_than_a_batch_has_are_refused():
 
 
 class Network(nn.Module):
-    """Colours, and the same normalised by batch."""
+    """Return mean colours as features, and the same after batch norm as projections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,8 +89,8 @@ def test_strong_views_are_of_the_easiest_images(tmp_path):
     strong.close()
 
 
-def test_parts_rescue_the_easiest_of_the_whole_batch_in_the_last(tmp_path):
-    """As the batch in one part does, but for the gradient of the common views."""
+def test_accumulation_rescues_the_easiest_of_the_whole_batch_in_the_last_part(tmp_path):
+    """The loss is that of the batch in one part, but the common views have no gradient."""
     features = [torch.randn(8, 3, requires_grad=True), torch.randn(8, 3, requires_grad=True)]
     values = config(k=3, s=0.5).model_copy(update={"train": TrainConfig(batch_size=8, accumulate=2)})
     strong = StrongViews(open_dataset("shapes", "train"), strong_transform(values), seed=0, threads=1)
@@ -105,18 +107,20 @@ def test_parts_rescue_the_easiest_of_the_whole_batch_in_the_last(tmp_path):
     towards = torch.cosine_similarity(z_a[index], network.encode(network.seen[0]).projection)
     assert loss.item() == pytest.approx(-0.5 * towards.mean().item(), abs=1e-6)
     loss.backward()
+    assert network.norm.weight.grad is not None
     assert network.norm.weight.grad.norm() > 0
     assert all(z.grad is None for z in features)
     assert ours.loss(halves[0], part(50, 51, 52, 53, epoch=4)).item() == 0, "the next step starts anew"
     strong.close()
 
 
-def test_the_feature_is_the_one_asked_for(tmp_path):
+def test_the_configured_feature_is_compared(tmp_path):
     network = Network()
     ours, strong = rescuer(network, tmp_path, k=2, feature="backbone")
     features = Features(torch.randn(4, 3), torch.full((4, 3), torch.nan))
     loss = ours.loss(features, part(0, 1, epoch=0))
-    index = torch.cosine_similarity(*features.backbone.chunk(2)).argsort(descending=True)
+    first, second = features.backbone.chunk(2)
+    index = torch.cosine_similarity(first, second).argsort(descending=True)
     z = network.seen[0].mean(dim=(2, 3))
     assert loss.item() == pytest.approx(-torch.cosine_similarity(features.backbone[index], z).mean().item(), abs=1e-6)
     strong.close()
@@ -132,15 +136,15 @@ def test_strong_views_do_not_move_running_statistics(tmp_path):
     assert network.norm.track_running_stats
 
 
-def test_statistics_are_kept_by_batch_norm_of_several_processes_too():
+def test_running_statistics_are_also_kept_with_several_processes():
     norm = shared_batch_norm(nn.BatchNorm1d(3))
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     x = torch.randn(8, 3)
     with running_statistics_kept(norm):
         kept = norm(x)
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-    assert torch.equal(norm(x), kept)  # batch statistics all the same
-    assert not torch.equal(norm.running_mean, before["running_mean"])
+    assert torch.equal(norm(x), kept)  # normalised by the batch all the same
+    assert not torch.equal(norm.state_dict()["running_mean"], before["running_mean"])
 
 
 def test_one_image_is_too_few_for_batch_norm(tmp_path):
@@ -171,8 +175,8 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_processes_rescue_what_one_does(tmp_path):
-    """Three images, which do not divide; with parts as well, where strong views alone have gradient."""
+def test_two_processes_rescue_the_same_images_as_one(tmp_path):
+    """Three images, which do not divide evenly; also with accumulation, where only strong views have gradient."""
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
     for out, options in (
         ("one", ["--set=rescue.stop_gradient=true"]),

@@ -1,4 +1,4 @@
-"""Schedules: the ends, the seams, and the reference's numpy arrays written out."""
+"""Schedules: their ends, their seams, and the reference's numpy arrays written out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ values = st.floats(-10, 10, allow_nan=False)
 
 
 @given(base=values, final=values, start=values, warmup=st.integers(0, 20), rest=st.integers(0, 30))
-def test_warmup_cosine_equals_the_array_it_stands_for(
+def test_warmup_cosine_equals_the_reference_array(
     base: float, final: float, start: float, warmup: int, rest: int
 ) -> None:
     ramp = np.linspace(start, base, warmup)
@@ -36,7 +36,7 @@ def test_the_seams_of_warmup_cosine() -> None:
     assert lr(10) == lr(1000) == 0.25
 
 
-def test_a_warmup_of_one_step_starts_and_one_of_none_does_not() -> None:
+def test_a_warmup_of_one_step_uses_the_start_value_and_one_of_none_does_not() -> None:
     assert warmup_cosine(0, base=1.0, final=0.0, total_steps=5, warmup_steps=1, start=0.5) == 0.5
     assert warmup_cosine(0, base=1.0, final=0.0, total_steps=5, start=0.5) == 1.0
     assert linear_then_constant(0, 0.04, 0.07, 1) == 0.04
@@ -50,12 +50,12 @@ def test_cosine_stays_between_its_ends(base: float, final: float, total: int, st
 
 
 @given(start=values, end=values, warmup=st.integers(0, 20), step=st.integers(0, 40))
-def test_linear_then_constant_equals_the_array_it_stands_for(start: float, end: float, warmup: int, step: int) -> None:
+def test_linear_then_constant_equals_the_reference_array(start: float, end: float, warmup: int, step: int) -> None:
     expected = [*np.linspace(start, end, warmup), *[end] * 41][step]
     assert linear_then_constant(step, start, end, warmup) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-def test_steps_that_are_none() -> None:
+def test_impossible_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="step -1"):
         cosine(-1, base=1.0, final=0.0, total_steps=5)
     with pytest.raises(ValueError, match="warm-up of 6 in 5 steps"):
