@@ -1,6 +1,6 @@
-"""What holds for every trainer, on 32 tiny images: 8 steps of 8, all of which select unless said otherwise.
+"""Behaviour of every trainer, on 32 tiny images: 8 steps of 8 images, all of which select unless configured otherwise.
 
-What a method does of its own is tested in its folder.
+Each method's own behaviour is tested in its folder.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp.common.config.resolving import read_yaml, resolve
@@ -31,28 +29,22 @@ from hvp.common.training import session as training
 from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.run import Run
 from hvp.common.views import first_views
-from hvp.methods import METHODS, get_method, get_preset
+from hvp.methods import METHODS, get_method
+from tests import runs
+from tests.processes import as_rank, start_two
+from tests.runs import Trained, killed_at, rows_of, tiny
 
 STEPS, STEPS_PER_EPOCH = 8, 4
-SMALL = {
-    "data.workers": 0,
-    "data.shapes.train": 32,
-    "data.shapes.val": 16,
-    "data.shapes.size": 32,
-    "train.batch_size": 8,
-    "train.epochs": 2,
-    "train.log_every": 1,
-    "selection.start": 0.0,
-}
-# Stochastic depth, so that random numbers are drawn in a step.
-OWN = {
+SMALL = {**runs.SMALL, "data.shapes.train": 32, "data.shapes.val": 16, "train.epochs": 2}
+# Stochastic depth makes a step draw random numbers.
+OWN: dict[str, dict[str, Any]] = {
     "dino": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1},
     "ibot": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.1, "masks.pred_ratio_var": [0.0, 0.1]},
     "simclr": {"optim.warmup_epochs": 1},
     "mocov3": {"optim.warmup_epochs": 1, "selection.hard_views": "hvp", "rescue.enabled": False},
     "dinov2": {"optim.warmup_epochs": 1, "model.drop_path_rate": 0.3},
 }
-"""What a method's `tiny` preset needs for so short a run."""
+"""Settings that a `tiny` preset needs for so short a run."""
 
 MULTI_CROP = {"selection.global_candidates": 1, "selection.local_candidates": 2}
 TWO_VIEWS = {"selection.candidates": 2}
@@ -62,46 +54,22 @@ AS_MANY_AS_KEPT = {
     "mocov3": {"selection.candidates": 1},
 }
 
-ABOUT = {"format", "version", "versions", "method", "config"}
-"""What a checkpoint says of the run, rather than what training has made of it."""
-CLOCK = {"seconds", "images_per_s", "wait_share", "select_share", "peak_memory"}
-
 
 def values_of(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {**SMALL, **OWN.get(name, {}), **changes}
 
 
 def config_of(name: str, changes: dict[str, Any]) -> RunConfig:
-    layers = [("preset", read_yaml(get_preset(name, "tiny"))), ("test", values_of(name, changes))]
-    config: RunConfig = resolve(get_method(name).config, layers).config
+    config: RunConfig = tiny(get_method(name).config, name, values_of(name, changes))
     return config
 
 
-@dataclass
-class Trained:
-    out: Path
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Everything that training changes."""
-        return {key: part for key, part in load_checkpoint(self.out / "last.pt").items() if key not in ABOUT}
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The log, but for how long things took, and how much memory."""
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
-
-
 def train(name: str, out: Path, changes: dict[str, Any], *, resume: bool = False) -> Trained:
-    console = Console(quiet=True)
-    path = get_method(name).train(config_of(name, changes), out, console=console, resume=resume)
-    assert path == out / "last.pt"
-    return Trained(out)
+    return runs.train(name, config_of(name, changes), out, resume=resume)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors and numbers in nested containers."""
+    """Yield the tensors and numbers in nested containers, with their places."""
     if isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(item, f"{path}.{key}")
@@ -110,7 +78,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def assert_same(a: Trained, b: Trained) -> None:
-    """Bit for bit: networks, optimiser, random numbers, and the log."""
+    """Compare networks, optimiser, random numbers and log bit for bit."""
     ours, theirs = dict(leaves(a.state)), dict(leaves(b.state))
     assert ours.keys() == theirs.keys()
     for path, value in ours.items():
@@ -128,26 +96,11 @@ def weights_differ(a: Trained, b: Trained) -> bool:
     )
 
 
-def stopped_at(
-    stop: int, out: Path, name: str, changes: dict[str, Any], patch: pytest.MonkeyPatch, *, resume: bool = False
-) -> None:
-    """A run that ends without a word after so many steps, with a checkpoint of each."""
-
-    class Killed(Exception):
-        pass
-
-    record = Run.record
-
-    def killed(run: Run, loss: float, **values: Any) -> None:
-        if run.step == stop:
-            raise Killed
-        record(run, loss, **values)
-
-    with patch.context() as patched:
-        patched.setattr(Run, "record", killed)
-        with pytest.raises(Killed):
-            train(name, out, {**changes, "train.save_every": 1}, resume=resume)
-    assert load_checkpoint(out / "last.pt")["step"] == stop
+def stopped_after(step: int, name: str, out: Path, changes: dict[str, Any], *, resume: bool = False) -> None:
+    """Train with a checkpoint after every step, and end abruptly after this one."""
+    with killed_at(step + 1):
+        train(name, out, {**changes, "train.save_every": 1}, resume=resume)
+    assert load_checkpoint(out / "last.pt")["step"] == step
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -158,7 +111,7 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def hard(name, tmp_path_factory) -> Trained:
-    """A run that selects, and keeps every epoch."""
+    """A run with hard views that keeps a checkpoint of every epoch."""
     return train(name, tmp_path_factory.mktemp(name) / "hard", {"train.keep_every": 1})
 
 
@@ -168,7 +121,7 @@ def vanilla(name, tmp_path_factory) -> Trained:
     return train(name, tmp_path_factory.mktemp(name) / "vanilla", {"selection.hard_views": "none"})
 
 
-def test_a_run_leaves_what_it_promises(name, hard):
+def test_a_run_leaves_its_files_and_complete_rows(name, hard):
     assert sorted(path.name for path in hard.out.iterdir()) == [
         ".lock",
         "config.yaml",
@@ -185,7 +138,7 @@ def test_a_run_leaves_what_it_promises(name, hard):
     assert (content["method"], content["step"], content["epoch"]) == (name, STEPS, 2)
     assert content["config"] == config.model_dump(mode="json")
     assert resolve(type(config), [("file", read_yaml(hard.out / "config.yaml"))]).config == config
-    rows = [json.loads(line) for line in (hard.out / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(hard.out)
     assert [row["epoch"] for row in rows] == [1] * STEPS_PER_EPOCH + [2] * STEPS_PER_EPOCH
     assert all(earlier["seconds"] < later["seconds"] for earlier, later in pairwise(rows))
     for row in rows:
@@ -196,9 +149,9 @@ def test_a_run_leaves_what_it_promises(name, hard):
         assert 0 < row["select_share"] < 1
 
 
-def test_vanilla_is_the_run_without_any_selection(name, vanilla, tmp_path, monkeypatch):
+def test_vanilla_equals_a_run_without_any_selection(name, vanilla, tmp_path, monkeypatch):
     class Absent:
-        """A selector as if HVP had never been written: nothing else of it can be called."""
+        """A selector with only the calls that a step without hard views may make."""
 
         first_views: ClassVar = [0, 1]  # of two
 
@@ -220,7 +173,7 @@ def test_vanilla_is_the_run_without_any_selection(name, vanilla, tmp_path, monke
     assert_same(vanilla, train(name, tmp_path / "absent", {"selection.hard_views": "none"}))
 
 
-def test_as_many_candidates_as_kept_views_is_vanilla(name, vanilla, tmp_path):
+def test_as_many_candidates_as_kept_views_equals_vanilla(name, vanilla, tmp_path):
     assert_same(vanilla, train(name, tmp_path / "run", AS_MANY_AS_KEPT[name]))
 
 
@@ -235,13 +188,13 @@ def test_hard_views_change_the_run(name, hard, vanilla):
     assert not any("kept_hist" in row for row in vanilla.rows)
 
 
-# Half of the images, at a weight that shows in eight steps.
+# Half of the images, with a weight large enough to show in eight steps.
 RESCUE = {"rescue.enabled": True, "rescue.k": 4, "rescue.s": 1.0}
 
 
 @pytest.fixture(scope="module")
 def rescued(name, tmp_path_factory) -> Trained:
-    """A run with Rescue, and without hard views."""
+    """A run with Rescue and without hard views."""
     return train(name, tmp_path_factory.mktemp(name) / "rescued", {"selection.hard_views": "none", **RESCUE})
 
 
@@ -253,30 +206,29 @@ def both(name, tmp_path_factory) -> Trained:
 
 @pytest.mark.parametrize("mode", ["vanilla", "hard", "rescued", "both"])
 def test_every_choice_of_views_trains_and_acts(name, mode, request):
-    runs = {key: request.getfixturevalue(key) for key in ("vanilla", "hard", "rescued", "both")}
-    run = runs.pop(mode)
+    trained = {key: request.getfixturevalue(key) for key in ("vanilla", "hard", "rescued", "both")}
+    run = trained.pop(mode)
     assert len(run.rows) == STEPS
     assert all(math.isfinite(row["loss"]) for row in run.rows)
-    assert all(weights_differ(run, other) for other in runs.values())
+    assert all(weights_differ(run, other) for other in trained.values())
     for row in run.rows:
-        # hard views: others than the first of the sampled ones, which are the random ones, are trained on
         assert ("kept_hist" in row) == (mode in ("hard", "both"))
-        # Rescue: strong views were made and compared
         assert ("strong_similarity" in row) == (mode in ("rescued", "both"))
     if mode in ("hard", "both"):
+        # views other than the first candidates, those of a vanilla step, are trained on
         config = config_of(name, {})
         first, num_kept = list(first_views(config.view_slots())), config.combination_slots().num_slots
         assert any(sum(row["kept_hist"][view] for view in first) < num_kept for row in run.rows)
 
 
 def test_strong_views_enter_the_loss(name, rescued, vanilla):
-    """Before the first step the weights are equal, and so is the method's own loss."""
+    """In the first step the weights are equal, and so is the method's own loss."""
     first, without = rescued.rows[0], vanilla.rows[0]
     assert first["loss"] - without["loss"] == pytest.approx(-first["strong_similarity"], abs=1e-5)
     assert first["easy_similarity"] > first["strong_similarity"]
 
 
-def test_rescuing_no_image_is_vanilla(name, vanilla, tmp_path, monkeypatch):
+def test_rescuing_no_image_equals_vanilla(name, vanilla, tmp_path, monkeypatch):
     monkeypatch.setattr(rescuing, "rescue", None)
     assert_same(vanilla, train(name, tmp_path / "run", {"selection.hard_views": "none", **RESCUE, "rescue.k": 0}))
 
@@ -284,19 +236,19 @@ def test_rescuing_no_image_is_vanilla(name, vanilla, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change", [{"rescue.feature": "backbone"}, {"rescue.stop_gradient": True}, {"rescue.direction": "push"}], ids=str
 )
-def test_what_the_rescue_paper_leaves_open_can_be_switched(name, rescued, tmp_path, change):
+def test_choices_left_open_by_the_rescue_paper_can_be_switched(name, rescued, tmp_path, change):
     run = train(name, tmp_path / "run", {"selection.hard_views": "none", **RESCUE, **change})
     assert all(math.isfinite(row["loss"]) for row in run.rows)
     assert weights_differ(run, rescued)
 
 
-def test_a_resumed_run_with_rescue_is_the_uninterrupted_one(name, both, tmp_path, monkeypatch):
-    stopped_at(3, tmp_path / "run", name, RESCUE, monkeypatch)
+def test_a_resumed_run_with_rescue_equals_the_uninterrupted_one(name, both, tmp_path):
+    stopped_after(3, name, tmp_path / "run", RESCUE)
     assert_same(both, train(name, tmp_path / "run", RESCUE, resume=True))
 
 
 @pytest.mark.parametrize("changes", [{"train.accumulate": 2}, {"train.precision": "bf16"}], ids=["parts", "bf16"])
-def test_rescue_in_parts_and_half_precision_trains(name, both, tmp_path, changes):
+def test_rescue_trains_with_accumulation_and_in_half_precision(name, both, tmp_path, changes):
     run = train(name, tmp_path / "run", {**RESCUE, **changes})
     assert all(math.isfinite(row["loss"]) and abs(row["strong_similarity"]) <= 1 for row in run.rows)
     assert weights_differ(run, both)
@@ -307,38 +259,37 @@ def test_the_same_seed_gives_the_same_run_for_any_workers(name, hard, tmp_path):
     assert weights_differ(hard, train(name, tmp_path / "seed", {"train.seed": 1}))
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(name, hard, tmp_path, monkeypatch):
-    """Stopped in both epochs, and gone on from with another number of workers."""
-
-    stopped_at(2, tmp_path / "run", name, {"data.workers": 0}, monkeypatch)
-    stopped_at(STEPS_PER_EPOCH + 1, tmp_path / "run", name, {"data.workers": 1}, monkeypatch, resume=True)
+def test_a_resumed_run_equals_the_uninterrupted_one(name, hard, tmp_path):
+    """Stopped in both epochs, and resumed with another number of workers."""
+    stopped_after(2, name, tmp_path / "run", {"data.workers": 0})
+    stopped_after(STEPS_PER_EPOCH + 1, name, tmp_path / "run", {"data.workers": 1}, resume=True)
     assert_same(hard, train(name, tmp_path / "run", {"train.save_every": 1}, resume=True))
 
 
 @pytest.mark.parametrize("changes", [{"train.accumulate": 2}, {"train.precision": "bf16"}], ids=["parts", "bf16"])
-def test_parts_of_a_batch_and_half_precision_train(name, hard, tmp_path, changes):
+def test_runs_train_with_accumulation_and_in_half_precision(name, hard, tmp_path, changes):
     run = train(name, tmp_path / "run", changes)
     assert [(row["step"], row["lr"]) for row in run.rows] == [(row["step"], row["lr"]) for row in hard.rows]
     assert all(math.isfinite(row["loss"]) for row in run.rows)
-    # batch norm sees other batches, and bfloat16 has three digits
+    # batch norm sees smaller batches, and bfloat16 has three digits
     assert weights_differ(run, hard)
     kinds = {value.dtype for _, value in leaves(run.state) if isinstance(value, torch.Tensor)}
     assert kinds == {value.dtype for _, value in leaves(hard.state) if isinstance(value, torch.Tensor)}
 
 
-def test_every_and_start_choose_the_steps(name, hard, tmp_path):
+def test_every_and_start_choose_the_selecting_steps(name, hard, tmp_path):
     run = train(name, tmp_path / "run", {"selection.start": 0.25, "selection.every": 3})
     assert [row["step"] - 1 for row in run.rows if "kept_hist" in row] == [2, 5]
     assert weights_differ(run, hard)
 
 
-def test_the_mode_of_scoring_acts(name, hard, tmp_path):
-    """Before the first step the weights are equal, so only batch statistics and stochastic depth can differ."""
+def test_the_scoring_mode_matters(name, hard, tmp_path):
+    """In the first step the weights are equal, so only batch statistics and stochastic depth can differ."""
     run = train(name, tmp_path / "run", {"selection.mode": "eval", "train.epochs": 1})
     assert run.rows[0]["kept_loss"] != hard.rows[0]["kept_loss"]
 
 
-def test_the_callers_randomness_is_given_back(name, tmp_path):
+def test_the_callers_random_state_is_restored(name, tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -356,9 +307,11 @@ def test_the_encoder_is_evaluated(name, hard):
     assert 0 <= result["results"][0]["top1"] <= 100
 
 
-def test_gradients_are_exchanged_while_the_backward_pass_goes_on(name, tmp_path, monkeypatch):
-    """In half precision with hard views and Rescue, as DDP does where neither is on: a bucket is sent once it is full.
-    In one process, whose exchange is noted and does nothing."""
+def test_gradients_are_exchanged_during_the_backward_pass(name, tmp_path, monkeypatch):
+    """With hard views and Rescue in half precision, DDP still sends a bucket as soon as it is full.
+
+    One process suffices: its exchange is noted and does nothing.
+    """
     events: list[str] = []
 
     def exchanged(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -381,9 +334,9 @@ def test_gradients_are_exchanged_while_the_backward_pass_goes_on(name, tmp_path,
 
     record = Run.record
 
-    def recorded(run: Run, loss: float, **values: Any) -> None:
+    def recorded(run: Run, *loss: Any, **values: Any) -> None:
         events.append("step")
-        record(run, loss, **values)
+        record(run, *loss, **values)
 
     monkeypatch.setattr(import_module(f"hvp.methods.{name}.main_{name}"), "data_parallel", data_parallel)
     monkeypatch.setattr(Run, "record", recorded)
@@ -392,29 +345,31 @@ def test_gradients_are_exchanged_while_the_backward_pass_goes_on(name, tmp_path,
         train(name, tmp_path / "run", {**RESCUE, "train.precision": "bf16", "data.shapes.train": 16, "train.epochs": 1})
     finally:
         dist.destroy_process_group()
-    second = " ".join(events).split("step")[1].split()  # its buckets are in the order of the first step's gradients
+    second = " ".join(events).split("step")[1].split()  # DDP orders its buckets by the first step's gradients
     layers, buckets = second.count("layer"), [i for i, event in enumerate(second) if event == "bucket"]
     assert len(buckets) >= 4
     assert layers - second[: buckets[len(buckets) // 2]].count("layer") > 0.1 * layers, "half of the gradients wait"
 
 
-# Each process draws its own stochastic depth. SimSiam's preset has a learning rate that multiplies rounding tenfold in
-# a step; this is the usual one.
+# Each process draws its own stochastic depth.
 NO_DROP_PATH = {"model.drop_path_rate": 0.0}
-# DINOv2 compares the images of a process for KoLeo, and draws whether and how much of a crop is masked among those of a
-# process; with every crop masked by a fixed share there is nothing to draw.
-ONE_MASK = {"ibot.mask_sample_probability": 1.0, "ibot.mask_ratio_min_max": [0.3, 0.3]}
-ALIKE = {
+# DINOv2 computes KoLeo over the images of a process, and chooses among the crops of a process those to mask and how
+# much; with every crop masked at a fixed ratio there is nothing to choose.
+ONE_MASK: dict[str, Any] = {"ibot.mask_sample_probability": 1.0, "ibot.mask_ratio_min_max": [0.3, 0.3]}
+ALIKE: dict[str, dict[str, Any]] = {
     "dino": NO_DROP_PATH,
     "ibot": NO_DROP_PATH,
+    # The preset's learning rate multiplies rounding tenfold in a step; this is the usual one.
     "simsiam": {"optim.base_lr": 0.05},
-    # Three rescued images do not divide. Batch norm, which the others have, would see the one that fills up.
+    # Three rescued images do not divide evenly. With batch norm, which the other methods have, the image that fills up
+    # the second process's share would count.
     "dinov2": {**NO_DROP_PATH, **ONE_MASK, "dino.koleo_loss_weight": 0.0, "rescue.k": 3},
 }
-# Sums of float32 numbers in another order, a few units of rounding, 1.2e-7 each, which the optimiser carries on. Where
-# a convolution meets ReLU, rounding may also move a value across its kink, and with it the gradient of one position.
-# SimSiam's losses are cosines near 0, so absolute. Another batch, view or combination moves the second digit.
-TOLERANCE = {
+# float32 sums in another order differ by a few units of rounding, 1.2e-7 each, and the optimiser carries them on. Where
+# a convolution meets ReLU, rounding may also move a value across the kink, and with it the gradient of one position.
+# SimSiam's losses are cosines near 0, so its tolerance is absolute. Another batch, view or combination moves the second
+# digit.
+TOLERANCE: dict[str, dict[str, Any]] = {
     "dino": {"rel": 1e-5},
     "ibot": {"rel": 1e-5},
     "dinov2": {"rel": 1e-5},
@@ -424,18 +379,18 @@ TOLERANCE = {
 }
 
 
-# Ten seconds each: make test has a network with batch norm in it, and one without that is sharded elsewhere.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(m, marks=[] if m in ("simclr", "dinov2") else pytest.mark.slow) for m in METHODS],
-    indirect=True,
-)
-def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
-    # all images, as batch norm over few makes rounding grow; who is chosen is tested with rescue() itself
-    changes = {**RESCUE, "rescue.k": 8, **ALIKE.get(name, {})}
-    one = train(name, tmp_path / "one", changes)
-    out = tmp_path / "two"
-    # --standalone takes a free port; without, every run of the machine meets at 29500
+def in_two_processes(name: str, out: Path, changes: dict[str, Any]) -> None:
+    start_two(_one_of_two, 1, name, out, changes)
+
+
+def _one_of_two(rank: int, ports: list[int], name: str, out: Path, changes: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    with as_rank(rank, ports[0]):
+        train(name, out, changes)
+
+
+def under_torchrun(name: str, out: Path, changes: dict[str, Any]) -> None:
+    # --standalone takes a free port; without it, every run on the machine meets at 29500
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(Path(sys.executable).with_name("hvp")), "pretrain", name, "--preset", "tiny", "--out", str(out)]
     for key, value in values_of(name, changes).items():
@@ -443,7 +398,22 @@ def test_two_processes_give_the_losses_and_selections_of_one(name, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    two = Trained(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "launch"),
+    [
+        *[(method, in_two_processes) for method in METHODS],
+        *[pytest.param(method, under_torchrun, marks=pytest.mark.slow) for method in METHODS],
+    ],
+    indirect=["name"],
+)
+def test_two_processes_give_the_losses_and_selections_of_one(name, launch, tmp_path):
+    # all images, because batch norm over few amplifies rounding; tests of rescue() check the choice of images
+    changes = {**RESCUE, "rescue.k": 8, **ALIKE.get(name, {})}
+    one = train(name, tmp_path / "one", changes)
+    launch(name, tmp_path / "two", changes)
+    two = Trained(tmp_path / "two", said="")
     assert len(two.state["processes"]) == 2
     for ours, theirs in zip(two.rows, one.rows, strict=True):
         assert ours["lr"] == theirs["lr"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.data import open_dataset
 from hvp.common.evaluation.knn import evaluate_knn
-from hvp.methods import get_method, get_preset
+from hvp.methods import get_method
+from tests.runs import tiny
 
 HVP = str(Path(sys.executable).with_name("hvp"))
 
@@ -23,7 +23,7 @@ def hvp(*arguments: object) -> None:
 
 
 def untrained_top1(method: str) -> float:
-    config = resolve(get_method(method).config, [("preset", read_yaml(get_preset(method, "tiny")))]).config
+    config = tiny(get_method(method).config, method)
     train, val = (open_dataset("shapes", split, shapes=config.data.shapes, labels=True) for split in ("train", "val"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
@@ -41,12 +41,12 @@ def untrained_top1(method: str) -> float:
         ("simclr", 5, 20, "hvp"),
         ("simsiam", 4, 10, "none"),
         ("simsiam", 4, 10, "hvp"),
-        ("mocov3", 6, 15, "none"),  # with Rescue, as its preset has it
+        ("mocov3", 6, 15, "none"),  # with Rescue, as in its preset
         ("dinov2", 4, 10, "none"),
     ],
 )
 def test_k_nn_rises_well_above_the_untrained_network(tmp_path, method, epochs, gain, hard_views):
-    """About half of the gain that was seen."""
+    """The required gain is about half of the observed one."""
     run, result = tmp_path / "run", tmp_path / "knn.json"
     hvp("pretrain", method, "--preset", "tiny", "--epochs", epochs, "--hard-views", hard_views, "--out", run)
     hvp("eval", "knn", run, "--data", "shapes", "--k", 20, "--out", result)

@@ -1,65 +1,57 @@
-"""The DINO trainer on a little real data: what it does beyond what every trainer does, and what a run makes of its
-folder."""
+"""The DINO trainer on a little real data: its own behaviour, and how a run treats its folder.
+
+Behaviour that all trainers share is tested in tests/methods/test_every_method.py.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
-from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.selecting import ViewSelector
-from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
-from hvp.methods import get_preset
 from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import (
     build_loss,
     build_networks,
     teacher_output_of,
-    train_dino,
 )
 from hvp.methods.dino.score import pair_losses
+from tests import runs
+from tests.runs import CPU, Trained, first_batch, tiny
 
 SMALL = {
-    "data.workers": 0,
+    **runs.SMALL,
     "data.shapes.train": 48,
-    "data.shapes.size": 32,
-    "train.batch_size": 8,
     "train.epochs": 2,
-    "train.log_every": 2,
     "model.drop_path_rate": 0.1,
     "model.use_bn_in_head": False,
-    "selection.start": 0.0,
     "optim.warmup_epochs": 1,
 }
 
 
-def small(**values) -> DinoConfig:
-    values = {key.replace("__", "."): value for key, value in values.items()}
-    layers = [("preset", read_yaml(get_preset("dino", "tiny"))), ("small", SMALL), ("test", values)]
-    return resolve(DinoConfig, layers).config
+def small(**values: Any) -> DinoConfig:
+    return tiny(DinoConfig, "dino", SMALL, **values)
 
 
-def train(config: DinoConfig, out: Path, **options) -> dict:
-    console = Console(file=open(out.with_suffix(".txt"), "a"), width=200)  # noqa: SIM115
-    return load_checkpoint(train_dino(config, out, console=console, **options))
+def train(config: DinoConfig, out: Path, **options: Any) -> Trained:
+    return runs.train("dino", config, out, **options)
 
 
 @pytest.mark.parametrize("use_bn", [False, True])
 def test_accumulation_keeps_the_global_batch(tmp_path, use_bn):
-    """Two halves give the step of the whole where nothing couples the images of a batch; batch norm does."""
-    values = {
+    """Two halves give the step of the whole unless something couples the images of a batch, as batch norm does."""
+    values: dict[str, Any] = {
         "model__drop_path_rate": 0.0,
         "model__use_bn_in_head": use_bn,
         "train__epochs": 1,
         "optim__base_lr": 0.001,
     }
-    whole = train(small(**values), tmp_path / "whole")
-    halves = train(small(**values, train__accumulate=2), tmp_path / "halves")
+    whole = train(small(**values), tmp_path / "whole").checkpoint
+    halves = train(small(**values, train__accumulate=2), tmp_path / "halves").checkpoint
     assert whole["step"] == halves["step"] == 6
     key = "backbone.blocks.0.mlp.fc1.weight"
     close = torch.allclose(whole["student"][key], halves["student"][key], rtol=0, atol=2e-5)
@@ -68,51 +60,43 @@ def test_accumulation_keeps_the_global_batch(tmp_path, use_bn):
         torch.testing.assert_close(whole["dino_loss"]["center"], halves["dino_loss"]["center"], rtol=1e-4, atol=1e-6)
 
 
-def test_resuming_with_another_configuration_lists_the_differences(tmp_path):
-    train(small(), tmp_path / "run")
-    with pytest.raises(UserError, match=r"train\.batch_size: 8 in the checkpoint, 16 now(.|\n)*optim\.base_lr"):
-        train(small(train__batch_size=16, optim__base_lr=0.1), tmp_path / "run", resume=True)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
-
-
 def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    assert train(small(), tmp_path / "run", resume=True)["step"] == 12
-    assert "starts from the beginning" in (tmp_path / "run.txt").read_text()
+    run = train(small(train__epochs=1), tmp_path / "run", resume=True)
+    assert run.checkpoint["step"] == 6
+    assert "starts from the beginning" in run.said
 
 
 def test_an_occupied_folder_is_left_alone(tmp_path):
-    train(small(), tmp_path / "run")
+    train(small(train__epochs=1), tmp_path / "run")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with pytest.raises(UserError, match="is not empty"):
         train(small(), tmp_path / "run")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
-    train(small(train__epochs=1), tmp_path / "run", overwrite=True)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    overwritten = train(small(train__batch_size=16, train__epochs=1), tmp_path / "run", overwrite=True)
+    assert overwritten.checkpoint["step"] == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds files but no run"):
-        train(small(), tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine" / "thesis.tex").exists()
+        train(small(), tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "thesis.tex").exists()
 
 
 def test_a_run_that_diverges_stops(tmp_path):
-    """By its loss or, a step earlier, by its gradient."""
+    """It stops at a non-finite loss or, a step earlier, at a non-finite gradient."""
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|\S+, but its gradient (inf|nan)), lr"):
         train(small(optim__base_lr=1e6, optim__clip_grad=0.0, optim__optimizer="sgd"), tmp_path / "run")
 
 
 class Scored:
-    """Fresh networks and a batch of crops, and what selecting among them gives."""
+    """Fresh networks, a batch of crops, and the selection among them."""
 
     def __init__(self, config: DinoConfig):
         torch.manual_seed(0)
-        self.student, self.teacher = build_networks(config, torch.device("cpu"))
+        self.student, self.teacher = build_networks(config, CPU)
         self.dino_loss = build_loss(config)
-        loader = build_loader(config, open_training_data(config), torch.device("cpu"))
-        (batch,) = next(loader.epoch(0))
-        self.crops = [normalize(pixels) for pixels in batch.pixels]
+        self.crops = [normalize(pixels) for pixels in first_batch(config).pixels]
         self.selector = ViewSelector(config, total_steps=1)
 
     def select(self, step=0, selector=None):
@@ -133,7 +117,7 @@ def test_steps_between_selections_take_the_first_of_every_slot():
 
 
 def test_kept_loss_is_the_objective_of_the_kept_crops():
-    """What `select()` maximised is the loss that the step then trains on, image by image."""
+    """The loss that `select()` maximises is the one that the step then trains on, image by image."""
     scored = Scored(small(model__drop_path_rate=0.0, selection__search="exact"))
     kept = scored.select()
     for b in range(8):
@@ -151,7 +135,7 @@ def test_reused_teacher_outputs_are_those_of_the_kept_crops():
     torch.testing.assert_close(teacher_output_of(kept, scored.teacher_logits), again, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_norm_forbids_reuse(tmp_path, monkeypatch):
+def test_batch_norm_rules_out_reuse(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("reused")
 
@@ -172,14 +156,14 @@ def test_scoring_leaves_no_trace(mode):
     assert scored.teacher.training
 
 
-def test_scoring_in_train_mode_has_stochastic_depth_and_in_eval_mode_has_not():
+def test_stochastic_depth_is_active_when_scoring_in_train_mode_only():
     for mode, equal in (("train", False), ("eval", True)):
         scored = Scored(small(selection__mode=mode, model__drop_path_rate=0.5, selection__search="exact"))
         losses = [scored.select().loss for _ in range(2)]
         assert torch.equal(*losses) is equal
 
 
-def test_combinations_depend_on_seed_and_step_alone():
+def test_sampled_combinations_depend_on_seed_and_step_alone():
     scored = Scored(small(model__drop_path_rate=0.0, selection__comparisons=2))
     torch.manual_seed(1)
     a = scored.select(step=3).index
@@ -194,7 +178,7 @@ def test_fp16_needs_a_gpu(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("optimizer", "arch"), [("sgd", "vit_micro"), ("lars", "vit_micro")])
-def test_every_optimizer_trains(tmp_path, optimizer, arch):
-    state = train(small(optim__optimizer=optimizer, model__arch=arch, train__epochs=1), tmp_path / "run")
-    assert state["step"] == 6
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_every_optimizer_trains(tmp_path, optimizer):
+    run = train(small(optim__optimizer=optimizer, train__epochs=1), tmp_path / "run")
+    assert run.checkpoint["step"] == 6

@@ -1,7 +1,6 @@
-"""DINOv2's targets and objective, beyond what the fixtures hold: other formulas for the same, several processes, and
+"""DINOv2's targets and objective beyond the fixtures of tests/parity: written-out formulas, several processes, and
 batches without a masked patch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,17 +11,14 @@ from torch import Tensor
 
 from hvp.common.training.distributed import World
 from hvp.methods.dinov2.losses import DINOv2Loss, TeacherCenter, koleo_loss, sinkhorn_center
-from tests.processes import in_two_processes
+from tests.processes import Report, in_two_processes
+from tests.tensors import noise
 
 K, K2, DIM, PATCHES = 11, 7, 5, 6
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def sinkhorn_written_out(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
-    """The algorithm itself, on the matrix of assignments, in float64."""
+    """Return the result of the algorithm itself, on the matrix of assignments, in float64."""
     q = (logits.double() / temp).exp()
     for _ in range(iterations):
         q = q / q.sum(dim=0, keepdim=True)  # every prototype is used as often as the others
@@ -31,7 +27,7 @@ def sinkhorn_written_out(logits: Tensor, temp: float, iterations: int = 3) -> Te
 
 
 @given(rows=st.integers(1, 20), seed=st.integers(0, 2**16), temp=st.sampled_from([0.04, 0.07, 1.0]))
-def test_sinkhorn_knopp_is_a_centre(rows: int, seed: int, temp: float) -> None:
+def test_sinkhorn_knopp_equals_subtracting_a_centre(rows: int, seed: int, temp: float) -> None:
     logits = noise(rows, K, seed=seed).clamp(-1, 1)
     targets = ((logits - sinkhorn_center(logits, temp)) / temp).softmax(dim=-1)
     torch.testing.assert_close(targets, sinkhorn_written_out(logits, temp), rtol=1e-4, atol=1e-6)
@@ -44,31 +40,31 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_sinkhorn_knopp_spreads_targets_over_the_prototypes() -> None:
     logits = noise(44, K)
-    logits[:, 0] += 3  # of all rows the same prototype
+    logits[:, 0] += 3  # all rows prefer the same prototype
     balanced = TeacherCenter(1, K, centering="sinkhorn_knopp", momentum=0.9)
     assert (balanced.targets(logits, 0.5).mean(dim=0) - 1 / K).abs().max() < 0.02
     assert logits.softmax(dim=-1).mean(dim=0)[0] > 0.5
     assert not balanced.center.any()
 
 
-def _sinkhorn_of_a_share(world: World, say: Callable[[Any], None]) -> None:
+def _sinkhorn_of_a_share(world: World, report: Report) -> None:
     logits = noise(9, K)
-    # other numbers of rows, and none
+    # unequal numbers of rows, and none in one process
     for share in ([slice(0, 6), slice(6, 9)], [slice(0, 9), slice(0, 0)]):
-        say(sinkhorn_center(logits[share[world.rank]], 0.07))
+        report(sinkhorn_center(logits[share[world.rank]], 0.07))
     center = TeacherCenter(1, 1, K, centering="centering", momentum=0.5)
     center.step(logits[[slice(0, 6), slice(6, 9)][world.rank]])
     center.update()
-    say(center.center)
+    report(center.center)
 
 
 def test_processes_balance_and_centre_together(tmp_path) -> None:
-    first, second = in_two_processes(_sinkhorn_of_a_share, tmp_path)
     expected = sinkhorn_center(noise(9, K), 0.07)
-    for said in (first, second):
-        for center in said[:2]:
-            torch.testing.assert_close(center, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(said[2], 0.5 * noise(9, K).mean(dim=0).reshape(1, 1, K))
+    for *balanced, centre in in_two_processes(_sinkhorn_of_a_share, tmp_path):
+        assert len(balanced) == 2
+        for found in balanced:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(centre, 0.5 * noise(9, K).mean(dim=0).reshape(1, 1, K))
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
@@ -98,7 +94,7 @@ def test_weights_scale_their_terms() -> None:
     torch.testing.assert_close(plain.koleo, koleo_loss(inputs[2][:4]) + koleo_loss(inputs[2][4:]))
 
 
-def test_koleo_pushes_the_nearest_apart_and_needs_two() -> None:
+def test_koleo_pushes_nearest_neighbours_apart_and_needs_two_rows() -> None:
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]], requires_grad=True)
     koleo_loss(x).backward()
     assert x.grad is not None
@@ -109,7 +105,7 @@ def test_koleo_pushes_the_nearest_apart_and_needs_two() -> None:
         koleo_loss(x[:1])
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_inconsistent_shapes_are_refused() -> None:
     masks = torch.zeros(8, PATCHES, dtype=torch.bool)
     with pytest.raises(ValueError, match="DINOv2Loss"):
         DINOv2Loss(K, K2, 2, centering="centering")(

@@ -1,4 +1,4 @@
-"""Exactly so many crops are masked, with the whole range of ratios; their statistics are in tests/parity."""
+"""DINOv2 masks an exact number of crops over the whole range of ratios; the statistics are tested in tests/parity."""
 
 import pickle
 from typing import Any
@@ -14,7 +14,7 @@ KEYS = [(3, image) for image in range(20)]
 
 
 def sampler(**options: Any) -> MaskSampler:
-    values = {"grid": (14, 14), "num_candidates": 2, "probability": 0.5, "ratio": (0.1, 0.5), "seed": 5}
+    values: dict[str, Any] = {"grid": (14, 14), "num_candidates": 2, "probability": 0.5, "ratio": (0.1, 0.5), "seed": 5}
     return MaskSampler(**(values | options))
 
 
@@ -25,7 +25,7 @@ def sampler(**options: Any) -> MaskSampler:
     candidates=st.integers(1, 3),
     seed=st.integers(0, 2**32),
 )
-def test_of_one_crop_of_each_image_and_transform_so_many_are_masked(
+def test_the_configured_share_of_crops_is_masked_whichever_candidate_is_kept(
     images: int, probability: float, candidates: int, seed: int
 ) -> None:
     masks = sampler(num_candidates=candidates, probability=probability, seed=seed)(KEYS[:images])
@@ -41,12 +41,12 @@ def test_ratios_are_spread_over_their_range() -> None:
     shares = masks.flatten(2).double().mean(dim=2).flatten().sort().values
     shares = shares[shares > 0]
     slices = torch.linspace(0.1, 0.5, len(shares) + 1, dtype=torch.float64)
-    # blocks may stay a little below, and patches are whole
+    # blocks may fall a little short, by whole patches
     assert (shares <= slices[1:]).all()
     assert (shares > slices[:-1] - 4 / 196).all()
 
 
-def test_candidates_share_how_much_is_masked_and_not_where() -> None:
+def test_candidates_share_the_amount_of_masking_but_not_its_place() -> None:
     first, second = sampler()(KEYS).unflatten(0, (2, 2)).unbind(dim=1)
     counts = first.flatten(2).sum(dim=2), second.flatten(2).sum(dim=2)
     assert torch.equal(counts[0] > 0, counts[1] > 0)
@@ -55,7 +55,7 @@ def test_candidates_share_how_much_is_masked_and_not_where() -> None:
     assert different[counts[0] > 0].all()
 
 
-def test_masks_follow_from_seed_epoch_and_images() -> None:
+def test_masks_depend_on_seed_epoch_and_images_alone() -> None:
     masks = sampler()(KEYS)
     assert torch.equal(pickle.loads(pickle.dumps(sampler()))(KEYS), masks)
     # more candidates do not change the first
@@ -64,7 +64,7 @@ def test_masks_follow_from_seed_epoch_and_images() -> None:
         assert (other != masks).any()
 
 
-def test_with_every_crop_masked_by_one_share_a_mask_does_not_depend_on_its_batch() -> None:
+def test_with_every_crop_masked_at_one_ratio_a_mask_does_not_depend_on_its_batch() -> None:
     fixed = sampler(probability=1.0, ratio=(0.3, 0.3))
     assert torch.equal(fixed(KEYS)[:, 7:9], fixed(KEYS[7:9]))
 

@@ -1,22 +1,20 @@
-"""The DINOv2 trainer on a little real data: what it does beyond what every trainer does."""
+"""The DINOv2 trainer on a little real data: its own behaviour.
 
-import json
+Behaviour that all trainers share is tested in tests/methods/test_every_method.py.
+"""
+
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
-from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.selecting import ViewSelector, of_kept
-from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
-from hvp.methods import get_preset
 from hvp.methods.dinov2 import main_dinov2
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.main_dinov2 import (
@@ -25,38 +23,22 @@ from hvp.methods.dinov2.main_dinov2 import (
     build_networks,
     check_lengths,
     teacher_logits,
-    train_dinov2,
 )
 from hvp.methods.dinov2.networks import Network
 from hvp.methods.dinov2.schedules import Schedules
 from hvp.methods.dinov2.score import pair_losses
+from tests import runs
+from tests.runs import CPU, Trained, first_batch, tiny
 
-CPU = torch.device("cpu")
-SMALL = {
-    "data.workers": 0,
-    "data.shapes.train": 32,
-    "data.shapes.size": 32,
-    "train.batch_size": 8,
-    "train.epochs": 1,
-    "train.log_every": 1,
-    "selection.start": 0.0,
-    "optim.warmup_epochs": 0,
-}
+SMALL = {**runs.SMALL, "data.shapes.train": 32, "train.epochs": 1, "optim.warmup_epochs": 0}
 
 
-def small(**values) -> DINOv2Config:
-    values = {key.replace("__", "."): value for key, value in values.items()}
-    layers = [("preset", read_yaml(get_preset("dinov2", "tiny"))), ("small", SMALL), ("test", values)]
-    return resolve(DINOv2Config, layers).config
+def small(**values: Any) -> DINOv2Config:
+    return tiny(DINOv2Config, "dinov2", SMALL, **values)
 
 
-def train(config: DINOv2Config, out: Path, **options) -> dict:
-    console = Console(file=open(out.with_suffix(".txt"), "a"), width=200)  # noqa: SIM115
-    return load_checkpoint(train_dinov2(config, out, console=console, **options))
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def train(config: DINOv2Config, out: Path) -> Trained:
+    return runs.train("dinov2", config, out)
 
 
 class Scored:
@@ -70,26 +52,27 @@ class Scored:
         torch.nn.init.normal_(self.student.backbone.mask_token)
         self.loss = build_loss(config)
         self.selector = ViewSelector(config, total_steps=1)
-        loader = build_loader(config, open_training_data(config), CPU, masks=build_masks(config))
-        (batch,) = next(loader.epoch(0))
+        batch = first_batch(config, build_masks(config))
+        assert batch.masks is not None
         self.crops = [normalize(pixels) for pixels in batch.pixels]
         self.masks: Tensor = batch.masks.flatten(2)
 
     def select(self):
-        """The kept views, and the teacher's embedding of all candidates."""
+        """Return the kept views, and the teacher's embedding of all candidates."""
         with self.selector.scoring(self.student):
             losses, embedding = pair_losses(self.student, self.teacher, self.crops, self.masks, self.loss, self.temp)
         return self.selector.keep(self.crops, losses, 0), embedding
 
 
-def test_a_run_leaves_what_it_promises(tmp_path):
-    state = train(small(teacher__centering="centering"), tmp_path / "run")
+def test_a_run_trains_both_centres_and_the_mask_token(tmp_path):
+    run = train(small(teacher__centering="centering"), tmp_path / "run")
+    state = run.checkpoint
     assert (state["step"], state["epoch"], state["method"]) == (4, 1, "dinov2")
     assert state["dinov2_loss"].keys() == {"dino_loss.center", "ibot_patch_loss.center"}
     assert all(value.abs().sum() > 0 for value in state["dinov2_loss"].values())
     assert state["student"].keys() == state["teacher"].keys()
     assert state["student"]["backbone.mask_token"].any(), "the mask token learns"
-    for row in rows(tmp_path / "run"):
+    for row in run.rows:
         terms = [row[f"loss_{name}"] for name in ("global", "local", "koleo", "patch")]
         assert row["loss"] == pytest.approx(sum(terms), rel=1e-5)
         # two of four global crops, two of four local ones
@@ -98,19 +81,19 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
 def test_two_heads_or_one(tmp_path):
     for separate in (True, False):
-        state = train(small(ibot__separate_head=separate), tmp_path / str(separate))
+        state = train(small(ibot__separate_head=separate), tmp_path / str(separate)).checkpoint
         assert any(name.startswith("ibot_head.") for name in state["student"]) is separate
 
 
 def test_the_teacher_follows_every_parameter_of_the_student(tmp_path):
-    state = train(small(teacher__momentum_teacher=0.5), tmp_path / "run")
+    state = train(small(teacher__momentum_teacher=0.5), tmp_path / "run").checkpoint
     for name, value in state["teacher"].items():
         assert not torch.equal(value, state["student"][name]), name
 
 
 def test_frozen_prototypes_stay(tmp_path):
     fresh = Scored(small()).student.state_dict()
-    frozen = train(small(optim__freeze_last_layer=1), tmp_path / "frozen")["student"]
+    frozen = train(small(optim__freeze_last_layer=1), tmp_path / "frozen").checkpoint["student"]
     for name, value in fresh.items():
         if "mask_token" not in name:
             assert torch.equal(frozen[name], value) is ("last_layer" in name), name
@@ -118,7 +101,7 @@ def test_frozen_prototypes_stay(tmp_path):
 
 @pytest.mark.parametrize(("global_pairs", "local_crops"), [("by_transform", 2), ("any", 0)])
 def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(global_pairs, local_crops):
-    """What `select()` maximised is the loss that the step then trains on, image by image, but for KoLeo."""
+    """The loss that `select()` maximises is the one that the step then trains on, image by image, without KoLeo."""
     scored = Scored(
         small(
             teacher__centering="centering",
@@ -144,7 +127,7 @@ def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(global_p
         assert float(kept.loss[b]) == pytest.approx(losses.loss.item(), rel=1e-4)
 
 
-def test_balanced_targets_of_scoring_are_those_of_all_candidates():
+def test_scoring_balances_targets_over_all_candidates():
     scored = Scored(small())
     assert scored.loss.dino_loss.centering == "sinkhorn_knopp"
     with scored.selector.scoring(scored.student):
@@ -167,7 +150,7 @@ def test_reused_teacher_outputs_are_those_of_the_kept_crops():
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_kept_crops_are_masked_as_many_as_without_hard_views():
+def test_as_many_kept_crops_are_masked_as_without_hard_views():
     scored = Scored(small())
     kept, _ = scored.select()
     assert int(of_kept(kept, scored.masks).any(dim=1).sum()) == 8
@@ -188,7 +171,7 @@ def test_scoring_leaves_no_trace(mode, centering):
 
 
 def test_gradients_are_clipped_module_by_module(tmp_path, monkeypatch):
-    seen = []
+    seen: list[tuple[float, float]] = []
     clip = torch.nn.utils.clip_grad_norm_
 
     def clipped(parameters, max_norm):
@@ -205,18 +188,19 @@ def test_gradients_are_clipped_module_by_module(tmp_path, monkeypatch):
         assert after == pytest.approx(min(before, 0.05), rel=1e-4)
 
 
-def test_a_step_sets_the_rates_of_layers_and_no_decay_of_vectors(tmp_path, monkeypatch):
-    seen = []
+def test_layers_have_rates_of_their_own_and_vectors_no_weight_decay(tmp_path, monkeypatch):
+    seen: list[list[dict[str, Any]]] = []
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW,
-        "step",
-        lambda self, *a: (seen.append([dict(group) for group in self.param_groups]), step(self, *a))[1],
-    )
+
+    def stepping(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        seen.append([dict(group) for group in self.param_groups])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
     config = small(optim__layerwise_decay=0.5, optim__patch_embed_lr_mult=0.1, optim__weight_decay=0.3)
     train(config, tmp_path / "run")
     lr = Schedules(config, 4, 4).lr(0)
-    # the patch embedding; what comes before the blocks; three blocks; the final norm and the heads
+    # the patch embedding; the other embeddings; three blocks; the final norm and the heads
     expected = [lr * share for share in (0.1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)]
     assert sorted({group["lr"] for group in seen[0]}) == pytest.approx(expected)
     for group in seen[0]:
@@ -240,7 +224,7 @@ def test_epochs_of_a_given_length():
     assert schedules.teacher_temp(150) < 0.07
 
 
-def test_a_run_too_short_or_a_part_too_small_is_told_before_it_starts(tmp_path):
+def test_a_run_too_short_or_a_part_too_small_is_refused_before_it_starts(tmp_path):
     with pytest.raises(UserError, match=r"optim\.warmup_epochs = 2 are 200 steps, but the run has 4"):
         train(small(optim__epoch_length=100, optim__warmup_epochs=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -251,18 +235,17 @@ def test_a_run_too_short_or_a_part_too_small_is_told_before_it_starts(tmp_path):
         small(views__local_crops_size=20)
 
 
-def test_what_parts_change_is_said():
+def test_accumulation_notes_which_terms_it_changes():
     assert small().notes() == []
     (note,) = small(train__accumulate=2).notes()
     assert "KoLeo and Sinkhorn-Knopp will see" in note
     assert small(train__accumulate=2, teacher__centering="centering", dino__koleo_loss_weight=0.0).notes() == []
 
 
-def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
+def test_a_collapsed_run_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     hot = {"teacher__student_temp": 1e6, "teacher__teacher_temp": 1e6, "teacher__warmup_teacher_temp": 1e6}
-    train(small(**hot), tmp_path / "run")
-    assert f"ln(head_n_prototypes) = {math.log(128):.3f}" in (tmp_path / "run.txt").read_text()
+    assert f"ln(head_n_prototypes) = {math.log(128):.3f}" in train(small(**hot), tmp_path / "run").said
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
@@ -274,7 +257,7 @@ def test_upstream_checkpoints_load_for_evaluation(tmp_path, network, layout, reg
     module = {"student": student, "teacher": teacher}[network]
 
     def chunked(net: Network, prefix: str) -> dict[str, Tensor]:
-        """Chunks of two blocks, and the number of the block in all, as upstream."""
+        """Return a state in chunks of two blocks, numbered throughout, as upstream's."""
         names = {f"blocks.{i}.": f"blocks.{i // 2}.{i}." for i in range(3)}
         return {
             prefix + next((n.replace(a, b) for a, b in names.items() if a in n), n): v

@@ -1,6 +1,8 @@
-"""iBOT's objective and head: what the fixtures, which are small and few, do not pin down."""
+"""iBOT's objective and head, beyond the few small fixtures of tests/parity."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +13,11 @@ from torch import Tensor
 from hvp.common.networks.vision_transformer import build_vit
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss, patch_weights
+from tests.tensors import noise
 
 
-def loss_of(ncrops: int = 2, **options: float) -> iBOTLoss:
+def loss_of(ncrops: int = 2, **options: Any) -> iBOTLoss:
     return iBOTLoss(11, 7, ncrops, 0.04, 0.07, 0.05, 0.09, 5, 12, **options)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=40)
@@ -29,7 +28,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     epoch=st.integers(0, 11),
     seed=st.integers(0, 2**16),
 )
-def test_loss_is_the_formula_view_by_view(batch: int, ncrops: int, patches: int, epoch: int, seed: int) -> None:
+def test_loss_equals_the_formula_view_by_view(batch: int, ncrops: int, patches: int, epoch: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     loss_fn = loss_of(ncrops, lambda1=0.7, lambda2=0.3, pred_start_epoch=2)
     loss_fn.center.copy_(torch.randn(1, 11, generator=generator))
@@ -61,7 +60,7 @@ def test_temperature_of_patches_warms_up_once_masks_begin() -> None:
     assert [later.teacher_temp(e) for e in range(12)] == [at_once.teacher_temp(e) for e in range(12)]
 
 
-def test_no_masks_at_all_leave_the_cls_loss_and_gradients_of_zero() -> None:
+def test_without_masks_the_cls_loss_is_left_and_patches_have_zero_gradients() -> None:
     loss_fn = loss_of()
     patch = noise(4, 7).requires_grad_()
     masks = torch.zeros(4, 6, dtype=torch.bool)
@@ -73,7 +72,7 @@ def test_no_masks_at_all_leave_the_cls_loss_and_gradients_of_zero() -> None:
     assert not patch.grad.any()
 
 
-def test_an_image_counts_the_same_however_many_of_its_patches_are_masked() -> None:
+def test_every_image_has_the_same_weight_however_many_patches_are_masked() -> None:
     masks = torch.tensor([[True, False, False, False], [True, True, True, True], [False] * 4])
     torch.testing.assert_close(patch_weights(masks), torch.tensor([1.0, 0.25, 0.25, 0.25, 0.25]))
 
@@ -103,11 +102,11 @@ def test_centers_over_two_micro_batches_are_those_of_the_whole() -> None:
         whole.update_center()
 
 
-def test_checkpoint_holds_the_centres_alone() -> None:
+def test_the_state_holds_the_centres_alone() -> None:
     assert list(loss_of().state_dict()) == ["center", "center2"]
 
 
-def test_loss_refuses_what_does_not_fit() -> None:
+def test_inconsistent_shapes_and_epochs_are_refused() -> None:
     with pytest.raises(ValueError, match="ncrops is 1"):
         loss_of(1)
     with pytest.raises(ValueError, match="from epoch 8 on, but there are 12 epochs"):
@@ -118,13 +117,18 @@ def test_loss_refuses_what_does_not_fit() -> None:
         iBOTHead(3, 4, patch_out_dim=5, shared_head=True)
 
 
-@pytest.fixture
-def network() -> MultiCropWrapper:
+def network_of(**options: Any) -> MultiCropWrapper:
     torch.manual_seed(0)
     backbone = build_vit("vit_micro", patch_size=8, img_size=32, mask_token=True)
+    assert backbone.masked_embed is not None
     torch.nn.init.normal_(backbone.masked_embed)
-    head = iBOTHead(96, 9, patch_out_dim=5, shared_head=False, hidden_dim=16, bottleneck_dim=6)
+    head = iBOTHead(96, 9, patch_out_dim=5, shared_head=False, hidden_dim=16, bottleneck_dim=6, **options)
     return MultiCropWrapper(backbone, head)
+
+
+@pytest.fixture
+def network() -> MultiCropWrapper:
+    return network_of()
 
 
 def some_masks() -> Tensor:
@@ -137,7 +141,7 @@ def test_shared_head_is_one_layer() -> None:
     head = iBOTHead(3, 4, patch_out_dim=4, shared_head=True)
     assert head.last_layer2 is head.last_layer
     assert sum("last_layer" in name for name, _ in head.named_parameters()) == 2
-    assert sum("last_layer" in name for name in head.state_dict()) == 4  # as upstream's checkpoints
+    assert sum("last_layer" in name for name in head.state_dict()) == 4  # as in upstream's checkpoints
 
 
 def test_only_masked_patches_go_through_the_head(network: MultiCropWrapper) -> None:
@@ -152,12 +156,10 @@ def test_only_masked_patches_go_through_the_head(network: MultiCropWrapper) -> N
     assert cls.shape == (7, 9)
 
 
-def test_batch_norm_has_the_statistics_of_all_patches_and_of_all_cls_tokens() -> None:
-    backbone = build_vit("vit_micro", patch_size=8, img_size=32, mask_token=True)
-    head = iBOTHead(96, 9, patch_out_dim=5, shared_head=False, use_bn=True, hidden_dim=16, bottleneck_dim=6)
-    network = MultiCropWrapper(backbone, head)
-    rows = []
-    head.mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+def test_batch_norm_sees_all_patches_and_all_cls_tokens() -> None:
+    network = network_of(use_bn=True)
+    rows: list[int] = []
+    network.head.mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     cls, patch, _ = network([noise(3, 3, 32, 32), noise(4, 3, 16, 16)], some_masks())
     assert sorted(rows) == [3, 4, 3 * 16]
     assert (cls.shape, patch.shape) == ((7, 9), (5, 5))
@@ -175,7 +177,7 @@ def test_the_student_does_not_see_masked_patches(network: MultiCropWrapper) -> N
     assert not torch.allclose(network.backbone.all_tokens(x), network.backbone.all_tokens(changed))
 
 
-def test_no_masks_are_no_mask_token(network: MultiCropWrapper) -> None:
+def test_without_masks_the_mask_token_is_not_used(network: MultiCropWrapper) -> None:
     x = noise(2, 3, 32, 32)
     masks = torch.zeros(2, 16, dtype=torch.bool)
     assert torch.equal(network.backbone.all_tokens(x, masks), network.backbone.all_tokens(x))
@@ -183,7 +185,7 @@ def test_no_masks_are_no_mask_token(network: MultiCropWrapper) -> None:
 
 
 def test_every_parameter_has_a_gradient_even_without_masked_patches(network: MultiCropWrapper) -> None:
-    """As data-parallel training needs it."""
+    """Data-parallel training requires this."""
     cls, patch, _ = network([noise(2, 3, 32, 32)], torch.zeros(2, 16, dtype=torch.bool))
     (cls.sum() + patch.sum()).backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""Masks follow from (seed, epoch, image, view) alone; their statistics are in tests/parity."""
+"""iBOT's masks depend on (seed, epoch, image, view) alone; their statistics are tested in tests/parity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ KEYS = [(3, image) for image in range(40)]
 
 
 def sampler(**options: Any) -> MaskSampler:
-    values = {"grid": (14, 14), "num_views": 4, "ratios": (0.0, 0.3), "variations": (0.0, 0.2), "shape": "block"}
+    values: dict[str, Any] = {
+        "grid": (14, 14),
+        "num_views": 4,
+        "ratios": (0.0, 0.3),
+        "variations": (0.0, 0.2),
+        "shape": "block",
+    }
     return MaskSampler(**(values | {"start_epoch": 0, "seed": 5} | options))
 
 
@@ -42,7 +48,7 @@ def test_seed_and_epoch_draw_other_masks(other: dict[str, Any]) -> None:
     assert (views[0] != views[1]).flatten(1).any(dim=1).double().mean() > 0.6
 
 
-def test_masks_begin_at_an_epoch() -> None:
+def test_masks_start_at_the_configured_epoch() -> None:
     keys = [(epoch, 0) for epoch in range(6)]
     masks = sampler(ratios=(0.3,), variations=(0.0,), start_epoch=4)(keys)
     assert masks.flatten(2).any(dim=2).tolist() == [[False] * 4 + [True] * 2] * 4
@@ -55,7 +61,7 @@ def test_masks_begin_at_an_epoch() -> None:
     shape=st.sampled_from(["block", "rand"]),
     seed=st.integers(0, 2**32),
 )
-def test_never_more_than_the_ratio(grid: tuple[int, int], ratio: float, shape: str, seed: int) -> None:
+def test_masks_never_exceed_the_ratio(grid: tuple[int, int], ratio: float, shape: str, seed: int) -> None:
     masks = sampler(grid=grid, ratios=(ratio,), variations=(0.0,), shape=shape, seed=seed)(KEYS[:3])
     counts = masks.flatten(2).sum(dim=2)
     assert (counts <= ratio * grid[0] * grid[1]).all()
@@ -73,7 +79,7 @@ def test_ratio_variation_and_choice() -> None:
     assert high.mean().item() == pytest.approx(0.6, abs=0.01)
 
 
-def test_blocks_hang_together_and_single_patches_do_not() -> None:
+def test_blocks_are_contiguous_and_single_patches_are_not() -> None:
     touching = {}
     for shape in ("block", "rand"):
         masks = sampler(ratios=(0.3,), variations=(0.0,), shape=shape)(KEYS).flatten(0, 1)

@@ -1,29 +1,21 @@
-"""iBOT's pair-loss matrix against the objective itself, and what it must not do: read unmasked patches, or hold all
-logits at once."""
+"""iBOT's pair-loss matrix against the objective itself, without unmasked patches and without all logits at once."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hvp.common.hardviews import Slots, combination_losses
 from hvp.common.losses.cross_entropy import masked_patch_losses
 from hvp.common.networks.heads import WeightNormLinear
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.score import Prototypes, loss_matrix
+from tests.tensors import LargestTensor, noise
 
 K, K2, DIM = 11, 7, 4
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def loss_of(ncrops: int = 2) -> iBOTLoss:
@@ -45,10 +37,10 @@ def some_masks(*shape: int, seed: int = 0) -> Tensor:
     epoch=st.integers(0, 11),
     seed=st.integers(0, 2**16),
 )
-def test_a_combination_costs_what_the_objective_says(
+def test_a_combination_costs_the_objective_of_its_views(
     batch: int, num_local: int, any_pair: bool, epoch: int, seed: int
 ) -> None:
-    """Every combination, image by image: the loss of a batch of one with those views and their masks."""
+    """For every combination and image, the cost is the loss of a batch of one with those views and their masks."""
     kept_local = (num_local + 1) // 2
     loss_fn, patches = loss_of(2 + kept_local), 5
     teacher_cls, student_cls = noise(4, batch, K, seed=seed), noise(4 + num_local, batch, K, seed=seed + 1)
@@ -75,7 +67,7 @@ def test_a_combination_costs_what_the_objective_says(
             torch.testing.assert_close(ours[b, number], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_unmasked_views_have_no_patch_loss_and_unmasked_patches_no_say() -> None:
+def test_unmasked_views_have_no_patch_loss_and_unmasked_patches_no_influence() -> None:
     loss_fn, masks = loss_of(), some_masks(4, 3, 5)
     masks[1, 2] = False
     cls, teacher_patch, student_patch = noise(4, 3, K), noise(4, 3, 5, K2, seed=1), noise(4, 3, 5, K2, seed=2)
@@ -124,7 +116,7 @@ def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
     teacher, student = noise(2, int(masks.sum()), K2)
     student.requires_grad_()
     before = teacher.clone(), student.detach().clone()
-    # A temperature of 1 must not make the logits worked on the caller's own.
+    # A temperature of 1 must not make the computation work in place on the caller's logits.
     assert not masked_patch_losses(teacher, student, masks, torch.zeros(K2), 1.0, 1.0).requires_grad
     assert torch.equal(teacher, before[0])
     assert torch.equal(student, before[1])
@@ -142,7 +134,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert losses.isfinite().all()
 
 
-def test_not_finite_only_where_it_belongs() -> None:
+def test_a_bad_patch_spoils_its_own_image_alone() -> None:
     masks = torch.ones(3, 2, dtype=torch.bool)
     teacher, student = noise(2, 6, K2)
     expected = masked_patch_losses(teacher, student, masks, torch.zeros(K2), 0.5, 0.5)
@@ -155,28 +147,16 @@ def test_not_finite_only_where_it_belongs() -> None:
         assert torch.equal(losses[[0, 2]], expected[[0, 2]])
 
 
-class LargestTensor(TorchDispatchMode):
-    """The largest number of elements of any tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        created = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x._base is None]
-        self.numel = max([self.numel, *(x.numel() for x in created)])
-        return out
-
-
-def test_only_a_few_patches_logits_exist_at_once() -> None:
+def test_only_the_logits_of_a_few_patches_exist_at_once() -> None:
     masks, prototypes = torch.ones(8, 9, dtype=torch.bool), 64
     teacher, student = noise(2, 72, 3)
-    layers = [WeightNormLinear(3, prototypes, train_gain=False).frozen() for _ in range(2)]
+    layers = tuple(WeightNormLinear(3, prototypes, train_gain=False).frozen() for _ in range(2))
     with LargestTensor() as largest:
-        masked_patch_losses(teacher, student, masks, torch.zeros(prototypes), 0.04, 0.1, tuple(layers), 6)
+        masked_patch_losses(teacher, student, masks, torch.zeros(prototypes), 0.04, 0.1, (layers[0], layers[1]), 6)
     assert largest.numel == 6 * prototypes
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_inconsistent_shapes_are_refused() -> None:
     masks = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"teacher \[6, 7\], student \[5, 7\], but 6 patches are masked"):
         masked_patch_losses(noise(6, K2), noise(5, K2), masks, torch.zeros(K2), 0.04, 0.1)

@@ -1,22 +1,20 @@
-"""The iBOT trainer on a little real data: what it does beyond what every trainer does."""
+"""The iBOT trainer on a little real data: its own behaviour.
 
-import json
+Behaviour that all trainers share is tested in tests/methods/test_every_method.py.
+"""
+
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
-from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.selecting import ViewSelector, of_kept
-from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
-from hvp.methods import get_preset
 from hvp.methods.ibot import main_ibot
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.main_ibot import (
@@ -25,39 +23,28 @@ from hvp.methods.ibot.main_ibot import (
     build_masks,
     build_networks,
     teacher_outputs,
-    train_ibot,
 )
 from hvp.methods.ibot.score import pair_losses
+from tests import runs
+from tests.runs import CPU, Trained, first_batch, tiny
 
-CPU = torch.device("cpu")
 SMALL = {
-    "data.workers": 0,
+    **runs.SMALL,
     "data.shapes.train": 48,
-    "data.shapes.size": 32,
-    "train.batch_size": 8,
     "train.epochs": 2,
-    "train.log_every": 2,
     "model.norm_in_head": None,
     "masks.pred_ratio": [0.0, 0.3],
     "masks.pred_ratio_var": [0.0, 0.1],
-    "selection.start": 0.0,
     "optim.warmup_epochs": 1,
 }
 
 
-def small(**values) -> IbotConfig:
-    values = {key.replace("__", "."): value for key, value in values.items()}
-    layers = [("preset", read_yaml(get_preset("ibot", "tiny"))), ("small", SMALL), ("test", values)]
-    return resolve(IbotConfig, layers).config
+def small(**values: Any) -> IbotConfig:
+    return tiny(IbotConfig, "ibot", SMALL, **values)
 
 
-def train(config: IbotConfig, out: Path, **options) -> dict:
-    console = Console(file=open(out.with_suffix(".txt"), "a"), width=200)  # noqa: SIM115
-    return load_checkpoint(train_ibot(config, out, console=console, **options))
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def train(config: IbotConfig, out: Path) -> Trained:
+    return runs.train("ibot", config, out)
 
 
 class Scored:
@@ -66,40 +53,42 @@ class Scored:
     def __init__(self, config: IbotConfig) -> None:
         torch.manual_seed(0)
         self.student, self.teacher = build_networks(config, CPU)
-        torch.nn.init.normal_(self.student.backbone.masked_embed)
+        mask_token = self.student.backbone.masked_embed
+        assert mask_token is not None
+        torch.nn.init.normal_(mask_token)
         self.ibot_loss = build_loss(config)
         self.selector = ViewSelector(config, total_steps=1)
-        loader = build_loader(config, open_training_data(config), CPU, masks=build_masks(config))
-        (batch,) = next(loader.epoch(0))
+        batch = first_batch(config, build_masks(config))
+        assert batch.masks is not None
         self.crops = [normalize(pixels) for pixels in batch.pixels]
         self.masks: Tensor = batch.masks.flatten(2)
 
     def select(self, step: int = 0):
-        """The kept views, the pair losses, and the teacher's embedding of all candidates."""
+        """Return the kept views, the pair losses, and the teacher's embedding of all candidates."""
         with self.selector.scoring(self.student, self.teacher):
             losses, embedding = pair_losses(self.student, self.teacher, self.crops, self.masks, self.ibot_loss, 0)
         return self.selector.keep(self.crops, losses, step), losses, embedding
 
 
-def test_a_run_leaves_what_it_promises(tmp_path):
-    state = train(small(), tmp_path / "run")
+def test_a_run_trains_both_centres_and_the_mask_token(tmp_path):
+    run = train(small(), tmp_path / "run")
+    state = run.checkpoint
     assert (state["step"], state["epoch"], state["method"]) == (12, 2, "ibot")
     assert state["ibot_loss"].keys() == {"center", "center2"}
     assert all(value.abs().sum() > 0 for value in state["ibot_loss"].values())
     assert state["student"].keys() - state["teacher"].keys() == {"backbone.masked_embed"}
     assert state["student"]["backbone.masked_embed"].any(), "the mask token learns"
-    log = rows(tmp_path / "run")
     # two of four global crops, two of four local ones
-    assert all(sum(row["kept_hist"]) == pytest.approx(4) for row in log)
-    assert all(0 < row["loss_patch"] < row["loss_cls"] for row in log)
+    assert all(sum(row["kept_hist"]) == pytest.approx(4) for row in run.rows)
+    assert all(0 < row["loss_patch"] < row["loss_cls"] for row in run.rows)
 
 
 @pytest.mark.parametrize("shared_head", [True, False])
 def test_the_teacher_follows_every_parameter_of_the_student_but_the_mask_token(tmp_path, shared_head):
     """With the upstream's default heads the teacher starts from the patch head and never follows it (README)."""
-    state = train(small(model__shared_head=shared_head, model__momentum_teacher=0.0, train__epochs=1), tmp_path / "run")
-    momentum = rows(tmp_path / "run")[-1]["momentum"]
-    assert 0 < momentum < 1
+    run = train(small(model__shared_head=shared_head, model__momentum_teacher=0.0, train__epochs=1), tmp_path / "run")
+    state = run.checkpoint
+    assert 0 < run.rows[-1]["momentum"] < 1
     for name, value in state["teacher"].items():
         if not name.endswith("weight_g"):  # fixed at 1
             assert not torch.equal(value, state["student"][name]), name
@@ -109,10 +98,9 @@ def test_the_teacher_follows_every_parameter_of_the_student_but_the_mask_token(t
 
 
 def test_prototypes_of_both_kinds_stay_while_they_are_frozen(tmp_path):
-    frozen = train(small(optim__freeze_last_layer=2), tmp_path / "frozen")["student"]
+    frozen = train(small(optim__freeze_last_layer=2), tmp_path / "frozen").checkpoint["student"]
     fresh = Scored(small()).student.state_dict()
-    moving = train(small(), tmp_path / "moving")["student"]
-    torch.manual_seed(0)
+    moving = train(small(), tmp_path / "moving").checkpoint["student"]
     for name in ("head.last_layer.weight_v", "head.last_layer2.weight_v"):
         assert torch.equal(frozen[name], fresh[name])
         assert not torch.equal(moving[name], fresh[name])
@@ -121,7 +109,7 @@ def test_prototypes_of_both_kinds_stay_while_they_are_frozen(tmp_path):
 @pytest.mark.parametrize("local_crops", [0, 2])
 @pytest.mark.parametrize("global_pairs", ["by_transform", "any"])
 def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(local_crops, global_pairs):
-    """What `select()` maximised is the loss that the step then trains on, image by image."""
+    """The loss that `select()` maximises is the one that the step then trains on, image by image."""
     scored = Scored(
         small(
             selection__search="exact",
@@ -155,19 +143,19 @@ def test_masks_travel_with_the_views():
 
 
 def test_masks_of_a_step_that_does_not_select_are_those_of_the_first_candidates(tmp_path, monkeypatch):
-    seen = []
+    seen: list[Tensor] = []
     forward = main_ibot.iBOTLoss.forward
-    monkeypatch.setattr(
-        main_ibot.iBOTLoss, "forward", lambda self, *args: (seen.append(args[4]), forward(self, *args))[1]
-    )
-    for name, values in {
-        "vanilla": {"selection__hard_views": "none"},
-        "later": {"selection__start": 1.0},
-    }.items():
-        train(small(train__epochs=1, **values), tmp_path / name)
+
+    def seeing(self: main_ibot.iBOTLoss, *args: Any) -> Any:
+        seen.append(args[4])
+        return forward(self, *args)
+
+    monkeypatch.setattr(main_ibot.iBOTLoss, "forward", seeing)
+    train(small(train__epochs=1, selection__hard_views="none"), tmp_path / "vanilla")
+    train(small(train__epochs=1, selection__start=1.0), tmp_path / "later")
     vanilla, later = seen[:6], seen[6:]
     first = [torch.equal(a[:8], b[:8]) for a, b in zip(vanilla, later, strict=True)]
-    assert all(first), "a mask follows from the number of its view"
+    assert all(first), "a mask depends on the number of its view"
 
 
 def test_reused_teacher_outputs_are_those_of_the_kept_crops():
@@ -180,16 +168,15 @@ def test_reused_teacher_outputs_are_those_of_the_kept_crops():
 
 @pytest.mark.parametrize("norm_in_head", [None, "bn"])
 def test_the_teacher_sees_kept_crops_again_only_with_batch_norm(tmp_path, monkeypatch, norm_in_head):
-    seen = []
+    seen: list[int] = []
     embed = main_ibot.MultiCropWrapper.embed
-    monkeypatch.setattr(
-        main_ibot.MultiCropWrapper,
-        "embed",
-        lambda self, views, masks=None: (
-            seen.append(len(views)) if self.backbone.masked_embed is None else None,
-            embed(self, views, masks),
-        )[1],
-    )
+
+    def seeing(self: main_ibot.MultiCropWrapper, views: Tensor, masks: Tensor | None = None) -> Any:
+        if self.backbone.masked_embed is None:
+            seen.append(len(views))
+        return embed(self, views, masks)
+
+    monkeypatch.setattr(main_ibot.MultiCropWrapper, "embed", seeing)
     train(small(model__norm_in_head=norm_in_head, train__epochs=1), tmp_path / "run")
     assert seen == ([32] * 6 if norm_in_head is None else [32, 16] * 6)
 
@@ -219,26 +206,27 @@ def test_accumulation_keeps_the_global_batch(tmp_path):
     values = {"train__epochs": 1, "optim__base_lr": 0.001}
     whole = train(small(**values), tmp_path / "whole")
     halves = train(small(**values, train__accumulate=2), tmp_path / "halves")
+    ours, expected = halves.checkpoint, whole.checkpoint
     for key in ("backbone.blocks.0.mlp.fc1.weight", "backbone.masked_embed"):
-        torch.testing.assert_close(whole["student"][key], halves["student"][key], rtol=0, atol=5e-5)
+        torch.testing.assert_close(ours["student"][key], expected["student"][key], rtol=0, atol=5e-5)
     for name in ("center", "center2"):
-        torch.testing.assert_close(whole["ibot_loss"][name], halves["ibot_loss"][name], rtol=1e-4, atol=1e-5)
-    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "halves"), strict=True):
+        torch.testing.assert_close(ours["ibot_loss"][name], expected["ibot_loss"][name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(halves.rows, whole.rows, strict=True):
         assert a["loss_patch"] == pytest.approx(b["loss_patch"], rel=1e-3)
 
 
 def test_epochs_before_the_masks_begin_train_without_them(tmp_path):
-    train(small(masks__pred_start_epoch=1, train__log_every=1), tmp_path / "run")
-    patch = [row["loss_patch"] for row in rows(tmp_path / "run")]
+    run = train(small(masks__pred_start_epoch=1), tmp_path / "run")
+    patch = [row["loss_patch"] for row in run.rows]
     assert patch[:6] == [0.0] * 6
     assert all(value > 0 for value in patch[6:])
 
 
-def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
-    """A learning rate of nothing, and prototypes that agree on nothing: the [CLS] loss stays at ln K."""
+def test_a_collapsed_run_is_reported(tmp_path, monkeypatch):
+    """Temperatures so high that all distributions are uniform: the [CLS] loss stays at ln K."""
     monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
-    train(small(loss__student_temp=1e6, loss__teacher_temp=1e6, loss__warmup_teacher_temp=1e6), tmp_path / "run")
-    said = (tmp_path / "run.txt").read_text()
+    hot = {"loss__student_temp": 1e6, "loss__teacher_temp": 1e6, "loss__warmup_teacher_temp": 1e6}
+    said = train(small(**hot), tmp_path / "run").said
     assert f"ln(out_dim) = {math.log(128):.3f}" in said
     assert "step 3: the network has collapsed" in said
 
@@ -251,9 +239,9 @@ def test_checkpoints_load_for_evaluation_without_the_mask_token(tmp_path, networ
     module = getattr(scored, network)
     file = tmp_path / "checkpoint.pth"
     if layout == "ours":
-        train(config, tmp_path / "run")
-        file = tmp_path / "run" / "last.pt"
-        module.load_state_dict(load_checkpoint(file)[network])
+        run = train(config, tmp_path / "run")
+        file = run.out / "last.pt"
+        module.load_state_dict(run.checkpoint[network])
     elif layout == "upstream":
         student = {f"module.{name}": value for name, value in scored.student.state_dict().items()}
         states = {"student": student, "teacher": scored.teacher.state_dict(), "epoch": 3}
@@ -280,6 +268,6 @@ def test_checkpoints_load_for_evaluation_without_the_mask_token(tmp_path, networ
         ({"loss__warmup_teacher_temp_epochs": 2, "masks__pred_start_epoch": 1}, "is longer than train.epochs = 2"),
     ],
 )
-def test_values_that_do_not_fit_each_other(values, message):
+def test_inconsistent_values_are_refused(values, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         small(**values)

@@ -1,11 +1,9 @@
-"""InfoNCE against its formula: the objective, its pair-loss matrix, and both over two processes."""
+"""InfoNCE against its formula: the objective and its pair-loss matrix, in one and two processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import combinations, permutations, product
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.common.training.distributed import World, data_parallel
 from hvp.methods.mocov3.contrastive_loss import contrastive_loss
 from hvp.methods.mocov3.score import pair_info_nce
-from tests.processes import in_two_processes
+from tests.processes import Report, in_two_processes
 
 
 def queries_and_keys(views: int = 4, images: int = 6, dim: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -26,7 +24,7 @@ def queries_and_keys(views: int = 4, images: int = 6, dim: int = 5, seed: int = 
 
 
 def slow(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """[B, V, V] in float64: for query v and key t of image i the cross-entropy over the keys t of all images."""
+    """Return [B, V, V] in float64: for query v and key t of image i, the cross-entropy over all images' keys t."""
     q, k = (nn.functional.normalize(x.double(), dim=-1) for x in (q, k))
     num_views, num_images, _ = q.shape
     losses = torch.zeros(num_images, num_views, num_views, dtype=torch.float64)
@@ -63,7 +61,7 @@ def test_pair_losses_equal_the_formula(slots: Slots, images: int, dim: int, temp
 
 @settings(max_examples=50)
 @given(**SHAPES)
-def test_an_entry_is_what_the_objective_takes_for_it(images: int, dim: int, temperature: float, seed: int) -> None:
+def test_the_mean_entry_of_a_pair_is_its_objective(images: int, dim: int, temperature: float, seed: int) -> None:
     q, k = queries_and_keys(4, images, dim, seed)
     means = pair_info_nce(q, k, ANY, temperature).mean(dim=0)
     for t, v in permutations(range(4), 2):
@@ -90,8 +88,8 @@ def test_nothing_is_harder_than_what_is_kept(
         assert (second >= 2).all()
 
 
-def test_the_losses_of_all_pairs_are_those_of_the_objective() -> None:
-    """The mean of both orders; the objective is their sum."""
+def test_the_loss_of_a_pair_is_half_its_objective() -> None:
+    """A pair's loss is the mean of both orders; the objective is their sum."""
     q, k = queries_and_keys()
     pairs = BY_TRANSFORM.all_combinations()
     costs = combination_losses(pair_info_nce(q, k, BY_TRANSFORM, 0.2), pairs, BY_TRANSFORM).mean(dim=0)
@@ -126,20 +124,20 @@ def test_a_bad_view_is_never_kept(value: float) -> None:
     q[2, 1, 0] = k[2, 1, 0] = value
     losses = pair_info_nce(q, k, ANY, 0.2)
     good = torch.ones(6, 4, 4, dtype=torch.bool)
-    good[:, 2] = False  # as key, of all images
-    good[1, :, 2] = False  # as query, of its own
+    good[:, 2] = False  # as a key it spoils all images
+    good[1, :, 2] = False  # as a query only its own
     bad = ~good & ~torch.eye(4, dtype=torch.bool)
     assert torch.equal(losses[good], expected[good])
     assert not losses[bad].isfinite().any()
     assert not (select([], losses, ANY).index == 2).any()
 
 
-def test_keys_that_are_all_alike_cost_chance() -> None:
+def test_equal_keys_give_the_loss_of_chance() -> None:
     q, k = torch.randn(8, 3), torch.ones(8, 3)
     assert contrastive_loss(q, k, 0.2).item() == pytest.approx(0.4 * math.log(8), rel=1e-6)
 
 
-def test_other_shapes_are_refused() -> None:
+def test_inconsistent_shapes_are_refused() -> None:
     q, k = queries_and_keys()
     with pytest.raises(ValueError, match=r"q is \[6, 5\] but k is \[5, 5\]"):
         contrastive_loss(q[0], k[0, 1:], 0.2)
@@ -157,16 +155,16 @@ def _networks() -> tuple[nn.Module, nn.Module]:
     return nn.Linear(3, 5), nn.Linear(3, 5).requires_grad_(False)
 
 
-def _share(world: World, say: Callable[[Any], None]) -> None:
+def _share(world: World, report: Report) -> None:
     views = BATCH[:, world.rank * 3 : (world.rank + 1) * 3]
     base, momentum = _networks()
     with torch.no_grad():
-        say(pair_info_nce(base(views), momentum(views), ANY, 0.2, world))
+        report(pair_info_nce(base(views), momentum(views), ANY, 0.2, world))
     ddp = data_parallel(base, world, torch.device("cpu"))
     loss = contrastive_loss(ddp(views[0]), momentum(views[1]), 0.2, world)
     loss.backward()
-    say(world.mean([loss.item()]))
-    say([p.grad.clone() for p in base.parameters()])
+    report(world.mean([loss.item()]))
+    report([p.grad for p in base.parameters()])
 
 
 def test_two_processes_score_and_train_like_one_with_the_whole_batch(tmp_path) -> None:

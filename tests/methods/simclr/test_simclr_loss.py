@@ -1,33 +1,30 @@
-"""NT-Xent against its formula: the objective, its pair-loss matrix, and both over two processes."""
+"""NT-Xent against its formula: the objective and its pair-loss matrix, in one and two processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import permutations
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hvp.common.hardviews import Slots, combination_losses, select
 from hvp.common.training.distributed import World, data_parallel
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent
-from tests.processes import in_two_processes
+from tests.processes import Report, in_two_processes
+from tests.tensors import LargestTensor, noise
 
 
 def projections(views: int = 4, images: int = 6, dim: int = 5, seed: int = 0) -> Tensor:
-    return torch.randn(views, images, dim, generator=torch.Generator().manual_seed(seed))
+    return noise(views, images, dim, seed=seed)
 
 
 def slow(z: Tensor, temperature: float) -> Tensor:
-    """[B, N, N] in float64: for an anchor (v, i) and its partner (t, i) the cross-entropy over all views t and v."""
+    """Return [B, N, N] in float64: for anchor (v, i) and partner (t, i), the cross-entropy over all views t and v."""
     z = torch.nn.functional.normalize(z.double(), dim=-1)
     num_views, num_images, _ = z.shape
     losses = torch.zeros(num_images, num_views, num_views, dtype=torch.float64)
@@ -62,7 +59,7 @@ def test_pair_losses_equal_the_formula(
 
 @settings(max_examples=50)
 @given(**SHAPES)
-def test_a_pair_costs_what_the_objective_takes_for_it(
+def test_the_mean_loss_of_a_pair_is_its_objective(
     views: int, images: int, dim: int, temperature: float, seed: int
 ) -> None:
     z = projections(views, images, dim, seed)
@@ -86,23 +83,11 @@ def test_nothing_is_harder_than_what_is_kept(views: int, images: int, dim: int, 
     assert (both.amax(dim=(1, 2)) <= kept.loss + 2e-5).all()
 
 
-def test_slices_change_nothing_but_rounding() -> None:
+def test_computing_in_slices_changes_only_rounding() -> None:
     z = projections(views=4, images=50, dim=16)
     whole = pair_nt_xent(z, 0.1, similarities_at_once=200 * 200)
     for at_once in (1, 200, 7 * 200, 199 * 200):
         torch.testing.assert_close(pair_nt_xent(z, 0.1, similarities_at_once=at_once), whole, rtol=1e-6, atol=2e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The largest number of elements of any tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        created = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x._base is None]
-        self.numel = max([self.numel, *(x.numel() for x in created)])
-        return out
 
 
 def test_only_a_slice_of_the_similarities_exists_at_once() -> None:
@@ -130,7 +115,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_view_spoils_the_pairs_of_its_number_only(value: float) -> None:
+def test_a_bad_view_spoils_only_the_pairs_with_its_number(value: float) -> None:
     z = projections()
     expected = pair_nt_xent(z, 0.1)
     z[2, 1, 0] = value
@@ -149,12 +134,12 @@ def test_an_image_alone_costs_nothing() -> None:
     assert nt_xent_loss(z[:2], 0.1).item() == pytest.approx(0.0, abs=2e-6)
 
 
-def test_equal_projections_cost_chance() -> None:
+def test_equal_projections_give_the_loss_of_chance() -> None:
     z = torch.ones(2, 8, 3)
     assert nt_xent_loss(z, 0.1).item() == pytest.approx(math.log(15), rel=1e-6)
 
 
-def test_other_shapes_are_refused() -> None:
+def test_inconsistent_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"z is \[3, 6, 5\], expected \[2, B, D\]"):
         nt_xent_loss(projections(views=3), 0.1)
     with pytest.raises(ValueError, match=r"z is \[6, 5\], expected \[N, B, D\]"):
@@ -169,16 +154,16 @@ def _network() -> nn.Module:
     return nn.Linear(3, 5)
 
 
-def _share(world: World, say: Callable[[Any], None]) -> None:
+def _share(world: World, report: Report) -> None:
     views = BATCH[:, world.rank * 3 : (world.rank + 1) * 3]
     network = _network()
     with torch.no_grad():
-        say(pair_nt_xent(network(views), 0.1, world))
+        report(pair_nt_xent(network(views), 0.1, world))
     ddp = data_parallel(network, world, torch.device("cpu"))
     loss = nt_xent_loss(ddp(views[:2]), 0.1, world)
     loss.backward()
-    say(world.mean([loss.item()]))
-    say([p.grad.clone() for p in network.parameters()])
+    report(world.mean([loss.item()]))
+    report([p.grad for p in network.parameters()])
 
 
 def test_two_processes_score_and_train_like_one_with_the_whole_batch(tmp_path) -> None:

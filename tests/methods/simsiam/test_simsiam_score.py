@@ -1,4 +1,4 @@
-"""The pair-loss matrix of SimSiam against its formula."""
+"""SimSiam's pair-loss matrix against its formula."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outputs(views: int = 4, images: int = 3, dim: int = 5, seed: int = 0) -> tup
 )
 def test_equals_the_formula(views: int, images: int, dim: int, zeros: bool, seed: int) -> None:
     p, z = outputs(views, images, dim, seed)
-    if zeros:  # an output without direction agrees with nothing
+    if zeros:  # an output without a direction has cosine 0 with everything
         p[0, 0] = 0
         z[-1, -1] = 0
     losses = negative_cosines(p, z)
@@ -48,7 +48,7 @@ def test_equals_the_formula(views: int, images: int, dim: int, zeros: bool, seed
 @settings(max_examples=30)
 @given(views=st.integers(2, 6), seed=st.integers(0, 2**16))
 def test_nothing_is_harder_than_the_kept_pair(views: int, seed: int) -> None:
-    """Against the objective itself, pair by pair and image by image."""
+    """Compared with the objective itself, pair by pair and image by image."""
     p, z = outputs(views, seed=seed)
     kept = select([], negative_cosines(p, z), Slots.from_counts((views,), (2,)))
     for b in range(p.shape[1]):
@@ -71,7 +71,7 @@ def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    p, z = (30000 * x.clamp(-1, 1) for x in outputs(dim=50))  # the length is more than float16 holds
+    p, z = (30000 * x.clamp(-1, 1) for x in outputs(dim=50))  # the norm is too large for float16
     p, z = p.to(dtype), z.to(dtype)
     losses = negative_cosines(p, z)
     assert losses.dtype == torch.float32
@@ -91,7 +91,7 @@ def test_autocast_does_not_coarsen_the_losses() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite_only_where_it_belongs(value: float) -> None:
+def test_a_bad_output_spoils_its_own_entries_alone(value: float) -> None:
     p, z = outputs()
     expected = negative_cosines(p, z)
     bad = p.clone()
@@ -103,7 +103,7 @@ def test_not_finite_only_where_it_belongs(value: float) -> None:
     assert torch.equal(losses[others], expected[others])
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_inconsistent_shapes_are_refused() -> None:
     p, z = outputs()
     with pytest.raises(ValueError, match=r"p is \[4, 3, 5\] but z is \[4, 2, 5\]"):
         negative_cosines(p, z[:, :2])

@@ -1,21 +1,20 @@
-"""The SimSiam trainer on a little real data: what its steps train, at which rate, and what its selection keeps."""
+"""The SimSiam trainer on a little real data: trained parameters, learning rates, and kept views.
+
+Behaviour that all trainers share is tested in tests/methods/test_every_method.py.
+"""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
-from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.distributed import World
 from hvp.common.training.selecting import ViewSelector
-from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
-from hvp.methods import get_preset
 from hvp.methods.simsiam import main_simsiam
 from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
@@ -24,49 +23,37 @@ from hvp.methods.simsiam.main_simsiam import (
     check_batch,
     parameter_groups,
     symmetric_loss,
-    train_simsiam,
 )
 from hvp.methods.simsiam.score import pair_losses
+from tests import runs
+from tests.runs import CPU, Trained, first_batch, tiny
 
-CPU = torch.device("cpu")
-SMALL = {
-    "data.workers": 0,
-    "data.shapes.train": 48,
-    "data.shapes.size": 32,
-    "train.batch_size": 8,
-    "train.epochs": 3,
-    "train.log_every": 2,
-    "selection.start": 0.0,
-}
+SMALL = {**runs.SMALL, "data.shapes.train": 48, "train.epochs": 3}
 
 
-def small(**values) -> SimSiamConfig:
-    values = {key.replace("__", "."): value for key, value in values.items()}
-    layers = [("preset", read_yaml(get_preset("simsiam", "tiny"))), ("small", SMALL), ("test", values)]
-    return resolve(SimSiamConfig, layers).config
+def small(**values: Any) -> SimSiamConfig:
+    return tiny(SimSiamConfig, "simsiam", SMALL, **values)
 
 
-def train(config: SimSiamConfig, out: Path) -> dict:
-    with open(out.with_suffix(".txt"), "a") as file:
-        return load_checkpoint(train_simsiam(config, out, console=Console(file=file, width=200)))
+def train(config: SimSiamConfig, out: Path) -> Trained:
+    return runs.train("simsiam", config, out)
 
 
 def scored(config: SimSiamConfig) -> tuple[SimSiam, ViewSelector, list[Tensor]]:
-    """A fresh model, its selector, and the normalised views of a batch."""
+    """Return a fresh model, its selector, and the normalised views of a batch."""
     torch.manual_seed(0)
     model = build_model(config, CPU)
-    (batch,) = next(build_loader(config, open_training_data(config), CPU).epoch(0))
-    return model, ViewSelector(config, total_steps=1), [normalize(pixels) for pixels in batch.pixels]
+    return model, ViewSelector(config, total_steps=1), [normalize(pixels) for pixels in first_batch(config).pixels]
 
 
 def losses_of(model: SimSiam, selector: ViewSelector, views: list[Tensor]) -> Tensor:
-    """As a step scores."""
+    """Return the pair losses that a step would select by."""
     with selector.scoring(model):
         return pair_losses(model, views)
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_rates_go_down_by_epochs_and_the_predictors_may_stay(tmp_path, monkeypatch, fixed):
+def test_the_rate_falls_by_epoch_and_the_predictors_may_stay_fixed(tmp_path, monkeypatch, fixed):
     optimizers, rates = [], []
     build, record = main_simsiam.build_optimizer, main_simsiam.Run.record
 
@@ -86,7 +73,7 @@ def test_rates_go_down_by_epochs_and_the_predictors_may_stay(tmp_path, monkeypat
     assert [rate for _, rate in rates] == pytest.approx([0.1] * 18 if fixed else expected, rel=1e-12)
 
 
-def test_everything_is_trained_and_decays_but_the_projectors_last_bias(tmp_path):
+def test_everything_is_trained_and_decayed_except_the_projectors_last_bias(tmp_path):
     config = small(selection__hard_views="none", model__projector_layers=3)
     model = build_model(config, CPU)
     encoder, predictor = parameter_groups(model, 0.1)
@@ -98,13 +85,13 @@ def test_everything_is_trained_and_decays_but_the_projectors_last_bias(tmp_path)
 
     torch.manual_seed(config.train.seed)
     before = build_model(config, CPU).state_dict()
-    after = train(config, tmp_path / "run")["model"]
+    after = train(config, tmp_path / "run").checkpoint["model"]
     unchanged = [key for key in before if torch.equal(before[key], after[key])]
     assert unchanged == ["encoder.fc.6.bias"]
 
 
 def test_gradients_stop_at_the_projections():
-    """The targets are constants: other values of the same numbers give the same gradients."""
+    """Targets are constants: copies of their values give the same gradients."""
     model, _, (views,) = scored(small())
     p1, p2, z1, z2, _ = model(views[0], views[1])
     symmetric_loss(p1, p2, z1, z2).backward()
@@ -121,7 +108,7 @@ def test_gradients_stop_at_the_projections():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_scores_are_those_of_all_views_in_one_batch(mode):
+def test_scoring_forwards_all_views_in_one_batch(mode):
     model, selector, views = scored(small(selection__mode=mode))
     losses = losses_of(model, selector, views)
     torch.manual_seed(0)
@@ -163,7 +150,7 @@ def test_the_kept_pair_is_the_hardest_under_the_same_outputs():
         assert losses[tuple(pair)] == max(losses.values()) == pytest.approx(kept.loss[b].item(), abs=1e-5)
 
 
-def test_what_is_sampled():
+def test_four_views_are_sampled_and_two_without_hard_views():
     (slot,) = small().view_slots()
     assert (slot.candidates, slot.kept, slot.transform.size) == (4, 2, 32)
     assert small().combination_slots().num_combinations == 6
@@ -185,9 +172,9 @@ def test_one_image_at_a_time_is_refused(tmp_path, values, world):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_collapse_is_noticed_once_across_epochs(tmp_path, monkeypatch):
+def test_a_collapse_is_reported_once_across_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(main_simsiam, "feature_spread", lambda z: 0.001)
-    train(small(train__epochs=5, train__batch_size=2, selection__hard_views="none"), tmp_path / "run")
-    said = (tmp_path / "run.txt").read_text()
+    config = small(train__epochs=5, train__batch_size=2, selection__hard_views="none")
+    said = train(config, tmp_path / "run").said
     assert said.count("the network has collapsed") == 1
     assert "step 100: the network has collapsed: for 100 steps the projections of all images have been nearly" in said
