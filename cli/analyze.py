@@ -66,9 +66,8 @@ def diversity(
     from hvp.cli.diversity import measure_diversity
     from hvp.common.data import open_dataset
     from hvp.common.evaluation.checkpoints import load_encoder
-    from hvp.common.training.distributed import available_cores
+    from hvp.common.training.distributed import available_cores, available_workers
     from hvp.common.training.precision import pick_device
-    from hvp.common.training.run import available_workers
 
     encoder, meta = load_encoder(checkpoint, which.value if which else None)
     config = _configuration(meta, like, set_ or [])

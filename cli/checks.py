@@ -284,8 +284,8 @@ def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: in
 
 
 def _workers(config: Any) -> int:
+    from hvp.common.training.distributed import available_workers
     from hvp.common.training.precision import pick_device
-    from hvp.common.training.run import available_workers
 
     try:
         device = pick_device(config.train.device)

@@ -99,7 +99,7 @@ def _evaluate(encoder: "nn.Module", config: Any) -> dict[str, float]:
     from hvp.common.data import open_dataset
     from hvp.common.evaluation.knn import evaluate_knn
     from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, probe_defaults
-    from hvp.common.training.run import available_workers
+    from hvp.common.training.distributed import available_workers
 
     train = open_dataset("shapes", "train", shapes=config.data.shapes, labels=True)
     val = open_dataset("shapes", "val", shapes=config.data.shapes, labels=True)

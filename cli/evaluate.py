@@ -91,8 +91,8 @@ def knn(
 ) -> None:
     """Weighted k-NN: the training images vote on the classes of the validation images."""
     from hvp.common.evaluation.knn import KS, evaluate_knn
+    from hvp.common.training.distributed import available_workers
     from hvp.common.training.precision import pick_device
-    from hvp.common.training.run import available_workers
 
     opened = _open(checkpoint, which, data, resolution)
     given = {
@@ -170,8 +170,8 @@ def linear(
     """Linear probe: a classifier on the frozen features."""
     from hvp.common.evaluation.linear import LinearOptions, LinearProtocol, evaluate_linear, probe_defaults
     from hvp.common.networks.vision_transformer import VisionTransformer
+    from hvp.common.training.distributed import available_workers
     from hvp.common.training.precision import pick_device
-    from hvp.common.training.run import available_workers
     from hvp.methods import get_method
 
     encoder, meta, train, val, size = _open(checkpoint, which, data, resolution)

@@ -14,9 +14,9 @@ from rich.console import Console
 from hvp.common.config.resolving import resolve
 from hvp.common.data import open_dataset
 from hvp.common.errors import UserError
+from hvp.common.training.distributed import available_workers
 from hvp.common.training.peak_memory import peak_memory, reset_peak_memory
 from hvp.common.training.precision import pick_device
-from hvp.common.training.run import available_workers
 from hvp.common.training.selecting import selecting_steps
 from hvp.common.views import steps_per_epoch
 

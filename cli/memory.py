@@ -8,8 +8,8 @@ import torch
 
 from hvp.common.config.sections import RunConfig
 from hvp.common.errors import UserError
+from hvp.common.training.distributed import available_workers
 from hvp.common.training.precision import pick_device
-from hvp.common.training.run import available_workers
 
 
 @contextmanager

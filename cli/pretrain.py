@@ -175,9 +175,10 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
 
     from hvp.cli.memory import memory_advice
     from hvp.common.errors import UserError
-    from hvp.common.training.distributed import environment_world, launch
+    from hvp.common.training.distributed import environment_world
     from hvp.common.training.footprint import check_fits
-    from hvp.common.training.session import build_loader, open_training_data
+    from hvp.common.training.launching import launch
+    from hvp.common.training.loading import build_loader, open_training_data
     from hvp.methods import get_method
 
     started = environment_world().size
@@ -198,7 +199,7 @@ def train(method: str, config: Any, out: Path, devices: int | None, **options: b
             build_loader(config, open_training_data(config), torch.device("cpu"), world)
             raise
     with memory_advice(config):
-        last = get_method(method).train(config, out, console=progress_console(), **options)
+        last = get_method(method).train(config, out, console=progress_console(), **options)  # type: ignore[arg-type]
     if environment_world().leader:
         print(f"wrote {last}")
 

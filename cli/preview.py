@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from hvp.common.hardviews import Selection
 from hvp.common.training.checkpoint import load_checkpoint
-from hvp.common.training.run import seeded
+from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.training.selecting import ViewSelector
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.session import seeded
 from hvp.common.views import ViewBatch, normalize
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import build_loss, build_networks

@@ -23,7 +23,7 @@ def resume(
     """Go on with a run that was stopped, from its last checkpoint and with the configuration in its folder."""
     from hvp.common.config.resolving import read_yaml, resolve
     from hvp.common.errors import UserError
-    from hvp.common.training.run import read_run
+    from hvp.common.training.folder import read_run
     from hvp.methods import get_method
 
     with said_once():

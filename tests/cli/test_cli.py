@@ -96,7 +96,7 @@ def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
 
     ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run", "--resume")
     assert ran.code == 0
-    assert "going on after step 5 of 5" in ran.err
+    assert "continuing after step 5 of 5" in ran.err
 
 
 def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):

@@ -62,7 +62,7 @@ def test_devices_give_the_run_of_one_process_which_another_number_goes_on_with(t
     assert not torch.equal(state["processes"][0]["torch"], state["processes"][1]["torch"])
     # the first epoch alone, as a run that was stopped there leaves it; the order of the images stays
     (two / "epoch0001.pt").replace(two / "last.pt")
-    assert "going on after step 5 of 10" in command("resume", two)
+    assert "continuing after step 5 of 10" in command("resume", two)
     assert_close_runs(one, two)
 
 

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,9 +59,9 @@ def test_measuring_reports_both_kinds_of_step_and_leaves_nothing(hvp, tmp_path, 
 def test_an_interrupt_while_measuring_says_nothing_of_a_folder_that_is_gone(hvp, tmp_path, monkeypatch):
     record, acknowledged = Run.record, []
 
-    def interrupted(self: Run, loss: float, **values: float | list[float]) -> None:
+    def interrupted(self: Run, **values: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        record(self, loss, **values)
+        record(self, **values)
 
     monkeypatch.setattr(Run, "record", interrupted)
     monkeypatch.setattr(Run, "save", None)

@@ -7,11 +7,6 @@ import torch
 from torchvision import transforms
 
 from hvp.benchmarks import loading as benchmark
-from hvp.common.networks.resnet import convnet_micro
-from hvp.common.training.rescuing import Rescuer
-from hvp.common.views import ViewBatch
-from hvp.methods.simclr.config import SimclrConfig
-from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 
 
 def test_rows(monkeypatch):
@@ -29,7 +24,7 @@ def test_rows(monkeypatch):
 
 
 def test_the_reference_makes_the_views_the_loader_makes():
-    image = benchmark._Jpegs(1).open(0)
+    image = benchmark.Jpegs(1).open(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         views = benchmark._plain_views(2, 2, 16)(image)
@@ -44,22 +39,3 @@ def test_strong_views_read_again_are_those_of_kept_images():
     (row,) = benchmark.strong_rows(rounds=1)
     assert row.equal
     assert row.memory_mb == pytest.approx(128 * 375 * 500 * 3 / 1e6)
-
-
-def test_the_rescue_row_compares_a_step_with_and_without():
-    config = SimclrConfig.model_validate(
-        {"views": {"crop_size": 32}, "train": {"batch_size": 4}, "rescue": {"enabled": True, "k": 2}}
-    )
-    model = SimCLR(convnet_micro(), SimCLRProjectionHead(96, 8, 8))
-    seen: list[bool] = []
-
-    def train(rescuer: Rescuer | None, part: ViewBatch) -> None:
-        assert part.index.tolist() == [0, 1, 2, 3]
-        seen.append(rescuer is not None)
-        if rescuer is not None:
-            loss = rescuer.loss(model(torch.randn(8, 3, 32, 32)), part)
-            assert -1 <= loss.item() <= 1
-
-    row = benchmark.rescue_row(train, config, model, "a step", 2, torch.device("cpu"))
-    assert seen == [True, False] * 3
-    assert row.target == 1.05
