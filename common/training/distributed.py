@@ -43,7 +43,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and this one's place among them. All of them must make the same calls in the same order."""
+    """The processes of a run, and this one's place among them. All must make the same calls in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -283,7 +283,8 @@ def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
 def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT:
     """Return the module with batch norm over the images of all processes.
 
-    State-dict keys, parameters and buffers stay the same. Without batch norm or other processes it is the module itself.
+    State-dict keys, parameters and buffers stay the same. Without batch norm or other processes, return the module
+    itself.
     """
     if world.size == 1 or not has_batch_norm(module):
         return module

@@ -119,7 +119,7 @@ class Rescuer:
         }
 
     def _strong_views(self, chosen: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """Make normalised strong views [n, 3, H, W] of chosen rows of all processes' images; `index` is this process's."""
+        """Make normalised strong views [n, 3, H, W] of chosen images of all processes; `index` is this process's."""
         assert self._strong is not None
         all_index = gathered(index) if self.world.size > 1 else index
         pixels = self._strong([(epoch, image) for image in all_index[chosen.cpu()].tolist()])
