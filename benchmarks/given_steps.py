@@ -12,7 +12,8 @@ from hvp.common.training.distributed import World
 from hvp.common.training.loading import Masks
 from hvp.common.training.precision import Precision
 from hvp.common.training.step import Step, Value
-from hvp.common.views import COLUMNS, ViewBatch
+from hvp.common.views import ViewBatch
+from hvp.common.views.parameters import COLUMNS
 from hvp.common.views.strong import StrongViews
 
 CPU = torch.device("cpu")

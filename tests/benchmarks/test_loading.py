@@ -1,4 +1,4 @@
-"""The benchmark runs and says what it promises; how fast things are is for `hvp bench loader` to say."""
+"""The loader benchmarks run and report the promised rows; their speed is not tested."""
 
 import cv2
 import numpy as np
@@ -9,7 +9,7 @@ from torchvision import transforms
 from hvp.benchmarks import loading as benchmark
 
 
-def test_rows(monkeypatch):
+def test_loader_rows(monkeypatch):
     monkeypatch.setattr(benchmark, "IMAGES", 1)
     before = torch.get_rng_state(), torch.get_num_threads(), cv2.getNumThreads()
     rows = benchmark.loader_rows(rounds=1)
@@ -18,12 +18,14 @@ def test_rows(monkeypatch):
     hard, vanilla, traffic = rows
     for row in (hard, vanilla):
         assert row.ratio == pytest.approx(row.reference_seconds / row.seconds)  # of one round
+        assert row.target is not None
         assert row.as_dict()["ok"] == (row.ratio >= row.target)
     assert traffic.as_dict()["ok"]
+    assert traffic.target is not None
     assert 1.0 < traffic.ratio <= traffic.target
 
 
-def test_the_reference_makes_the_views_the_loader_makes():
+def test_the_reference_makes_the_same_kinds_of_views_as_the_loader():
     image = benchmark.Jpegs(1).open(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -35,7 +37,7 @@ def test_the_reference_makes_the_views_the_loader_makes():
     assert whole.shape == (3, *benchmark.IMAGE_SIZE)
 
 
-def test_strong_views_read_again_are_those_of_kept_images():
+def test_strong_views_of_reread_images_equal_those_of_kept_images():
     (row,) = benchmark.strong_rows(rounds=1)
     assert row.equal
     assert row.memory_mb == pytest.approx(128 * 375 * 500 * 3 / 1e6)
