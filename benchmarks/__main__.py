@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 
 from hvp.cli.main import reported
+from hvp.cli.options import Device
 from hvp.cli.output import result_console
-from hvp.cli.pretrain import Device
 
 if TYPE_CHECKING:
     from hvp.benchmarks.timing import Row
@@ -44,7 +44,7 @@ def overhead(
     rounds: Rounds = None,
     device: Annotated[
         Device, typer.Option(help="Small networks in fp32 on the CPU, those of the papers in bf16 on a GPU.")
-    ] = Device.cpu,
+    ] = "cpu",
     batch_size: Annotated[
         int | None, typer.Option(help="Images of a step.", min=1, show_default="a few on cpu, 64 on cuda")
     ] = None,
@@ -52,7 +52,7 @@ def overhead(
     """A method's step with hard views, over its vanilla step."""
     from hvp.common.training.precision import pick_device
 
-    _report(_benchmark(method).overhead_rows(rounds or 5, pick_device(device.value), batch_size), json)
+    _report(_benchmark(method).overhead_rows(rounds or 5, pick_device(device), batch_size), json)
 
 
 @app.command()
@@ -60,7 +60,7 @@ def rescue(
     method: MethodName = "simclr",
     json: ToFile = None,
     rounds: Rounds = None,
-    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = "cpu",
 ) -> None:
     """A method's step with Rescue over the step without, and the loading of strong views."""
     from hvp.benchmarks.loading import strong_rows
@@ -70,7 +70,7 @@ def rescue(
     benchmark = _benchmark(method)
     if not hasattr(benchmark, "rescue_rows"):
         raise UserError(f"{method}: its step with Rescue has no benchmark; that of simclr has")
-    rows = benchmark.rescue_rows(rounds or 3, pick_device(device.value))
+    rows = benchmark.rescue_rows(rounds or 3, pick_device(device))
     _report([*rows, *strong_rows(rounds or 7)], json)
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvp.benchmarks.__main__ import command_line as benchmarks
-from hvp.cli import evaluate
+from hvp.cli import output
 from hvp.cli.main import main
 from hvp.common.errors import UserError
 from hvp.common.evaluation import results
@@ -101,8 +100,8 @@ def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
 
 def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
     assert hvp("pretrain", "simsiam", "--preset", "tiny", *SMALL, "--out", "run").code == 0
-    asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
-    asked += ("--out", "linear.json")
+    asked = ["eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1"]
+    asked += ["--out", "linear.json"]
     for arguments, said, expected in (
         ((), "protocol: simsiam, 1 epochs of lars, base lr 0.1, batch size 4096", ("lars", 0.1, 4096)),
         (("--preset", "dino"), "protocol: dino, 1 epochs of sgd, base lr 0.00075", ("sgd", 0.00075, 1024)),
@@ -179,7 +178,7 @@ def test_dry_run_shows_table_8(hvp, imagenet, tmp_path):
     assert shown["train.batch_size"] == ["4", "--batch-size"]
     assert "10 per epoch, 1000 in all" in ran.out
     assert "128 of 51480" in ran.out
-    assert "1.00 MiB an image" in ran.out
+    assert "1.00 MiB per image" in ran.out
     assert not (tmp_path / "runs").exists()
 
 
@@ -322,7 +321,7 @@ def test_a_result_that_cannot_be_kept_is_shown(hvp, run_folder, monkeypatch, mom
     assert "k = 5" in ran.out
     assert "wrote" not in ran.out
     assert "last-knn-teacher-k=5.json: cannot be written" in ran.err.splitlines()[-2]
-    assert "shown above, but its file is missing" in ran.err
+    assert "printed above but not saved" in ran.err
     assert "--out FILE" in ran.err.splitlines()[-1]
     assert ("note: " in ran.err) == (moment == "before")
     assert not list(run_folder.glob("*.json.part"))
@@ -349,7 +348,7 @@ def test_a_result_replaces_that_of_the_same_evaluation_only(hvp, run_folder):
     ran = told("--k", "5")
     assert "wrote run/last-knn-teacher-k=5-2.json" in ran.out
     assert (
-        f"{first.name} holds another evaluation, and stays; it differs in checkpoint's step, checkpoint's weights"
+        f"{first.name} holds another evaluation and is kept; it differs in checkpoint's step, checkpoint's weights"
         in (ran.err)
     )
     assert {**json.loads(first.read_text()), "seconds": 0} == {**before, "seconds": 0}
@@ -390,8 +389,8 @@ def test_an_evaluation_says_what_it_read_and_how_far_it_is(hvp, run_folder):
 
 def test_progress_in_lines_comes_now_and_then(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
-    with evaluate.evaluation_progress() as show:
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    with output.stage_progress() as show:
         for done in range(1, 61):
             show("features", done, 60)
             now[0] += 1
@@ -475,16 +474,3 @@ def test_diversity_wants_to_know_what_views_look_like(hvp, run_folder, tmp_path)
     assert ran.code == 2
     assert "Name a preset that does: --like METHOD/PRESET" in ran.err
     assert hvp("analyze", "diversity", "bare.pt", "--data", "shapes", "--like", "dino/none").code == 2
-
-
-def test_bench_rescue_says_which_methods_it_knows(hvp):
-    ran = hvp("rescue", "simsiam", main=benchmarks)
-    assert ran.code == 2
-    assert "simsiam: its step with Rescue has no benchmark" in ran.err
-
-
-def test_bench_writes_rows(hvp, tmp_path):
-    assert hvp("loader", "--rounds", "1", "--json", "rows.json", main=benchmarks).code == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 3
-    assert {"benchmark", "case", "ratio", "target", "ok", "memory_mb"} <= set(rows[0])

@@ -158,8 +158,8 @@ def test_files_that_do_not_fit(run: Path, hvp: Callable[..., Any], tmp_path: Pat
     [
         ((), "give either --to"),
         (("--to", "timm", "--from", "upstream"), "give either --to"),
-        (("--to", "timm", "--preset", "tiny"), "--preset belongs to --from upstream"),
-        (("--to", "upstream", "--which", "teacher"), "--which belongs to --to timm"),
+        (("--to", "timm", "--preset", "tiny"), "--preset needs --from upstream"),
+        (("--to", "upstream", "--which", "teacher"), "--which needs --to timm"),
         (("--from", "upstream"), "--from upstream needs --method"),
     ],
 )

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 from PIL import Image
 
-from hvp.cli import pretrain
+from hvp.cli import options
 from hvp.cli.main import main
 
 SHORT = [
@@ -28,11 +28,9 @@ def demo(monkeypatch, folder, *arguments):
 
 @pytest.mark.parametrize("vanilla", [False, True])
 def test_a_short_demo_leaves_everything_and_can_be_repeated(monkeypatch, tmp_path, capsys, vanilla):
-    resolve = pretrain.resolve_flags
     monkeypatch.setattr(
-        pretrain,
-        "resolve_flags",
-        lambda method, preset, config, flags, _: resolve(method, preset, config, flags, SHORT),
+        "hvp.cli.demo.resolve_flags",
+        lambda method, preset, config, flags, _: options.resolve_flags(method, preset, config, flags, SHORT),
     )
     arguments = ["--vanilla"] if vanilla else []
     first = demo(monkeypatch, tmp_path, *arguments)

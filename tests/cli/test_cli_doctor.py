@@ -83,7 +83,7 @@ def test_bad_files_are_named(hvp, pictures):
     ("arguments", "name", "said"),
     [
         (["--data", "nowhere"], "dataset", "nowhere: no such folder"),
-        (["--data", "pictures", "--set", "train.batch_size=64"], "dataset", "A batch has 64"),
+        (["--data", "pictures", "--set", "train.batch_size=64"], "dataset", "A batch takes 64"),
         (["--data", "pictures", "--set", "train.precision=fp16"], "precision", "fp16 needs a GPU"),
         (["--data", "pictures", "--out", "file.txt"], "disk", "file.txt is a file"),
         (["--data", "pictures", "--out", "file.txt/run"], "disk", "file.txt is a file"),
@@ -119,7 +119,7 @@ def test_shared_memory_is_held_against_the_loader(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(64, 0, 64 * 2**20))
     small = check_shared_memory(tmp_path, 65 * 2**20, workers=8)
     assert small.status == "failure"
-    assert "the loader takes up to 65 MiB" in small.found
+    assert "the loader needs up to 65 MiB" in small.found
     assert "(now 8)" in small.advice
     assert "--shm-size=1g" in small.advice
     assert check_shared_memory(tmp_path, 64 * 2**20, workers=8).status == "ok"
@@ -163,7 +163,7 @@ def test_cores_are_those_that_a_container_leaves(monkeypatch, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path, optimizer):
     method = get_method("dino")
-    changes = {"data.workers": 0, "data.shapes.train": 8, "train.batch_size": 8, "train.epochs": 1}
+    changes: dict[str, object] = {"data.workers": 0, "data.shapes.train": 8, "train.batch_size": 8, "train.epochs": 1}
     changes |= {"optim.optimizer": optimizer, "optim.warmup_epochs": 0, "train.device": "cpu"}
     config = resolve(method.config, [("", read_yaml(get_preset("dino", "tiny"))), ("", changes)]).config
     with Console(quiet=True) as console:

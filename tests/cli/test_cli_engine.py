@@ -203,7 +203,7 @@ def test_the_batch_system_does_not_mislead_it(hvp, packaged, monkeypatch):
 
 def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
     assert hvp("patch", "apply", "dino", "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
-    assert "The copy is not there yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
+    assert "The patched copy does not exist yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
     (tmp_path / "run" / "upstream" / "utils.py").write_text("changed\n")
     ran = hvp(*arguments("dino", clone, "--out", "run", "--data", "data"))
     assert ran.code == 2
@@ -214,10 +214,10 @@ def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, t
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
-        ("dino", ["--resume"], "--resume belongs to our own engine"),
-        ("dino", ["--overwrite"], "--overwrite belongs to our own engine"),
-        ("dino", ["--force"], "--force belongs to our own engine"),
-        ("dino", ["--dry-run", "--measure"], "--measure belongs to our own engine"),
+        ("dino", ["--resume"], "--resume works with our own engine only"),
+        ("dino", ["--overwrite"], "--overwrite works with our own engine only"),
+        ("dino", ["--force"], "--force works with our own engine only"),
+        ("dino", ["--dry-run", "--measure"], "--measure works with our own engine only"),
         ("dino", ["--rescue"], "rescue.enabled is on, but the patched owner/standin brings HVP alone"),
         ("dino", ["--loader", "fast"], "--loader: owner/standin has no flag for it (data.loader = fast; the"),
         ("dino", ["--set", "optim.clip_by=global"], "no flag for it (optim.clip_by = global; the original: tensor)"),
@@ -228,7 +228,7 @@ def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, t
         ("dino", ["--data", "data/train"], "data/train: owner/standin reads train/CLASS/ in it"),
         ("dino", ["--out", "data"], "data holds something else than a run of owner/standin"),
         ("dino", ["--upstream", "nowhere"], "nowhere is no folder. Get a clone: git clone"),
-        ("dino", ["--engine", "hvp"], "--engine upstream and --upstream DIR, your clone of the original, belong"),
+        ("dino", ["--engine", "hvp"], "--engine upstream and --upstream DIR, your clone of the original, go together"),
     ],
 )
 def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, method, more, message):
@@ -242,7 +242,9 @@ def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, m
 
 
 def test_what_is_missing_is_one_message(hvp, clone):
-    assert "--upstream DIR, your clone of the original, belong" in hvp("pretrain", "dino", "--engine", "upstream").err
+    assert (
+        "--upstream DIR, your clone of the original, go together" in hvp("pretrain", "dino", "--engine", "upstream").err
+    )
     assert "no images: give --data DIR" in hvp(*arguments("dino", clone)).err
     (clone / "train.py").write_text("another\n")
     assert "train.py differs" in hvp(*arguments("dino", clone, "--dry-run")).err

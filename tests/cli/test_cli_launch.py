@@ -112,7 +112,7 @@ def test_an_existing_file_is_kept(hvp, tmp_path):
     (tmp_path / "job.sh").write_text("mine")
     ran = hvp("launch", "slurm", "--out", "job.sh", "--", *RUN)
     assert ran.code == 2
-    assert "job.sh: exists" in ran.err
+    assert "job.sh: already exists" in ran.err
     assert (tmp_path / "job.sh").read_text() == "mine"
 
 
@@ -162,7 +162,7 @@ def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
     assert (status, asked) == (75, "show hostnames node[7-8]")
     ran = hvp("launch", "slurm", "--nodes", "2", "--", "eval", "knn", "run/last.pt", "--data", "shapes")
     assert ran.code == 2
-    assert "hvp eval knn is one process" in ran.err
+    assert "hvp eval knn is a single process" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
         (["--nodes", "0"], "pretrain dino", "--nodes"),
         (["--qos", "a b"], "pretrain dino", "--qos 'a b': must be one word"),
         (["--mem", "much"], "pretrain dino", "--mem 'much': must be a number"),
-        (["--constraint", "a;b"], "pretrain dino", "--constraint 'a;b': must be features"),
-        (["--constraint", "a\nb"], "pretrain dino", "must be features"),
+        (["--constraint", "a;b"], "pretrain dino", "--constraint 'a;b': must be node features"),
+        (["--constraint", "a\nb"], "pretrain dino", "must be node features"),
         (["--sbatch", "exclusive"], "pretrain dino", "must be one option of sbatch"),
         (["--sbatch", "--comment=a\n#SBATCH --nodes=9"], "pretrain dino", "must be one option of sbatch"),
         (["--sbatch", "--nodes=9"], "pretrain dino", "hvp writes --nodes itself; use hvp's own --nodes"),

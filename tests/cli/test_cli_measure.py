@@ -43,20 +43,21 @@ def test_measuring_reports_both_kinds_of_step_and_leaves_nothing(hvp, tmp_path, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     ran = hvp(*TINY, *QUICK, "--out", "run", "--dry-run", "--measure")
     assert ran.code == 0, ran.err
-    assert "Measured over 10 steps after 2 of warm-up, on cpu, 0 loader workers" in ran.out
+    assert "Measured over 10 steps after 2 of warm-up, on cpu, no loader workers" in ran.out
     rows = {line[: line.index("  ", 3)].strip(): line.split() for line in ran.out.splitlines() if "  " in line[3:]}
     assert float(rows["images/s"][-2]) > 0
     assert rows["selecting"][-2] == "0%"
     assert rows["selecting"][-1] != "0%"
     assert re.fullmatch(r"\d+\.\d\d", rows["peak memory, this process"][-2])
-    assert "the run, 3 epochs" in rows
-    assert "Of the whole run's 48 steps, 33 select" in ran.out
+    assert "whole run, 3 epochs" in rows
+    assert "Of the run's 48 steps, 33 select" in ran.out
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert not any((tmp_path / "tmp").iterdir())
 
 
 def test_an_interrupt_while_measuring_says_nothing_of_a_folder_that_is_gone(hvp, tmp_path, monkeypatch):
-    record, acknowledged = Run.record, []
+    record = Run.record
+    acknowledged: list[str] = []
 
     def interrupted(self: Run, loss: float, **values: float | list[float]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -112,7 +113,7 @@ def test_selecting_steps_are_those_of_the_trainer(start, every):
 def test_measuring_belongs_to_a_dry_run(hvp, tmp_path):
     ran = hvp(*TINY, *QUICK, "--measure")
     assert ran.code == 2
-    assert "--measure belongs to --dry-run" in ran.err
+    assert "--measure needs --dry-run" in ran.err
     assert not any(tmp_path.iterdir())
 
 

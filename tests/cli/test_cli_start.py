@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_rows_in_a_pipe_are_whole(hvp, monkeypatch):
     monkeypatch.delenv("COLUMNS")
     rows = [row.strip() for row in hvp("presets").out.splitlines()]
     assert len(rows) > 20
-    assert all(re.match(r"(method +preset +what|\w+ +[\w-]+ +\S)", row) for row in rows)
+    assert all(re.match(r"(method +preset +description|\w+ +[\w-]+ +\S)", row) for row in rows)
     assert max(map(len, rows)) > 80
     shown = hvp("pretrain", "dino", "--preset", "tiny", "--set", f"data.path={'long/' * 40}", "--dry-run").out
     assert f"{'long/' * 39}long --set" in re.sub(" +", " ", shown)
@@ -123,7 +125,7 @@ def test_a_path_that_is_too_long_is_one_message(hvp, arguments):
     assert ran.err.count("hvp: ") == 1
 
 
-def stream(number: int, dropped: set[int], buffered: bool = True) -> io.TextIOWrapper:
+def stream(number: int, dropped: set[int], buffered: bool = True) -> TextIO:
     file = io.FileIO(number, "w", closefd=False)
     raw = io.TextIOWrapper(
         io.BufferedWriter(file) if buffered else file, line_buffering=buffered, write_through=not buffered
@@ -183,7 +185,7 @@ def test_an_interrupt_where_python_would_print_a_traceback(hvp, monkeypatch, tmp
 
     def interrupted() -> None:
         if where == "import":
-            import interrupts_itself  # noqa: F401
+            import_module("interrupts_itself")
         elif where == "destructor":
             Destroyed()
         else:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvp.cli.pretrain import consequences
+from hvp.cli.dry_run import consequences
 from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.methods import METHODS, get_method, get_preset, presets
 
