@@ -63,8 +63,6 @@ def examine(
     out: Path,
     config: Any | None,
     build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]] | None",
-    *,
-    sample: int = SAMPLE,
 ) -> Iterator[Check]:
     """Run the checks one by one, in an order such that a failure comes before the failures it causes.
 
@@ -73,7 +71,6 @@ def examine(
         out: folder of the run; it need not exist.
         config: the run's `RunConfig`; None skips what depends on it.
         build_modules: that of the method, as in `hvp.methods.Method`; required with `config`.
-        sample: number of images to read.
     """
     packages = check_packages()
     yield packages
@@ -87,8 +84,7 @@ def examine(
     yield check_cores(workers)
     yield check_shared_memory(SHARED_MEMORY, None if config is None else _loader_bytes(config), workers)
     if data is not None:
-        skip = config is not None and config.data.on_bad_image == "skip"
-        yield from check_dataset(data, sample, skip_bad=skip, workers=workers, config=config)
+        yield from check_dataset(data, config)
     size = None
     if config is not None and build_modules is not None:
         from hvp.common.training.checkpoint import checkpoint_bytes
@@ -202,26 +198,22 @@ def check_shared_memory(place: Path, needed: int | None, workers: int | None) ->
     return Check("shared memory", "failure", found, advice, values)
 
 
-def check_dataset(
-    data: str, sample: int, *, skip_bad: bool = False, workers: int | None = None, config: Any | None = None
-) -> Iterator[Check]:
+def check_dataset(data: str, config: Any | None) -> Iterator[Check]:
     """Check how fast a sample of a dataset is read and decoded here, and whether any of its images cannot be."""
     from hvp.common.data import ShapesOptions, open_dataset
 
     try:
-        shapes = config.data.shapes if config is not None else ShapesOptions()
-        source = open_dataset(data, "train", shapes=shapes)
+        source = open_dataset(data, "train", shapes=ShapesOptions() if config is None else config.data.shapes)
     except UserError as error:
         yield Check("dataset", "failure", str(error))
         return
     values: dict[str, Any] = {"dataset": source.name, "images": len(source)}
-    batch = None if config is None else config.train.batch_size
-    if batch is not None and len(source) < batch:
-        advice = f"A batch takes {batch}: use more images, or a smaller --batch-size."
+    if config is not None and len(source) < config.train.batch_size:
+        advice = f"A batch takes {config.train.batch_size}: use more images, or a smaller --batch-size."
         yield Check("dataset", "failure", source.name, advice, values)
     else:
         yield Check("dataset", "ok", source.name, values=values)
-    yield from _read_sample(source, sample, skip_bad, workers)
+    yield from _read_sample(source, config)
 
 
 def check_disk(out: Path, checkpoint: int | None, *, kept: int = 0) -> Check:
@@ -256,11 +248,11 @@ def check_disk(out: Path, checkpoint: int | None, *, kept: int = 0) -> Check:
     return Check("disk", "ok", found, values=values)
 
 
-def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: int | None) -> Iterator[Check]:
+def _read_sample(source: "ImageSource", config: Any | None) -> Iterator[Check]:
     from hvp.common.data import BadImage
 
     # Different images each time: those of the last call are cached in memory, and would not measure the disk.
-    indices = random.SystemRandom().sample(range(len(source)), min(sample, len(source)))
+    indices = random.SystemRandom().sample(range(len(source)), min(SAMPLE, len(source)))
     bad: list[BadImage] = []
     started = time.perf_counter()
     for index in indices:
@@ -270,7 +262,7 @@ def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: in
             bad.append(error)
     rate = len(indices) / (time.perf_counter() - started)
     found = f"{rate:.0f} images/s per core, from {len(indices)} at random"
-    if workers is not None and workers > 1:
+    if config is not None and (workers := _workers(config)) > 1:
         found += f"; with {workers} workers at most {rate * min(workers, _cores()):.0f}, before making views"
     yield Check("decoding", "ok", found, values={"images_per_s_per_core": rate, "sample": len(indices)})
 
@@ -280,9 +272,11 @@ def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: in
         return
     listed = "".join(f"\n{error.where}: {error.reason}" for error in bad[:10])
     more = f"\nand {len(bad) - 10} more" if len(bad) > 10 else ""
-    advice = "" if skip_bad else "Replace or remove them, or pass --on-bad-image skip."
-    status: Literal["warning", "failure"] = "warning" if skip_bad else "failure"
-    yield Check("bad files", status, f"{len(bad)} of {len(indices)}:{listed}{more}", advice, values)
+    found = f"{len(bad)} of {len(indices)}:{listed}{more}"
+    if config is not None and config.data.on_bad_image == "skip":
+        yield Check("bad files", "warning", found, values=values)
+    else:
+        yield Check("bad files", "failure", found, "Replace or remove them, or pass --on-bad-image skip.", values)
 
 
 def _workers(config: Any) -> int:

@@ -71,11 +71,12 @@ def slurm(
         command = _for_the_queue(command, given, nodes * gpus_per_node)
     elif not is_run and nodes * gpus_per_node > 1:
         raise UserError(f"hvp {name} is a single process: leave out --nodes and --gpus-per-node")
-    usual = "hvp-" + name.replace(" ", "-")
-    if name == "pretrain":
-        usual = f"{given['method']}-{given['preset'] or 'custom'}"
-    processes, queue = (nodes, gpus_per_node, cpus_per_task), (partition, account, qos, mem, constraint)
-    job = SlurmJob(job_name or usual, *processes, time, *queue, tuple(sbatch or ()), tuple(setup or ()))
+    if job_name is None:
+        job_name = "hvp-" + name.replace(" ", "-")
+        if name == "pretrain":
+            job_name = f"{given['method']}-{given['preset'] or 'custom'}"
+    more = sbatch or (), setup or ()
+    job = SlurmJob(job_name, nodes, gpus_per_node, cpus_per_task, time, partition, account, qos, mem, constraint, *more)
     script = sbatch_script(job, command, made_by=sys.argv[1:], resumes=is_run)
     if out is None:
         print(script, end="")

@@ -45,10 +45,10 @@ class SlurmJob:
     constraint: str | None = None
     """Required node features."""
 
-    sbatch: tuple[str, ...] = ()
+    sbatch: Sequence[str] = ()
     """Other options of sbatch, such as `--exclusive`."""
 
-    setup: tuple[str, ...] = ()
+    setup: Sequence[str] = ()
     """Shell lines to run before the command."""
 
     def __post_init__(self) -> None:
