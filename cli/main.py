@@ -17,21 +17,17 @@ def main() -> None:
     """
     with CommandInterrupts() as interrupts:
         try:
-            _run()
+            from hvp.cli.app import command_line
+            from hvp.cli.output import outlive_readers
+
+            outlive_readers()
+            with reported():
+                command_line()()
         except BaseException:
             if not interrupts.raised:
                 raise
-            say_interrupted()  # even if another exception replaced the KeyboardInterrupt on its way
+            say_interrupted()  # another exception may have replaced the KeyboardInterrupt
             sys.exit(130)
-
-
-def _run() -> None:
-    from hvp.cli.app import command_line
-    from hvp.cli.output import outlive_readers
-
-    outlive_readers()
-    with reported():
-        command_line()()
 
 
 @contextmanager

@@ -17,8 +17,7 @@ LINE_SECONDS = 10.0
 
 
 def result_console() -> Console:
-    """Return the console for results, on stdout. In a pipe or a file, rows are never wrapped, so `grep` sees all of
-    each."""
+    """Return the console for results, on stdout. In a pipe or a file it never wraps, so `grep` sees whole rows."""
     console = _plain()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 100_000
