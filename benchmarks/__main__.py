@@ -11,8 +11,8 @@ from hvp.benchmarks.loading import loader_rows, strong_rows
 from hvp.benchmarks.overhead import CASES, overhead_rows, rescue_rows
 from hvp.benchmarks.timing import Row
 from hvp.cli.main import reported
+from hvp.cli.options import Device
 from hvp.cli.output import result_console
-from hvp.cli.pretrain import Device
 from hvp.common.errors import UserError
 from hvp.common.evaluation.results import write_result
 from hvp.common.training.precision import pick_device
@@ -49,13 +49,13 @@ def overhead(
     rounds: Rounds = None,
     device: Annotated[
         Device, typer.Option(help="Small networks in fp32 on the CPU, those of the papers in bf16 on a GPU.")
-    ] = Device.cpu,
+    ] = "cpu",
     batch_size: Annotated[
         int | None, typer.Option(help="Images of a step.", min=1, show_default="a few on cpu, 64 on cuda")
     ] = None,
 ) -> None:
     """Time a method's training step with hard views against its vanilla step."""
-    _report(overhead_rows(get_method(method), rounds or 5, pick_device(device.value), batch_size), json)
+    _report(overhead_rows(get_method(method), rounds or 5, pick_device(device), batch_size), json)
 
 
 @app.command()
@@ -63,13 +63,13 @@ def rescue(
     method: MethodName = "simclr",
     json: ToFile = None,
     rounds: Rounds = None,
-    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = "cpu",
 ) -> None:
     """Time a method's training step with Rescue against its vanilla step, and the loading of strong views."""
     measured = [name for name, case in CASES.items() if case.rescue_batch]
     if get_method(method).name not in measured:
         raise UserError(f"{method}: the step with Rescue is not measured. Methods that are: {', '.join(measured)}")
-    rows = rescue_rows(get_method(method), rounds or 3, pick_device(device.value))
+    rows = rescue_rows(get_method(method), rounds or 3, pick_device(device))
     _report([*rows, *strong_rows(rounds or 7)], json)
 
 

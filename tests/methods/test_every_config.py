@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvp.cli.pretrain import consequences
+from hvp.cli.dry_run import consequences
 from hvp.common.config.allowed import allowed_values
 from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.common.errors import UserError
