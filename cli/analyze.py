@@ -24,7 +24,7 @@ from hvp.cli.output import result_console
 from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
-    from hvp.common.evaluation.checkpoints import BackboneMeta
+    from hvp.common.evaluation.backbones import BackboneMeta
 
 IMAGES = 2048
 

@@ -17,7 +17,7 @@ from hvp.cli.pretrain import Device, PrecisionName
 
 if TYPE_CHECKING:
     from hvp.common.data import ImageSource
-    from hvp.common.evaluation.checkpoints import BackboneMeta
+    from hvp.common.evaluation.backbones import BackboneMeta
     from hvp.common.networks import Encoder
 
 app = typer.Typer(help="Evaluate an encoder.", no_args_is_help=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from hvp.common.convert.upstream import Layout
+    from hvp.common.convert.layouts import Layout
     from hvp.common.evaluation.linear import LinearProtocol
 
 METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
