@@ -180,6 +180,8 @@ def claim(out: Path, source: Path, *, overwrite: bool) -> None:
 def write(converted: Converted, source: Path, out: Path, save: Save) -> None:
     """Write a result and its description, each completely or not at all.
 
+    The description, `FILE.meta.json`, has the SHA-256 of both files, the result's origin, and every tensor's outcome.
+
     Args:
         converted: the result.
         source: the converted file.
@@ -187,14 +189,7 @@ def write(converted: Converted, source: Path, out: Path, save: Save) -> None:
         save: see `saver()`.
     """
     write_atomically(out, lambda file: save(converted.content, file))
-    meta = described_in(out)
-    about = describe(converted, source, out)
-    write_atomically(meta, lambda file: file.write(json.dumps(about, indent=1, default=str).encode()))
-
-
-def describe(converted: Converted, source: Path, out: Path) -> dict[str, Any]:
-    """Content of `meta.json`: both files with their SHA-256, the result's origin, and the outcome for every tensor."""
-    return {
+    about = {
         "format": "hvp-conversion",
         "version": 1,
         "file": {"name": out.name, "sha256": sha256(out)},
@@ -204,3 +199,5 @@ def describe(converted: Converted, source: Path, out: Path) -> dict[str, Any]:
         "notes": list(converted.notes),
         "versions": versions(),
     }
+    text = json.dumps(about, indent=1, default=str)
+    write_atomically(described_in(out), lambda file: file.write(text.encode()))

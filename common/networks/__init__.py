@@ -33,9 +33,14 @@ class Features(NamedTuple):
 
 
 def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
-    """Build the encoder that a backbone's state dict belongs to, from names and shapes; None if it fits none of ours.
+    """Build the encoder that a backbone's state dict belongs to, from names and shapes; its weights are not loaded.
 
-    The weights are not loaded.
+    Args:
+        state: state dict of a backbone alone, without prefixes such as `module.`, `backbone.` or `encoder.`.
+
+    Returns:
+        An encoder of the right shape, or None if the weights fit none of ours. Extra entries are ignored here; strict
+        loading finds them.
     """
     vit = register_vit_from_state(state) or vit_from_state(state)
     return convnet_from_state(state) if vit is None else vit

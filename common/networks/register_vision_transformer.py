@@ -39,7 +39,7 @@ class RegisterVisionTransformer(VisionTransformer):
         init_values: initial gains of LayerScale; 0 for no LayerScale.
         swiglu: use gated feed-forward layers, two thirds as wide, instead of perceptrons.
         num_registers: number of registers, R.
-        others: as for VisionTransformer.
+        sizes: as for VisionTransformer.
 
     Source: facebookresearch/dinov2 dinov2/models/vision_transformer.py DinoVisionTransformer.
     """
@@ -49,35 +49,16 @@ class RegisterVisionTransformer(VisionTransformer):
     def __init__(
         self,
         *,
-        img_size: int = 224,
-        patch_size: int = 16,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        drop_path_rate: float = 0.0,
-        drop_path_uniform: bool = False,
-        conv_stem: bool = False,
         init_values: float = 1e-5,
         swiglu: bool = False,
         num_registers: int = 0,
+        **sizes: Any,
     ) -> None:
         options: dict[str, Any] = {"mlp_layer": SwiGLU} if swiglu else {}
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            drop_path_rate=drop_path_rate,
-            drop_path_uniform=drop_path_uniform,
-            conv_stem=conv_stem,
-            block=partial(SubsetBlock, init_values=init_values, **options),
-        )
-        registers = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
+        super().__init__(**sizes, block=partial(SubsetBlock, init_values=init_values, **options))
+        registers = nn.Parameter(torch.empty(1, num_registers, self.embed_dim)) if num_registers else None
         self.register_parameter("register_tokens", registers)
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
         nn.init.normal_(self.cls_token, std=1e-6)
         if registers is not None:
             nn.init.normal_(registers, std=1e-6)
@@ -224,7 +205,7 @@ def build_register_vit(
 
 
 def register_vit_from_state(state: Mapping[str, Tensor]) -> RegisterVisionTransformer | None:
-    """Like `vit_from_state()`, for RegisterVisionTransformer, which is recognised by its `mask_token`."""
+    """Like `encoder_from_state()`, for RegisterVisionTransformer, which is recognised by its `mask_token`."""
     sizes = vit_sizes(state)
     if sizes is None or "mask_token" not in state:
         return None

@@ -8,9 +8,9 @@ The blocks are timm's. Their parameter names and initialisation match torchvisio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
@@ -78,12 +78,13 @@ class ResNet(_Pooled, TimmResNet):
 class ConvNetMicro(_Pooled, nn.Module):
     """Four convolutions with batch norm, 0.08 M parameters: for images of 32 pixels, on two cores.
 
-    Three convolutions of stride 2 without pooling are as fast, but learn the embedded dataset much more slowly.
+    Three convolutions of stride 2 without pooling are as fast, but learn the embedded dataset much more slowly. There
+    are no residual branches, so `zero_init_residual` has no effect.
     """
 
     embed_dim = 96
 
-    def __init__(self) -> None:
+    def __init__(self, *, zero_init_residual: bool = False) -> None:
         super().__init__()
 
         def stage(c_in: int, c_out: int, stride: int = 1, pool: bool = False) -> nn.Sequential:
@@ -116,52 +117,26 @@ class ConvNetMicro(_Pooled, nn.Module):
 ConvNet = ResNet | ConvNetMicro
 
 
-def resnet50(*, zero_init_residual: bool = False) -> ResNet:
-    """ResNet-50: 23.5 M parameters, 2048 features."""
-    return ResNet(bottleneck=True, layers=(3, 4, 6, 3), zero_init_residual=zero_init_residual)
-
-
-def resnet18(*, zero_init_residual: bool = False) -> ResNet:
-    """ResNet-18: 11.2 M parameters, 512 features."""
-    return ResNet(bottleneck=False, layers=(2, 2, 2, 2), zero_init_residual=zero_init_residual)
-
-
-def resnet18_cifar(*, zero_init_residual: bool = False) -> ResNet:
-    """ResNet-18 with a stem for CIFAR: 11.2 M parameters, 512 features."""
-    return ResNet(bottleneck=False, layers=(2, 2, 2, 2), zero_init_residual=zero_init_residual, small_images=True)
-
-
-def convnet_micro(*, zero_init_residual: bool = False) -> ConvNetMicro:
-    """Small network of the `tiny` presets. It has no residual branches, so `zero_init_residual` has no effect."""
-    return ConvNetMicro()
-
-
 CONVNETS: dict[str, Callable[..., ConvNet]] = {
-    "resnet50": resnet50,
-    "resnet18": resnet18,
-    "resnet18_cifar": resnet18_cifar,
-    "convnet_micro": convnet_micro,
+    "resnet50": partial(ResNet, bottleneck=True, layers=(3, 4, 6, 3)),
+    "resnet18": partial(ResNet, bottleneck=False, layers=(2, 2, 2, 2)),
+    "resnet18_cifar": partial(ResNet, bottleneck=False, layers=(2, 2, 2, 2), small_images=True),
+    "convnet_micro": ConvNetMicro,
 }
+"""Constructors, which take `zero_init_residual`; 23.5 M, 11.2 M, 11.2 M and 0.08 M parameters."""
 
 
 def convnet_from_state(state: Mapping[str, Tensor]) -> ConvNet | None:
-    """Build the convolutional encoder that a backbone's state dict belongs to; its weights are not loaded.
-
-    Args:
-        state: state dict of a backbone alone, without prefixes such as `module.` or `encoder.`.
-
-    Returns:
-        An encoder of the right shape, or None if the weights fit none of ours. Extra entries are ignored here; strict
-        loading finds them.
-    """
+    """Like `encoder_from_state()`, for convolutional encoders."""
     if "layer4.2.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
-        return resnet50()
+        return CONVNETS["resnet50"]()
     stem = state.get("conv1.weight")
     if stem is not None and "layer4.1.conv2.weight" in state:
         if any(key in state for key in ("layer3.2.conv2.weight", "layer4.2.conv2.weight", "layer4.1.conv3.weight")):
             return None  # deeper, or with other blocks
-        builders = {torch.Size((64, 3, 7, 7)): resnet18, torch.Size((64, 3, 3, 3)): resnet18_cifar}
-        return builders[stem.shape]() if stem.shape in builders else None
+        archs: dict[tuple[int, ...], str] = {(64, 3, 7, 7): "resnet18", (64, 3, 3, 3): "resnet18_cifar"}
+        arch = archs.get(tuple(stem.shape))
+        return CONVNETS[arch]() if arch else None
     if "stages.3.0.weight" in state and "pos_embed" not in state:
-        return convnet_micro()
+        return ConvNetMicro()
     return None

@@ -260,15 +260,7 @@ def build_vit(
 
 
 def vit_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | None:
-    """Build the ViT that a backbone's state dict belongs to, from names and shapes; its weights are not loaded.
-
-    Args:
-        state: state dict of a backbone alone, without prefixes such as `module.` or `backbone.`.
-
-    Returns:
-        An encoder of the right shape, or None if the weights fit none of ours. Extra entries are ignored here; strict
-        loading finds them.
-    """
+    """Like `encoder_from_state()`, for VisionTransformer."""
     sizes = vit_sizes(state)
     return None if sizes is None else VisionTransformer(**sizes)
 

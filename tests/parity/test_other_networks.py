@@ -37,10 +37,12 @@ def test_other_networks_are_tested_as_well(tmp_path: Path) -> None:
     data.mkdir()
     content = json.dumps({**ours, "models": others}).encode()
     (data / f"{CHECKPOINT_KEYS}.json.gz").write_bytes(gzip.compress(content))
-    here = Path(__file__).parent
-    for file in here.glob("*.py"):
+    tests = tmp_path / "tests" / "parity"
+    tests.mkdir(parents=True)
+    (tests.parent / "__init__.py").touch()
+    for file in Path(__file__).parent.glob("*.py"):
         if file.name not in (Path(__file__).name, "test_unread_fixtures.py"):
-            shutil.copy(file, tmp_path)
+            shutil.copy(file, tests)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-rA"],
         cwd=tmp_path,
@@ -52,7 +54,7 @@ def test_other_networks_are_tested_as_well(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "read by no test" not in run.stdout
     for model in others:
-        assert f"PASSED test_parity_{family(model)}.py::test_" in run.stdout
+        assert f"PASSED tests/parity/test_parity_{family(model)}.py::test_" in run.stdout
         assert f"[{model}]" in run.stdout or f"-{model}]" in run.stdout, model
 
 

@@ -7,7 +7,7 @@ import torch
 from torchvision import transforms
 
 from hvp.benchmarks import loading as benchmark
-from hvp.common.networks.resnet import convnet_micro
+from hvp.common.networks.resnet import ConvNetMicro
 from hvp.common.training.rescuing import Rescuer
 from hvp.common.views import ViewBatch
 from hvp.methods.simclr.config import SimclrConfig
@@ -50,7 +50,7 @@ def test_the_rescue_row_compares_a_step_with_and_without():
     config = SimclrConfig.model_validate(
         {"views": {"crop_size": 32}, "train": {"batch_size": 4}, "rescue": {"enabled": True, "k": 2}}
     )
-    model = SimCLR(convnet_micro(), SimCLRProjectionHead(96, 8, 8))
+    model = SimCLR(ConvNetMicro(), SimCLRProjectionHead(96, 8, 8))
     seen: list[bool] = []
 
     def train(rescuer: Rescuer | None, part: ViewBatch) -> None:
