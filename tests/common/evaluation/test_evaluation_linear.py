@@ -104,7 +104,7 @@ def test_training_is_sgd_with_a_cosine_over_epochs() -> None:
 def test_lars_scales_weights_and_bias_by_their_own_length() -> None:
     """Compared with SimSiam's recipe, step by step.
 
-    LARC without clipping scales each gradient, the bias' too, to 0.001 times the length of its tensor; SGD with
+    LARC without clipping scales each gradient, including the bias', to 0.001 times the length of its tensor; SGD with
     momentum follows. A tensor of length 0 uses the gradient unscaled.
     """
     generator = torch.Generator().manual_seed(0)

@@ -159,7 +159,7 @@ def test_encoder_is_recognised_by_its_weights(arch: str, patch_size: int, img_si
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fixed_positions_determine_the_number_of_heads(dtype: torch.dtype) -> None:
-    """Of networks with equal shapes, those with fixed positions have 12 heads and the others 6."""
+    """Networks of equal shapes have 12 heads with fixed positions and 6 without."""
     learned = VisionTransformer(embed_dim=384, depth=1, num_heads=6, img_size=64)
     for positions, heads in ((learned.pos_embed, 6), (sincos_positions(4, 384), 12)):
         encoder = encoder_from_state(learned.state_dict() | {"pos_embed": positions.to(dtype)})
