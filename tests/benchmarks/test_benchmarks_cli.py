@@ -8,7 +8,7 @@ from hvp.benchmarks.__main__ import command_line
 def test_rescue_names_the_method_that_has_no_benchmark(hvp):
     ran = hvp("rescue", "simsiam", main=command_line)
     assert ran.code == 2
-    assert "simsiam: its step with Rescue has no benchmark" in ran.err
+    assert "simsiam: the step with Rescue is not measured. Methods that are: simclr, mocov3, dinov2" in ran.err
 
 
 def test_a_benchmark_writes_its_rows(hvp, tmp_path):
