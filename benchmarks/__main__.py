@@ -24,9 +24,9 @@ Rounds = Annotated[int | None, typer.Option(help="Measurements of each side.", m
 
 
 @app.command()
-def select(method: MethodName = "dino", json: ToFile = None, rounds: Rounds = None) -> None:
+def scoring(method: MethodName = "dino", json: ToFile = None, rounds: Rounds = None) -> None:
     """Scoring and selecting combinations, against the plain loop."""
-    _report(_benchmark(method).select_rows(rounds or 5), json)
+    _report(_benchmark(method).scoring_rows(rounds or 5), json)
 
 
 @app.command()
@@ -75,7 +75,7 @@ def rescue(
 
 
 def _benchmark(method: str) -> Any:
-    """The module of a method's benchmarks, with `select_rows()` and `overhead_rows()`, and perhaps `rescue_rows()`."""
+    """Import the module of a method's benchmarks, with `scoring_rows()`."""
     from hvp.methods import get_method
 
     return import_module(f"hvp.benchmarks.scoring.{get_method(method).name}")
