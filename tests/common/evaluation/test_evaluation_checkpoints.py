@@ -88,7 +88,7 @@ def test_safetensors(tmp_path: Path) -> None:
     save_file(network(1.0), tmp_path / "weights.safetensors")
     assert_weights(read_backbone_state(tmp_path / "weights.safetensors").state, 1.0)
     (tmp_path / "weights.safetensors").write_bytes((tmp_path / "weights.safetensors").read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"weights\.safetensors: is truncated, or no checkpoint"):
+    with pytest.raises(UserError, match=r"weights\.safetensors: is truncated, or not a checkpoint"):
         read_backbone_state(tmp_path / "weights.safetensors")
 
 
@@ -225,7 +225,7 @@ def damaged_files() -> dict[str, Any]:
 @pytest.mark.parametrize("name", damaged_files())
 def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(damaged_files()[name])
-    with pytest.raises(UserError, match=f"{name}: is (truncated, or|empty,) no checkpoint"):
+    with pytest.raises(UserError, match=f"{name}: is (truncated, or|empty,) not a checkpoint"):
         read_backbone_state(tmp_path / name)
 
 
@@ -233,7 +233,7 @@ def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
 def test_a_truncated_checkpoint(part: float, tmp_path: Path) -> None:
     whole = hvp_file(tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match=r"last\.pt: is truncated, or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt: is truncated, or not a checkpoint"):
         read_backbone_state(tmp_path / "last.pt")
 
 
