@@ -61,8 +61,8 @@ def _row(batch: int, centering: Literal["centering", "sinkhorn_knopp"], rounds: 
 
     def plain() -> Tensor:
         teacher_cls, teacher_patch = teacher(cls[1, :NUM_GLOBAL]), teacher(patches[1])
-        center = loss.dino_loss.of(teacher_cls.flatten(0, 1), TEMP)
-        patch_center = loss.ibot_patch_loss.of(teacher_patch[masks], TEMP)
+        center = loss.dino_loss.center_for(teacher_cls.flatten(0, 1), TEMP)
+        patch_center = loss.ibot_patch_loss.center_for(teacher_patch[masks], TEMP)
         return plain_masked_selection(
             Logits(student(cls[0]), teacher_cls, center, TEMP, loss.student_temp),
             Logits(student(patches[0]), teacher_patch, patch_center, TEMP, loss.student_temp),

@@ -240,7 +240,7 @@ def read_content(path: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         except Exception as error:  # the library has its own
-            raise DamagedCheckpoint(f"{path}: is truncated, or not a checkpoint. {EXPECTED}") from error
+            raise DamagedCheckpoint(f"{path}: is truncated, or no checkpoint. {EXPECTED}") from error
     try:
         with torch.serialization.safe_globals(PLAIN_TYPES):
             content = read_archive(path)

@@ -88,7 +88,7 @@ def test_safetensors(tmp_path: Path) -> None:
     save_file(network(1.0), tmp_path / "weights.safetensors")
     assert_weights(read_backbone_state(tmp_path / "weights.safetensors").state, 1.0)
     (tmp_path / "weights.safetensors").write_bytes((tmp_path / "weights.safetensors").read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"weights\.safetensors: is truncated, or not a checkpoint"):
+    with pytest.raises(UserError, match=r"weights\.safetensors: is truncated, or no checkpoint"):
         read_backbone_state(tmp_path / "weights.safetensors")
 
 
