@@ -204,7 +204,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(hvp, whole, monkeypatch
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         stopped, said = hvp(*QUICK, "--save-every", "0", "--out", "run")
     assert stopped == code
-    again = "; press again to stop without" if number == signal.SIGINT else ""
+    again = "; press again to stop without saving" if number == signal.SIGINT else ""
     assert "".join(acknowledged).strip() == f"{number.name}: stopping after this step, saving{again}"
     assert f"{number.name}: stopped after step 3 of 10. Continue with: hvp resume run" in said
     assert step_of(tmp_path / "run") == 3
@@ -284,7 +284,7 @@ def test_interrupts_at_any_moment_leave_no_traceback(whole, tmp_path, moment):
     out = tmp_path / "run"
     arguments = [*QUICK, "--epochs", "200", "--workers", "1", "--out", out]
     said = interrupt(*arguments, seconds=0.4 + 8 * choose.random(), again=choose.choice([None, 0.4 * choose.random()]))
-    assert said.count("SIGINT: stopping after this step, saving; press again to stop without") <= 1
+    assert said.count("SIGINT: stopping after this step, saving; press again to stop without saving") <= 1
     if (out / "last.pt").exists():
         step_of(out)
 
@@ -343,7 +343,7 @@ def test_what_cannot_be_read_is_named_and_left(hvp, run):
     code, said = hvp("resume", run)
     assert code == 2
     for name in ("last.pt", "previous.pt"):
-        assert f"{run / name}: is truncated, or no checkpoint" in said
+        assert f"{run / name}: is truncated, or not a checkpoint" in said
         assert (run / name).read_bytes() == b"PK\x03\x04 half a file"
     assert "No checkpoint of this run can be resumed. Start over with hvp pretrain --overwrite" in said
     assert "weights_only" not in said

@@ -148,8 +148,8 @@ def test_files_that_do_not_match_are_refused(run: Path, hvp: Callable[..., Any],
         assert not (tmp_path / "back").exists()
     whole = (tmp_path / "up.pth").read_bytes()
     (tmp_path / "up.pth").write_bytes(whole[: len(whole) // 2])
-    assert "is truncated, or no checkpoint" in hvp(*back, "--method", "dino", "--preset", "tiny").err
-    assert "is truncated, or no checkpoint" in hvp("convert", "up.pth", "--to", "upstream", "--out", "b.pth").err
+    assert "is truncated, or not a checkpoint" in hvp(*back, "--method", "dino", "--preset", "tiny").err
+    assert "is truncated, or not a checkpoint" in hvp("convert", "up.pth", "--to", "upstream", "--out", "b.pth").err
     assert "there is no such file" in hvp("convert", "nowhere.pth", "--to", "timm", "--out", "b.pth").err
 
 

@@ -230,7 +230,7 @@ def damaged_files() -> dict[str, Any]:
 @pytest.mark.parametrize("name", damaged_files())
 def test_files_that_are_not_checkpoints(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(damaged_files()[name])
-    with pytest.raises(UserError, match=f"{name}: is (truncated, or|empty,) no checkpoint"):
+    with pytest.raises(UserError, match=f"{name}: is (truncated, or|empty,) not a checkpoint"):
         read_backbone_state(tmp_path / name)
 
 
@@ -238,7 +238,7 @@ def test_files_that_are_not_checkpoints(name: str, tmp_path: Path) -> None:
 def test_a_truncated_checkpoint_is_refused(part: float, tmp_path: Path) -> None:
     whole = hvp_file(tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match=r"last\.pt: is truncated, or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt: is truncated, or not a checkpoint"):
         read_backbone_state(tmp_path / "last.pt")
 
 

@@ -265,9 +265,9 @@ def _constant(self: torch.nn.BatchNorm1d) -> None:
     ("values", "message"),
     [
         ({"optim__warmup_epochs": 3, "train__epochs": 2}, "optim.warmup_epochs = 3 is longer than train.epochs = 2"),
-        ({"train__batch_size": 8, "train__accumulate": 8}, "InfoNCE needs at least 2 a part"),
+        ({"train__batch_size": 8, "train__accumulate": 8}, "InfoNCE needs at least 2 images in each part"),
         ({"selection__candidates": 0}, "selection.candidates = 0"),
-        ({"model__stop_grad_conv1": True}, "model.arch = convnet_micro has no patch projection of one convolution"),
+        ({"model__stop_grad_conv1": True}, "model.arch = convnet_micro has no patch projection"),
         ({"model__arch": "vit_micro", "views__crop_size": 36}, "views.crop_size = 36 is not a multiple of 8"),
     ],
 )

@@ -103,7 +103,7 @@ def test_googles_and_the_papers_rates_are_the_same_at_the_papers_batch():
 def test_accumulation_says_that_it_changes_the_objective(tmp_path):
     said = {parts: train(small(train__accumulate=parts), tmp_path / str(parts))[1] for parts in (1, 2)}
     assert "changes the objective" not in said[1]
-    assert said[2].count("train.accumulate = 2 changes the objective: views have 6 negatives") == 1
+    assert said[2].count("train.accumulate = 2 changes the objective: a view has 6 negatives") == 1
 
 
 def test_a_collapse_is_said_once(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def _constant(self: torch.nn.BatchNorm1d) -> None:
     ("values", "message"),
     [
         ({"optim__warmup_epochs": 3, "train__epochs": 2}, "optim.warmup_epochs = 3 is longer than train.epochs = 2"),
-        ({"train__batch_size": 8, "train__accumulate": 8}, "NT-Xent needs at least 2 a part"),
+        ({"train__batch_size": 8, "train__accumulate": 8}, "NT-Xent needs at least 2 images in each part"),
         ({"selection__candidates": 1}, "selection.candidates = 1"),
         ({"model__num_proj_layers": 1}, "model.num_proj_layers = 1"),
     ],
