@@ -101,9 +101,7 @@ class Job:
         self._check_earlier_run()
         check_packages(self.patch.repository, self.patch.needs)
         gpus = torch.cuda.device_count()
-        if (
-            gpus < self.processes
-        ):  # without any GPU, originals that spawn their processes would exit at once, with code 0
+        if gpus < self.processes:  # without any GPU, an original that spawns processes would exit at once, with code 0
             raise UserError(
                 f"{self.patch.repository} needs a GPU for each of {self.processes} processes; this machine has {gpus}"
             )
@@ -112,14 +110,14 @@ class Job:
 
     def _check_earlier_run(self) -> None:
         """Raise UserError if the folder holds an earlier run that the original would start over or cannot load."""
-        launch = self.adapter.launch
+        start = self.adapter.launch
         earlier = sorted(path.name for path in self.out.iterdir() if path != self.copy) if self.copy.exists() else []
-        if launch.starts_over and earlier:
+        if start.starts_over and earlier:
             raise UserError(
                 f"{self.out} holds an earlier run ({', '.join(earlier[:3])}{', ...' if len(earlier) > 3 else ''}), and "
-                f"{self.patch.repository} would start over in its place. {launch.starts_over}; or give another --out"
+                f"{self.patch.repository} would start over in its place. {start.starts_over}; or give another --out"
             )
-        if launch.saves_objects and any(self.out.glob("*.pth")) and os.environ.get(TRUST) != "1":
+        if start.saves_objects and any(self.out.glob("*.pth")) and os.environ.get(TRUST) != "1":
             raise UserError(
                 f"{self.out} holds an earlier run, whose checkpoints hold Python objects. PyTorch loads those only on "
                 f"request: if the files are your own, set {TRUST}=1 in the environment to resume; or give another --out"

@@ -91,7 +91,7 @@ def test_a_remark_does_not_disturb_the_diff(hvp, clone):
         ("standin", "standin/.git", "train.py is not there. Get a clone"),
     ],
 )
-def test_mistakes_are_one_message(hvp, clone, command, method, upstream, message):
+def test_an_error_is_one_message(hvp, clone, command, method, upstream, message):
     out = ["--out", "out"] if command == "apply" else []
     ran = hvp("patch", command, method, "--upstream", upstream, *out)
     assert ran.code == 2
