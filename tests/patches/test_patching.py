@@ -357,6 +357,15 @@ def test_shipped_patches_are_well_formed(method):
                 assert "\t" not in line
 
 
+@pytest.mark.parametrize("method", patches())
+def test_the_names_that_a_patch_imports_exist(method):
+    lines = "".join(change.lines for file in load_patch(method).files for change in file.changes)
+    imports = re.findall(r"(?m)^from hvp.*$", lines)
+    assert imports
+    for line in imports:
+        exec(line, {})
+
+
 def test_the_table_in_the_readme_is_the_generated_one():
     """Regenerate it with `hvp patch list --markdown`."""
     assert (ROOT / "patches" / "README.md").read_text(encoding="utf-8").endswith(f"\n\n{markdown_table()}")
