@@ -67,7 +67,7 @@ def train_original(
         UserError: an error the user can fix.
         typer.Exit: the original failed.
     """
-    from hvp.patches import get_original
+    from hvp.patches import get_adapter
     from hvp.patches.job import plan
     from hvp.patches.patching import load_patch
 
@@ -78,20 +78,20 @@ def train_original(
             )
         if resolved.config.data.path is None and not dry_run:
             raise UserError("no images: give --data DIR")
-        job = plan(get_original(method), load_patch(method), resolved, upstream, out, devices or 1)
-    for remark in (*job.original.otherwise, *job.remarks):
-        print(f"note: {remark}", file=sys.stderr)
+        job = plan(get_adapter(method), load_patch(method), resolved, upstream, out, devices or 1)
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
     if dry_run:
         print(job.shell)
         if not job.copy.exists():
             words = ["hvp", "patch", "apply", method, "--upstream", str(upstream), "--out", str(job.copy)]
             print(f"\nThe patched copy does not exist yet. A run writes it, as does\n  {shlex.join(words)}")
         print("\nValues that the original has no flag for:")
-        for value in sorted(job.unsaid, key=lambda value: not value.differs):
+        for value in sorted(job.without_flag, key=lambda value: not value.differs):
             print(f"  {value}")
         return
     job.write_copy()
-    for value in job.unsaid:
+    for value in job.without_flag:
         if value.differs:
             print(f"note: {value}", file=sys.stderr)
     if code := job.run():

@@ -189,7 +189,7 @@ def test_checkpoints_with_objects_are_loaded_only_if_trusted(hvp, packaged, tmp_
     (tmp_path / "run" / "model_final.rank_0.pth").write_text("of weeks")
     ran = hvp(*command)
     assert ran.code == 2
-    assert "go on with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment; or give another --out" in ran.err
+    assert "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment to resume; or give another --out" in ran.err
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     assert hvp(*command).code == 7
 
@@ -218,16 +218,16 @@ def test_an_unchanged_copy_is_reused_and_a_changed_one_refused(hvp, clone, tmp_p
         ("dino", ["--overwrite"], "--overwrite works with our own engine only"),
         ("dino", ["--force"], "--force works with our own engine only"),
         ("dino", ["--dry-run", "--measure"], "--measure works with our own engine only"),
-        ("dino", ["--rescue"], "rescue.enabled is on, but the patched owner/standin brings HVP alone"),
+        ("dino", ["--rescue"], "rescue.enabled is on, but the patched owner/standin has only HVP"),
         ("dino", ["--loader", "fast"], "--loader: owner/standin has no flag for it (data.loader = fast; the"),
         ("dino", ["--set", "optim.clip_by=global"], "no flag for it (optim.clip_by = global; the original: tensor)"),
         ("dino", ["--set", "model.arch=vit_micro"], "model.arch = vit_micro is ours"),
         ("dino", ["--devices", "3"], "train.batch_size = 512 does not divide among 3 processes"),
-        ("dino", ["--devices", "16"], "wants a GPU for each of 16 processes; here: 8"),
+        ("dino", ["--devices", "16"], "needs a GPU for each of 16 processes; this machine has 8"),
         ("dino", ["--data", "shapes"], "--data shapes: owner/standin reads a folder of images"),
         ("dino", ["--data", "data/train"], "data/train: owner/standin reads train/CLASS/ in it"),
-        ("dino", ["--out", "data"], "data holds something else than a run of owner/standin"),
-        ("dino", ["--upstream", "nowhere"], "nowhere is no folder. Get a clone: git clone"),
+        ("dino", ["--out", "data"], "data holds something other than a run of owner/standin"),
+        ("dino", ["--upstream", "nowhere"], "nowhere is not a folder. Get a clone: git clone"),
         ("dino", ["--engine", "hvp"], "--engine upstream and --upstream DIR, your clone of the original, go together"),
     ],
 )
@@ -277,7 +277,7 @@ def test_simclr_recognises_its_images_by_their_folder(hvp, clone, tmp_path, fold
         ([], ["--data", "shapes"], "Give one that has STL-10 (stl10_binary/) or CIFAR-10 (cifar-10-batches-py/)\n"),
         (["stl10_binary", "cifar-10-batches-py"], [], "data: stl10_binary and cifar-10-batches-py are both there"),
         (["stl10_binary"], ["--devices", "2"], "--devices 2: sthalles/SimCLR trains on one GPU"),
-        (["stl10_binary"], ["--seed", "3"], "(train.seed = 3; the original: 0, but for strong views)"),
+        (["stl10_binary"], ["--seed", "3"], "(train.seed = 3; the original: 0, except for strong views)"),
         (["stl10_binary"], ["--batch-size", "200000"], "train.batch_size = 200000, but stl10 has 100000 images"),
         (["stl10_binary"], ["--set", "optim.min_lr=0.1"], "(optim.min_lr = 0.1; the original: 4.8 for 11 epochs, then"),
     ],

@@ -1,5 +1,4 @@
-"""Our trainer beside an original, on a stand-in for one: SimSiam's loop in the plainest form, in a script that was made
-for GPUs."""
+"""Comparison of our trainer with an original, on a stand-in: SimSiam's loop in its plainest form, written for GPUs."""
 
 import hashlib
 from pathlib import Path
@@ -7,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from hvp.benchmarks.originals import get_harness
 from hvp.benchmarks.originals.comparison import Comparison, compare, without_flags
+from hvp.benchmarks.originals.harness import Checkpoints, Harness
+from hvp.benchmarks.originals.on_cpu import Substitutes
 from hvp.common.errors import UserError
 from hvp.methods import get_method
-from hvp.methods.simsiam.config import SimSiamConfig
-from hvp.patches import get_original
-from hvp.patches.original import Original, as_flags, normalized_views
-from hvp.patches.patching import Patch
+from hvp.patches.adapter import Adapter, Keys, as_flags
+from hvp.patches.patching import Patch, patches
 
 SCRIPT = """
 import argparse, math, os, torch, torch.distributed, torch.multiprocessing, tensorboardX
@@ -69,11 +69,17 @@ class Learner:
     def __call__(self, *images):
         return self.network(*images)
 """
-"""What learns in a script without DistributedDataParallel."""
+"""Trainer of a script without DistributedDataParallel."""
 
 
-def side_by_side(folder: Path, script: str, lines: str = "# patched\n", **more: Any) -> Comparison:
-    """Our SimSiam beside a script, whose "patch" adds lines at the top."""
+def compare_with(
+    folder: Path,
+    script: str,
+    lines: str = "# patched\n",
+    substitutes: Substitutes = Substitutes(),
+    **more: Any,
+) -> Comparison:
+    """Compare our SimSiam with a script, whose "patch" adds lines at the top."""
     folder.mkdir()
     (folder / "train.py").write_text(script)
     (folder / "alone.py").write_text(ALONE)
@@ -95,19 +101,15 @@ def side_by_side(folder: Path, script: str, lines: str = "# patched\n", **more: 
         }
     )
     names = {"model.dim": "--dim", "train.epochs": "--epochs", "optim.base_lr": "--lr"}
-    original = Original(
-        lambda config, data, _: [data, *as_flags(config, names, switches=True)],
-        compared=SMALL,
-        parts={"model": "state_dict"},
-        batch=lambda batch: [normalized_views(batch), batch.index],
-        **more,
+    adapter = Adapter(
+        lambda config, data, _: [data, *as_flags(config, names, switches=True)], Keys(names, lambda _: {})
     )
-    return compare(get_method("simsiam"), original, patch, folder)
+    return compare(get_method("simsiam"), adapter, Harness(SMALL, substitutes, **more), patch, folder)
 
 
 @pytest.mark.slow
 def test_a_faithful_original_agrees(tmp_path):
-    found = side_by_side(tmp_path / "standin", SCRIPT)
+    found = compare_with(tmp_path / "standin", SCRIPT)
     assert found.agrees
     assert found.untouched
     assert found.steps == 4
@@ -116,56 +118,55 @@ def test_a_faithful_original_agrees(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_original_without_parallel_network_and_with_names_of_its_own_agrees(tmp_path):
+def test_an_original_without_a_parallel_network_and_with_its_own_tensor_names_agrees(tmp_path):
     parallel = "torch.nn.parallel.DistributedDataParallel(model, device_ids=[gpu])"
     alone = SCRIPT.replace(parallel, "alone.Learner(model=torch.nn.ModuleDict({'net': model}))")
     script = alone.replace("import argparse", "import alone, argparse")
-    found = side_by_side(tmp_path / "standin", script, learner="alone.Learner", named=lambda key: f"net.{key}")
+    learner, names = Substitutes(learner="alone.Learner"), Checkpoints(rename=lambda key: f"net.{key}")
+    found = compare_with(tmp_path / "standin", script, substitutes=learner, checkpoints=names)
     assert found.agrees
 
 
 @pytest.mark.slow
-def test_an_original_that_trains_otherwise_does_not_agree(tmp_path):
-    found = side_by_side(tmp_path / "standin", SCRIPT.replace("args.lr * 8", "args.lr * 9"))
+def test_an_original_with_another_learning_rate_does_not_agree(tmp_path):
+    found = compare_with(tmp_path / "standin", SCRIPT.replace("args.lr * 8", "args.lr * 9"))
     assert not found.agrees
     assert found.lr == pytest.approx(1 / 8)
     assert found.parameters > 0.05
 
 
 @pytest.mark.slow
-def test_a_patch_that_changes_something_unasked_does_not_agree(tmp_path):
-    """It undoes a fault of the script, so that both agree but for what the untouched one does."""
+def test_a_patch_with_an_effect_without_its_flags_does_not_agree(tmp_path):
+    """The patch corrects a fault of the script, so only the untouched original differs."""
     faulty = SCRIPT.replace("args.lr * 8", "args.lr * LR")
     faulty = faulty.replace("def worker", "LR = globals().get('PATCHED', 9)\n\ndef worker")
-    found = side_by_side(tmp_path / "standin", faulty, "PATCHED = 8\n")
+    found = compare_with(tmp_path / "standin", faulty, "PATCHED = 8\n")
     assert max(found.loss, found.lr) < 1e-6
     assert not found.untouched
     assert not found.agrees
 
 
-def test_an_original_that_fails_is_shown(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)ended with code 1.*RuntimeError: no luck"):
-        side_by_side(tmp_path / "standin", SCRIPT.replace("sgd.step()", "raise RuntimeError('no luck')"))
+def test_the_error_of_an_original_is_shown(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)exited with code 1.*RuntimeError: no luck"):
+        compare_with(tmp_path / "standin", SCRIPT.replace("sgd.step()", "raise RuntimeError('no luck')"))
 
 
-def test_a_package_that_a_comparison_needs_is_named_at_once(tmp_path):
+def test_a_missing_package_is_named_at_once(tmp_path):
     with pytest.raises(UserError, match="owner/standin needs no-such-package, not installed here: pip install"):
-        side_by_side(tmp_path / "standin", "raise AssertionError", needs=("torch", "no-such-package"))
+        compare_with(tmp_path / "standin", "raise AssertionError", needs=("torch", "no-such-package"))
 
 
-def test_values_become_flags():
-    config = SimSiamConfig()
-    names = {"optim.base_lr": "--lr", "optim.fix_pred_lr": "--fix", "views.crop_scale": "--scale"}
-    assert as_flags(config, names, switches=True) == ["--lr", "0.05", "--scale", "0.2", "1.0"]
-    assert as_flags(config, names, switches=False) == ["--lr", "0.05", "--fix", "false", "--scale", "0.2", "1.0"]
-
-
-def test_a_method_without_comparison_is_one_message():
-    with pytest.raises(UserError, match="nosuch is not compared with its original"):
-        get_original("nosuch")
-
-
-def test_flags_are_left_out_with_their_values():
+def test_flags_are_removed_with_their_values():
     words = ["data", "--lr", "0.1", "--ours", "--also-ours", "3", "--epochs", "2", "--ours-too", "x", "key=value"]
     left = ["data", "--lr", "0.1", "--epochs", "2", "key=value"]
     assert without_flags(words, ("--ours", "--also-ours", "--ours-too")) == left
+
+
+@pytest.mark.parametrize("method", patches())
+def test_every_patch_has_a_comparison(method):
+    assert isinstance(get_harness(method), Harness)
+
+
+def test_a_method_without_a_patch_has_no_comparison():
+    with pytest.raises(UserError, match=r"there is no patch for nosuch\. Known: dino, dinov2, "):
+        get_harness("nosuch")

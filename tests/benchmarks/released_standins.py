@@ -1,5 +1,5 @@
-"""Stand-ins for the code that HVP's authors released: the interfaces that we call, and the plainest selection behind
-them. By method, the text of each file."""
+"""Stand-ins for the code that HVP's authors released: the interfaces that we call, with the plainest selection behind
+them. The text of each file, by method."""
 
 import subprocess
 from collections.abc import Mapping
@@ -148,7 +148,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def repository(folder: Path, files: Mapping[str, str]) -> str:
-    """A repository whose branch `other`, which is not checked out, has the files; gives the commit."""
+    """Create a repository whose branch `other`, not checked out, has the files. Return the commit."""
     folder.mkdir()
     git(folder, "init", "-q", "-b", "main")
     git(folder, "commit", "-q", "--allow-empty", "-m", "first")

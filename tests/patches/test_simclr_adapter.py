@@ -1,4 +1,4 @@
-"""What is said of SimCLR's original, against torch's own scheduler and the configuration's flags."""
+"""Adapter of SimCLR's original: its learning rates against PyTorch's scheduler, and its flags."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from torch import nn
 
 from hvp.common.config.resolving import resolve
 from hvp.methods.simclr.config import SimclrConfig
-from hvp.patches.simclr.original import flags, lr_of_epoch
+from hvp.patches.simclr.adapter import flags, lr_of_epoch
 
 
 @pytest.mark.parametrize("steps", [4, 12, 195])
-def test_the_learning_rate_is_that_of_the_originals_scheduler(steps):
+def test_the_learning_rate_equals_that_of_the_originals_scheduler(steps):
     optimizer = torch.optim.Adam(nn.Linear(1, 1).parameters(), lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for epoch in range(50):
@@ -20,7 +20,7 @@ def test_the_learning_rate_is_that_of_the_originals_scheduler(steps):
             scheduler.step()
 
 
-def test_switches_and_counts_are_said_only_where_they_hold():
+def test_switches_and_counts_appear_only_where_they_apply():
     values = {"rescue.enabled": True, "train.batch_size": 256, "train.precision": "fp16", "data.workers": 3}
     words = flags(resolve(SimclrConfig, [("test", values)]).config, "DATA", 1)
     assert words[-3:] == ["--use-hvp", "--rescue-k", "4"]

@@ -1,9 +1,9 @@
-"""SimSiam's original, facebookresearch/simsiam with our patch: its flags, and what it is compared on."""
+"""Adapter from our configuration to facebookresearch/simsiam with our patch."""
 
 from typing import Any
 
 from hvp.methods.simsiam.config import SimSiamConfig
-from hvp.patches.original import OF_EVERY_ORIGINAL, Original, as_flags, normalized_views, spawning_flags
+from hvp.patches.adapter import FIXED, Adapter, Keys, Launch, as_flags, spawning_flags
 
 FLAGS = {
     "model.arch": "--arch",
@@ -18,20 +18,20 @@ FLAGS = {
     "train.seed": "--seed",
     "train.log_every": "--print-freq",
 }
-"""Our keys that are flags there."""
+"""Flags of the original, by our key."""
 
 
 def flags(config: SimSiamConfig, data: str, processes: int) -> list[str]:
-    """The command line of main_simsiam.py, which starts a process for every GPU itself."""
+    """Return the command line of main_simsiam.py, which starts one process per GPU itself."""
     words = [data, *as_flags(config, FLAGS, switches=True)]
     words += spawning_flags(config, processes)
     return words + (["--use-hvp"] if config.selection.hard_views == "hvp" else [])
 
 
 def fixed(_: SimSiamConfig) -> dict[str, Any]:
-    """What the original does where it has no flag."""
+    """Return the original's values where it has no flag."""
     return {
-        **OF_EVERY_ORIGINAL,
+        **FIXED,
         "model.zero_init_residual": True,
         "model.projector_layers": 3,
         "model.projector_bias": True,
@@ -50,24 +50,12 @@ def fixed(_: SimSiamConfig) -> dict[str, Any]:
     }
 
 
-ORIGINAL = Original(
+ADAPTER = Adapter(
     flags,
-    compared={
-        "data.shapes.train": 320,
-        "train.batch_size": 32,
-        "model.arch": "convnet_micro",
-        "model.dim": 64,
-        "model.pred_dim": 16,
-        "optim.fix_pred_lr": False,
-        "views.crop_size": 32,
-    },
-    parts={"model": "state_dict"},
-    batch=lambda batch: [normalized_views(batch), batch.index],
-    replaced={"torchvision.models.convnet_micro": "hvp.patches.original.small_encoder"},
-    notes=("the encoder is our convnet_micro; projector and predictor are its own",),
-    carried=(*FLAGS, "data.path", "data.workers"),
-    fixed=fixed,
-    starts_over="To go on, add --resume CHECKPOINT to the command that --dry-run prints",
-    only_ours={"model.arch": ("resnet18_cifar", "convnet_micro")},
-    spawns=True,
+    Keys(
+        carried=(*FLAGS, "data.path", "data.workers"),
+        fixed=fixed,
+        only_ours={"model.arch": ("resnet18_cifar", "convnet_micro")},
+    ),
+    launch=Launch(spawns=True, starts_over="To resume, add --resume CHECKPOINT to the command that --dry-run prints"),
 )
