@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "cli", "patches", "methods", "common")
-"""From the top down: a module imports from its own folder and those after it."""
+"""From the top down: a module imports from its own folder and those after it, and a method from no other method."""
 
 BASE = ("training", "views", "data", "networks", "losses")
 """Folders of common/ that import neither common/evaluation nor common/convert."""
@@ -52,6 +52,8 @@ def wrong(importer: str, imported: str) -> bool:
         return False
     if FOLDERS.index(theirs[1]) < FOLDERS.index(mine[1]):
         return True
+    if mine[1] == theirs[1] == "methods" and len(mine) > 2 and len(theirs) > 2:
+        return mine[2] != theirs[2]
     if mine[1] != "common" or len(mine) < 3 or mine[2] not in BASE:
         return False
     return theirs[:3] in (["hvp", "common", "evaluation"], ["hvp", "common", "convert"])
@@ -63,6 +65,8 @@ def wrong(importer: str, imported: str) -> bool:
         ("hvp.cli.pretrain", "hvp.methods", False),
         ("hvp.common.training.run", "hvp.common.views", False),
         ("hvp.methods.dino.score", "hvp", False),
+        ("hvp.methods.dino.score", "hvp.methods.dino.multi_crop", False),
+        ("hvp.methods.dino.score", "hvp.methods.ibot.score", True),
         ("hvp.methods.dino.score", "hvp.patches.patching", True),
         ("hvp.common.hardviews", "hvp.methods", True),
         ("hvp.cli.app", "hvp.benchmarks.timing", True),
