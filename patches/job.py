@@ -12,7 +12,8 @@ import torch
 
 from hvp.common.config.resolving import Resolved, leaf_keys
 from hvp.common.errors import UserError
-from hvp.common.training.distributed import World, launch, share_of_batch
+from hvp.common.training.distributed import World, share_of_batch
+from hvp.common.training.launching import launch
 from hvp.patches.original import Original, value_of
 from hvp.patches.patching import Patch, apply_patch, check_packages, is_patched_copy, patch_clone
 

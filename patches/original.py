@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hvp.common.config.sections import RunConfig
 from hvp.common.errors import UserError
 from hvp.common.networks.resnet import CONVNETS
+from hvp.common.training.loading import Masks, build_strong_views, open_training_data
 from hvp.common.training.rescuing import images_to_rescue
-from hvp.common.training.session import Masks, build_strong_views, open_training_data
 from hvp.common.views import ViewBatch, normalize
 
 

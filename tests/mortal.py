@@ -43,8 +43,8 @@ def prepare() -> None:
         threading.Timer(float(MOMENT), die).start()
 
 
-def recording(self: Run, loss: float, **values: float | list[float]) -> None:
-    record(self, loss, **values)
+def recording(self: Run, **values: Any) -> None:
+    record(self, **values)
     if self.step + 1 == AFTER:
         prepare()
 

@@ -56,9 +56,10 @@ from hvp.common.errors import Stopped
 from hvp.common.training import checkpoint, log, signals
 from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
 from hvp.common.training.distributed import World
+from hvp.common.training.folder import claimed
+from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.training.precision import Precision
-from hvp.common.training.run import Run, claimed
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.run import Run
 from hvp.methods import get_method, get_preset
 from tests.processes import in_two_processes
 
@@ -123,10 +124,10 @@ def at_step(monkeypatch, step: int, act: Callable[[], object]) -> None:
     """Has something happen while a step is in progress."""
     record = Run.record
 
-    def recording(self: Run, loss: float, **values: float | list[float]) -> None:
+    def recording(self: Run, **values: Any) -> None:
         if self.step + 1 == step:
             act()
-        record(self, loss, **values)
+        record(self, **values)
 
     monkeypatch.setattr(Run, "record", recording)
 
@@ -176,7 +177,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
     process = start("resume", out)
     said = process.communicate()[1]
     assert process.returncode == 0, said
-    assert "going on after step" in said
+    assert "continuing after step" in said
     assert_finished_like(out, whole)
 
 
@@ -204,7 +205,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(hvp, whole, monkeypatch
     assert stopped == code
     again = "; press again to stop without" if number == signal.SIGINT else ""
     assert "".join(acknowledged).strip() == f"{number.name}: stopping after this step, saving{again}"
-    assert f"{number.name}: stopped after step 3 of 10. Go on with: hvp resume run" in said
+    assert f"{number.name}: stopped after step 3 of 10. Continue with: hvp resume run" in said
     assert step_of(tmp_path / "run") == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert hvp("resume", "run")[0] == 0
@@ -327,10 +328,10 @@ def test_the_checkpoint_before_stands_in(hvp, run, whole, damage):
     damage_checkpoint(last, damage)  # `gone` is a crash between the two renames of a save
     code, said = hvp("resume", run)
     assert code == 0
-    assert "going on after step 9 of 10" in said
+    assert "continuing after step 9 of 10" in said
     if damage != "gone":
         assert f"{last}: is " in said
-        assert f"Taking {run / 'previous.pt'} of step 9 instead" in said
+        assert f"Using {run / 'previous.pt'} of step 9 instead" in said
     assert_finished_like(run, whole)
     assert load_checkpoint(run / "previous.pt")["step"] == 9  # never replaced by the damaged one
 
@@ -343,7 +344,7 @@ def test_what_cannot_be_read_is_named_and_left(hvp, run):
     for name in ("last.pt", "previous.pt"):
         assert f"{run / name}: is truncated, or no checkpoint" in said
         assert (run / name).read_bytes() == b"PK\x03\x04 half a file"
-    assert "No checkpoint of this run can be gone on from. Start over with hvp pretrain --overwrite" in said
+    assert "No checkpoint of this run can be resumed. Start over with hvp pretrain --overwrite" in said
     assert "weights_only" not in said
     shutil.copy(run / "last.pt", run / "epoch0001.pt")
     assert f"Copy {run / 'epoch0001.pt'} to {run / 'last.pt'}" in hvp("resume", run)[1]
@@ -472,12 +473,12 @@ def test_a_folder_that_is_removed_under_a_run(hvp, monkeypatch, tmp_path, moment
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
-    check = Run.check
+    check = Run._check
 
-    def checking(self: Run, loss: torch.Tensor, *others: Any, **values: float) -> float:
-        return check(self, loss * float("nan") if self.step == 3 else loss, *others, **values)
+    def checking(self: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+        return check(self, loss * float("nan") if self.step == 3 else loss, optimizer)
 
-    monkeypatch.setattr(Run, "check", checking)
+    monkeypatch.setattr(Run, "_check", checking)
     code, said = hvp(*QUICK, "--out", "run")
     assert code == 2
     assert re.search(r"step 4: the loss is nan, lr 0\.000\d+\. ", said)
@@ -564,7 +565,7 @@ def test_images_are_found_from_any_folder(hvp, on_images, monkeypatch):
     same = [*QUICK, "--epochs", "1", "--out", run, "--resume", "--data"]
     assert f"path: {images}\n" in (run / "config.yaml").read_text()
     assert load_checkpoint(run / "last.pt")["config"]["data"]["path"] == str(images)
-    assert "going on after step 2 of 2" in hvp("resume", run)[1]
+    assert "continuing after step 2 of 2" in hvp("resume", run)[1]
     (on_images / "link").symlink_to(images)
     assert hvp(*same, on_images / "link")[0] == 0
     (on_images / "file.yaml").write_text("data:\n  path: images\n")
@@ -669,7 +670,7 @@ def test_a_loader_worker_that_dies(hvp, whole, monkeypatch, tmp_path, step):
     assert code == 2
     assert "was killed by SIGKILL" in said
     assert step <= step_of(tmp_path / "run") < STEPS
-    assert f"Step {step_of(tmp_path / 'run')} is saved. Go on with: hvp resume run" in said
+    assert f"Step {step_of(tmp_path / 'run')} is saved. Continue with: hvp resume run" in said
     assert hvp("resume", "run", "--workers", "0")[0] == 0
     assert_finished_like(tmp_path / "run", whole)
 
@@ -710,7 +711,8 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
 
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters())
-    parts = {"layer": layer, "optimizer": optimizer, "precision": Precision("fp32", CPU)}
+    parts: dict[str, Any] = {"layer": layer, "optimizer": optimizer}
+    precision, console = Precision("fp32", CPU), Console(quiet=True)
     config = resolve(
         get_method("simsiam").config,
         [
@@ -723,14 +725,17 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
     with (
         closing(build_loader(config, source, CPU, world)) as loader,
         claimed(out, world, resume=False, overwrite=False) as claim,
-        Run("simsiam", config, out, claim, loader, parts, CPU, Console(quiet=True), world) as run,
+        Run("simsiam", config, out, claim, loader, parts, layer, precision, None, console, world) as run,
     ):
         try:
             for epoch in run.epochs:
-                for step, _ in run.steps(epoch):
+                for step, (part,) in run.steps(epoch):
                     if step == 1:
                         hang()
-                    run.record(run.check(torch.tensor(0.5), optimizer))
+                    run.views(part)
+                    run.backward(run.model(torch.ones(1, 1)).mean())
+                    run.optimize(optimizer)
+                    run.record()
         except Stopped as stopped:
             say(str(stopped))
             say(run.step)

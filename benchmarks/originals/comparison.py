@@ -21,8 +21,8 @@ from hvp.common.config.resolving import resolve
 from hvp.common.config.sections import RunConfig
 from hvp.common.errors import UserError
 from hvp.common.training.checkpoint import load_checkpoint
-from hvp.common.training.run import seeded
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.loading import build_loader, open_training_data
+from hvp.common.training.session import seeded
 from hvp.patches.original import COMPARED, Original
 from hvp.patches.patching import Patch, apply_patch, check_packages
 

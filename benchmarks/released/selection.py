@@ -29,8 +29,8 @@ from hvp.benchmarks.originals.on_cpu import substitute
 from hvp.common.config.resolving import resolve
 from hvp.common.errors import UserError
 from hvp.common.hardviews import Slots, combination_losses, select
-from hvp.common.training.run import seeded
-from hvp.common.training.session import Masks, build_loader, open_training_data
+from hvp.common.training.loading import Masks, build_loader, open_training_data
+from hvp.common.training.session import seeded
 from hvp.patches.original import COMPARED
 
 REPOSITORY = "automl/hvp"

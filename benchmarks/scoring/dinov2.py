@@ -28,7 +28,7 @@ from hvp.common.hardviews import Selection, Slots, select
 from hvp.common.networks.heads import DINOHead
 from hvp.common.training.precision import Precision
 from hvp.common.training.rescuing import Rescuer
-from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.selecting import ViewSelector
 from hvp.common.views import ViewBatch
 from hvp.methods.dinov2.config import DINOv2Config
 from hvp.methods.dinov2.losses import DINOv2Loss
@@ -197,11 +197,11 @@ class _Step:
                 )
             kept = self.selector.keep(self.crops, losses, step=0)
             masks = of_kept(kept, self.masks)
-            return kept, (of_kept(kept, cls), of_kept(kept, patches)[masks]) if reuse else None
+            return kept, (of_kept(kept, cls)(kept, patches)[masks]) if reuse else None
 
     def hard(self, *, reuse: bool = True) -> Selection:
         kept, embedding = self.select(reuse=reuse)
-        self._train(kept.views, of_kept(kept, self.masks), embedding)
+        self._train(kept.views(kept, self.masks), embedding)
         return kept
 
     def vanilla(self) -> None:

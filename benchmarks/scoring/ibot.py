@@ -24,7 +24,7 @@ from hvp.benchmarks.timing import (
 )
 from hvp.common.hardviews import Selection, Slots, select
 from hvp.common.training.precision import Precision
-from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.selecting import ViewSelector
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.head import iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
@@ -157,11 +157,11 @@ class _Step:
                     self.student, self.teacher, self.crops, self.masks, self.loss, epoch=0
                 )
             kept = self.selector.keep(self.crops, losses, step=0)
-            return kept, (of_kept(kept, cls), of_kept(kept, patches)) if reuse else None
+            return kept, (of_kept(kept, cls)(kept, patches)) if reuse else None
 
     def hard(self, *, reuse: bool = True) -> Selection:
         kept, embedding = self.select(reuse=reuse)
-        self._train(kept.views, of_kept(kept, self.masks), embedding)
+        self._train(kept.views(kept, self.masks), embedding)
         return kept
 
     def vanilla(self) -> None:

@@ -25,9 +25,10 @@ from hvp.common.evaluation.checkpoints import WRAPPER, misfits, read_content
 from hvp.common.training.archive import save_sealed
 from hvp.common.training.checkpoint import FORMAT, VERSION
 from hvp.common.training.distributed import World
+from hvp.common.training.folder import LAST, claimed, describe_run, versions
+from hvp.common.training.loading import open_training_data
 from hvp.common.training.optimizers import OptimizerName, build_optimizer
-from hvp.common.training.run import LAST, claimed, describe_images, describe_run, versions
-from hvp.common.training.session import open_training_data
+from hvp.common.training.resume import describe_images
 from hvp.common.views import steps_per_epoch
 
 Built = TypeVar("Built")

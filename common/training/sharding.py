@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from hvp.common.training.distributed import World
@@ -62,6 +63,13 @@ def release(network: nn.Module) -> None:
 def local(parameters: Iterable[Tensor]) -> list[Tensor]:
     """This process's shares of parameters, which change with them; what is not sharded, as it is."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+
+
+def is_sharded(part: object) -> bool:
+    """Return whether a module's or an optimiser's parameters are sharded."""
+    if isinstance(part, nn.Module):
+        return any(isinstance(p, DTensor) for p in part.parameters())
+    return isinstance(part, Optimizer) and any(isinstance(p, DTensor) for g in part.param_groups for p in g["params"])
 
 
 class Whole:

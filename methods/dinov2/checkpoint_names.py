@@ -4,8 +4,8 @@ import re
 
 from hvp.common.convert.upstream import Layout, Part, on_meta
 from hvp.common.networks.register_vision_transformer import SIZES
+from hvp.methods.dinov2 import METHOD
 from hvp.methods.dinov2.config import DINOv2Config
-from hvp.methods.dinov2.main_dinov2 import build_modules
 
 CHUNKS = 4
 """The upstream's `student.block_chunks`: it names a block by its chunk, too, blocks.<chunk>.<block>."""
@@ -13,7 +13,7 @@ CHUNKS = 4
 
 def upstream_layout(config: DINOv2Config) -> Layout:
     """The names of SSLMetaArch before FSDP shards it, and the `teacher` that the upstream's evaluations read."""
-    student, teacher, dinov2_loss = on_meta(build_modules, config)
+    student, teacher, dinov2_loss = on_meta(METHOD.build_modules, config)
     _, depth = SIZES[config.model.arch]
     chunk_size = max(1, depth // CHUNKS)
 

@@ -3,13 +3,13 @@
 from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
 from hvp.common.training.batch_norm import has_batch_norm
 from hvp.common.training.optimizers import split_weight_decay
+from hvp.methods.ibot import METHOD
 from hvp.methods.ibot.config import IbotConfig
-from hvp.methods.ibot.main_ibot import build_modules
 
 
 def upstream_layout(config: IbotConfig) -> Layout:
     """The upstream's entries, keys and parameter groups. It wraps the teacher for batch norm's sake only."""
-    student, teacher, ibot_loss = on_meta(build_modules, config)
+    student, teacher, ibot_loss = on_meta(METHOD.build_modules, config)
     groups = split_weight_decay(student.named_parameters())
     notes = []
     if config.model.arch == "vit_micro":

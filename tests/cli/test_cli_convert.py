@@ -1,4 +1,4 @@
-"""hvp convert"""
+"""`hvp convert`: to an upstream's format, to libraries, and back to a run."""
 
 import argparse
 import json
@@ -37,8 +37,8 @@ def run(hvp: Callable[..., Any], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_there_and_back_and_on(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
-    """The first epoch's checkpoint, as the upstream's trainer would leave it; the resumed run ends as the whole one."""
+def test_a_run_survives_conversion_to_upstream_and_back(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+    """Convert the first epoch's checkpoint; the run resumed from it ends like the uninterrupted one."""
     there = hvp("convert", run / "epoch0001.pt", "--to", "upstream", "--out", "up.pth")
     assert there.code == 0, there.err
     assert "random numbers: the upstream keeps none" in " ".join(there.out.split())
@@ -47,7 +47,7 @@ def test_there_and_back_and_on(run: Path, hvp: Callable[..., Any], tmp_path: Pat
     assert (about["layout"], about["method"], about["epoch"], about["step"]) == ("facebookresearch/dino", "dino", 1, 2)
     content = torch.load("up.pth", weights_only=True)
     assert content["epoch"] == 1
-    # as the upstream's has them
+    # as in a checkpoint of the upstream
     content["args"] = argparse.Namespace(arch="vit_small", epochs=2)
     for group in content["optimizer"]["param_groups"]:
         group["lr"] = np.float64(group["lr"])
@@ -84,8 +84,8 @@ def test_a_backbone(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("to", "out"), [("upstream", "up.pth"), ("safetensors", "b.safetensors"), ("timm", "b.pth")])
 def test_a_converted_network_scores_as_before(to: str, out: str, request: Any, hvp: Any, tmp_path: Path) -> None:
-    """On images of the same size, drawn and probed the same way."""
-    if to == "timm":  # which lacks the demo's network
+    """Same image size, same sampling, same probe."""
+    if to == "timm":  # timm has no network like the demo's
         encoder = CONVNETS["resnet50"]()
         weights = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
         config = {"views": {"crop_size": 36}, "data": {"path": "shapes", "shapes": {"size": 32, "train": 8, "val": 4}}}
@@ -111,7 +111,7 @@ def test_a_converted_network_scores_as_before(to: str, out: str, request: Any, h
         assert after["checkpoint"]["described_in"] == f"{out}.meta.json"
 
 
-def test_files_that_are_there_stay(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+def test_existing_files_are_kept(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
     convert = ("convert", "run", "--to", "safetensors", "--out", "b.safetensors")
     (tmp_path / "b.safetensors").write_text("mine")
     refused = hvp(*convert)
@@ -129,10 +129,10 @@ def test_files_that_are_there_stay(run: Path, hvp: Callable[..., Any], tmp_path:
     assert "is not empty" in hvp(*into, "--out", "run").err
 
 
-def test_files_that_do_not_fit(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+def test_files_that_do_not_match_are_refused(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
     assert hvp("convert", "run", "--to", "upstream", "--out", "up.pth").code == 0
     back = ("convert", "up.pth", "--from", "upstream", "--out", "back", "--data", "shapes")
-    for arguments, said in [
+    for arguments, message in [
         (("--method", "simsiam", "--preset", "tiny"), "up.pth: has no state_dict; it has: student, teacher"),
         (("--method", "dino", "--preset", "tiny", "--set", "model.out_dim=17"), "other shapes"),
         (("--method", "dino", "--preset", "vits16-100ep"), "Give the preset or the configuration"),
@@ -144,7 +144,7 @@ def test_files_that_do_not_fit(run: Path, hvp: Callable[..., Any], tmp_path: Pat
     ]:
         ran = hvp(*back, *arguments)
         assert ran.code == 2
-        assert said in ran.err
+        assert message in ran.err
         assert not (tmp_path / "back").exists()
     whole = (tmp_path / "up.pth").read_bytes()
     (tmp_path / "up.pth").write_bytes(whole[: len(whole) // 2])
@@ -154,21 +154,21 @@ def test_files_that_do_not_fit(run: Path, hvp: Callable[..., Any], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "give either --to"),
         (("--to", "timm", "--from", "upstream"), "give either --to"),
-        (("--to", "timm", "--preset", "tiny"), "--preset belongs to --from upstream"),
-        (("--to", "upstream", "--which", "teacher"), "--which belongs to --to timm"),
+        (("--to", "timm", "--preset", "tiny"), "--preset needs --from upstream"),
+        (("--to", "upstream", "--which", "teacher"), "--which needs --to timm"),
         (("--from", "upstream"), "--from upstream needs --method"),
     ],
 )
-def test_options_that_do_not_go_together(arguments: tuple[str, ...], said: str, hvp: Callable[..., Any]) -> None:
+def test_options_that_do_not_combine(arguments: tuple[str, ...], message: str, hvp: Callable[..., Any]) -> None:
     ran = hvp("convert", "x.pth", "--out", "y.pth", *arguments)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
 
 
-def test_names_of_files(run: Path, hvp: Callable[..., Any]) -> None:
+def test_file_names_must_have_the_right_suffix(run: Path, hvp: Callable[..., Any]) -> None:
     assert "must end in" in hvp("convert", "run", "--to", "safetensors", "--out", "b.pth").err
     assert "must end in" in hvp("convert", "run", "--to", "upstream", "--out", "b.safetensors").err

@@ -26,8 +26,7 @@ from hvp.common.config.sections import RunConfig
 from hvp.common.data import open_dataset
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.evaluation.knn import evaluate_knn
-from hvp.common.training import rescuing
-from hvp.common.training import session as training
+from hvp.common.training import loading, rescuing, step
 from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.run import Run
 from hvp.common.views import first_views
@@ -214,9 +213,13 @@ def test_vanilla_is_the_run_without_any_selection(name, vanilla, tmp_path, monke
             return {}
 
     trainer = import_module(f"hvp.methods.{name}.main_{name}")
-    monkeypatch.setattr(trainer, "ViewSelector", Absent)
-    monkeypatch.setattr(trainer, "pair_losses", None)
-    monkeypatch.setattr(training, "ViewSelector", Absent)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(step, "ViewSelector", Absent)
+    monkeypatch.setattr(trainer, "pair_losses", never)
+    monkeypatch.setattr(loading, "ViewSelector", Absent)
     assert_same(vanilla, train(name, tmp_path / "absent", {"selection.hard_views": "none"}))
 
 

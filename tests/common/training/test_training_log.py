@@ -48,15 +48,15 @@ def stop_at(step: int, out: Path, patch: pytest.MonkeyPatch) -> None:
     class Stop(Exception):
         pass
 
-    check = Run.check
+    check = Run._check
 
-    def stopping(run: Run, *loss_and_optimizer: Any, **values: float) -> float:
+    def stopping(run: Run, *loss_and_optimizer: Any) -> float:
         if run.step == step:
             raise Stop
-        return check(run, *loss_and_optimizer, **values)
+        return check(run, *loss_and_optimizer)
 
     with patch.context() as patched:
-        patched.setattr(Run, "check", stopping)
+        patched.setattr(Run, "_check", stopping)
         with pytest.raises(Stop):
             train(out, save_every=step)
 
@@ -148,14 +148,14 @@ def test_a_row_has_the_gradients_norm_before_clipping(tmp_path, monkeypatch):
 
 
 def test_a_step_that_fp16_leaves_out_has_no_gradient_norm(tmp_path, monkeypatch):
-    check = Run.check
+    check = Run._check
 
-    def checked(run: Run, *loss_and_optimizer: Any, **values: float) -> float:
-        mean = check(run, *loss_and_optimizer, **values)
+    def checked(run: Run, *loss_and_optimizer: Any) -> float:
+        mean = check(run, *loss_and_optimizer)
         run.grad_norm = None if run.step == 1 else run.grad_norm
         return mean
 
-    monkeypatch.setattr(Run, "check", checked)
+    monkeypatch.setattr(Run, "_check", checked)
     train(tmp_path / "run", log_every=1, epochs=1)
     assert ["grad_norm" in row for row in rows_of(tmp_path / "run")] == [True, False, True, True, True]
 

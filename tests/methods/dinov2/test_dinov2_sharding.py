@@ -62,10 +62,10 @@ def train(out: Path, changes: dict[str, Any], *, stops: bool = False) -> None:
     config = resolve(DINOv2Config, layers).config
     record = Run.record
 
-    def killed(run: Run, loss: float, **values: Any) -> None:
+    def killed(run: Run, **values: Any) -> None:
         if stops and run.step == 2:
             raise Killed
-        record(run, loss, **values)
+        record(run, **values)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "record", killed)

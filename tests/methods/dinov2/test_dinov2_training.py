@@ -13,8 +13,8 @@ from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.training.checkpoint import load_checkpoint
-from hvp.common.training.selecting import ViewSelector, of_kept
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.loading import build_loader, open_training_data
+from hvp.common.training.selecting import Kept, ViewSelector
 from hvp.common.views import normalize
 from hvp.methods import get_preset
 from hvp.methods.dinov2 import main_dinov2
@@ -131,8 +131,8 @@ def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(global_p
         )
     )
     kept, (cls, patches) = scored.select()
-    masks = of_kept(kept, scored.masks)
-    kept_cls, kept_patches = of_kept(kept, cls), of_kept(kept, patches)
+    masks = Kept(kept.index).of(scored.masks)
+    kept_cls, kept_patches = Kept(kept.index).of(cls), Kept(kept.index).of(patches)
     assert masks.any()
     for b in range(8):
         mine = [b, 8 + b]  # of [2 B, ...]
@@ -161,16 +161,16 @@ def test_balanced_targets_of_scoring_are_those_of_all_candidates():
 def test_reused_teacher_outputs_are_those_of_the_kept_crops():
     scored = Scored(small())
     kept, (cls, patches) = scored.select()
-    masks = of_kept(kept, scored.masks)
+    masks = Kept(kept.index).of(scored.masks)
     again = scored.teacher.embed_teacher(kept.views[0].flatten(0, 1), masks)
-    for ours, expected in zip((of_kept(kept, cls), of_kept(kept, patches)[masks]), again, strict=True):
+    for ours, expected in zip((Kept(kept.index).of(cls), Kept(kept.index).of(patches)[masks]), again, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kept_crops_are_masked_as_many_as_without_hard_views():
     scored = Scored(small())
     kept, _ = scored.select()
-    assert int(of_kept(kept, scored.masks).any(dim=1).sum()) == 8
+    assert int(Kept(kept.index).of(scored.masks).any(dim=1).sum()) == 8
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
@@ -259,7 +259,7 @@ def test_what_parts_change_is_said():
 
 
 def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
+    monkeypatch.setattr("hvp.common.training.step.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     hot = {"teacher__student_temp": 1e6, "teacher__teacher_temp": 1e6, "teacher__warmup_teacher_temp": 1e6}
     train(small(**hot), tmp_path / "run")
     assert f"ln(head_n_prototypes) = {math.log(128):.3f}" in (tmp_path / "run.txt").read_text()

@@ -13,8 +13,8 @@ from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.training.checkpoint import load_checkpoint
-from hvp.common.training.selecting import ViewSelector, of_kept
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.loading import build_loader, open_training_data
+from hvp.common.training.selecting import Kept, ViewSelector
 from hvp.common.views import normalize
 from hvp.methods import get_preset
 from hvp.methods.ibot import main_ibot
@@ -131,10 +131,10 @@ def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(local_cr
         )
     )
     kept, _, (cls, patches) = scored.select()
-    masks = of_kept(kept, scored.masks)
+    masks = Kept(kept.index).of(scored.masks)
     assert masks.any()
     assert not masks.all(dim=1).any()
-    kept_cls, kept_patches = of_kept(kept, cls), of_kept(kept, patches)
+    kept_cls, kept_patches = Kept(kept.index).of(cls), Kept(kept.index).of(patches)
     for b in range(8):
         mine = [b, 8 + b]  # of [2 B, ...]
         views = [crop[:, b] for crop in kept.views]
@@ -146,7 +146,7 @@ def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(local_cr
 def test_masks_travel_with_the_views():
     scored = Scored(small())
     kept, _, _ = scored.select()
-    globals_, masks = kept.views[0].flatten(0, 1), of_kept(kept, scored.masks)
+    globals_, masks = kept.views[0].flatten(0, 1), Kept(kept.index).of(scored.masks)
     for row, (view, mask) in enumerate(zip(globals_, masks, strict=True)):
         b = row % 8
         (number,) = [g for g in range(4) if torch.equal(scored.crops[0][g, b], view)]
@@ -175,7 +175,7 @@ def test_reused_teacher_outputs_are_those_of_the_kept_crops():
     kept, _, embedding = scored.select()
     again = scored.teacher.embed(kept.views[0].flatten(0, 1))
     for ours, expected in zip(embedding, again, strict=True):
-        torch.testing.assert_close(of_kept(kept, ours), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(Kept(kept.index).of(ours), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm_in_head", [None, "bn"])
@@ -236,7 +236,7 @@ def test_epochs_before_the_masks_begin_train_without_them(tmp_path):
 
 def test_a_collapsed_run_is_noted(tmp_path, monkeypatch):
     """A learning rate of nothing, and prototypes that agree on nothing: the [CLS] loss stays at ln K."""
-    monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
+    monkeypatch.setattr("hvp.common.training.step.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     train(small(loss__student_temp=1e6, loss__teacher_temp=1e6, loss__warmup_teacher_temp=1e6), tmp_path / "run")
     said = (tmp_path / "run.txt").read_text()
     assert f"ln(out_dim) = {math.log(128):.3f}" in said

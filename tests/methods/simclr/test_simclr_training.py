@@ -13,7 +13,7 @@ from hvp.common.errors import UserError
 from hvp.common.hardviews import select
 from hvp.common.training import collapse
 from hvp.common.training.checkpoint import load_checkpoint
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.views import normalize
 from hvp.methods import get_preset, presets
 from hvp.methods.simclr.config import SimclrConfig

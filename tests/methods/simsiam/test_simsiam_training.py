@@ -12,8 +12,8 @@ from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.distributed import World
+from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.training.selecting import ViewSelector
-from hvp.common.training.session import build_loader, open_training_data
 from hvp.common.views import normalize
 from hvp.methods import get_preset
 from hvp.methods.simsiam import main_simsiam
