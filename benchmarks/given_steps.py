@@ -1,7 +1,7 @@
 """A trainer's own step on batches at hand, without a loader, a folder or a log."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from hvp.common.config.sections import RunConfig
 from hvp.common.training.distributed import World
 from hvp.common.training.loading import Masks
 from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import RescuedNetwork, Rescuer
 from hvp.common.training.step import Step, Value
 from hvp.common.views import ViewBatch
 from hvp.common.views.parameters import COLUMNS
@@ -42,9 +43,9 @@ class GivenSteps(Step):
         precision: Precision | None = None,
         strong: StrongViews | None = None,
     ) -> None:
-        super().__init__(
-            config, trained, precision or Precision("fp32", CPU), World(), strong, steps_per_epoch=len(batches)
-        )
+        precision = precision or Precision("fp32", CPU)
+        rescuer = Rescuer(config, cast(RescuedNetwork, trained), strong, World(), precision.device)
+        super().__init__(config, trained, precision, World(), rescuer, steps_per_epoch=len(batches))
         self.batches = batches
         self.rows: list[dict[str, Any]] = []
         """Loss and values of every step."""

@@ -10,7 +10,7 @@ from hvp.cli.output import result_console, stage_progress
 from hvp.cli.results import keep, other_data, result_place, say_origin, summary
 
 if TYPE_CHECKING:
-    from hvp.common.evaluation.checkpoints import BackboneMeta
+    from hvp.common.evaluation.backbones import BackboneMeta
 
 IMAGES = 2048
 

@@ -73,7 +73,7 @@ def _to(checkpoint: Path, to: Target, which: Which | None, out: Path, overwrite:
     from hvp.common.config.resolving import resolve
     from hvp.common.convert.backbone import export_backbone
     from hvp.common.convert.report import claim, saver, write
-    from hvp.common.convert.upstream import to_upstream
+    from hvp.common.convert.training_checkpoints import to_upstream
     from hvp.common.evaluation.checkpoints import checkpoint_file
     from hvp.common.training.checkpoint import load_checkpoint
     from hvp.methods import get_method
@@ -93,7 +93,7 @@ def _to(checkpoint: Path, to: Target, which: Which | None, out: Path, overwrite:
 
 
 def _from_upstream(checkpoint: Path, method: str, config: Any, out: Path, overwrite: bool) -> "Converted":
-    from hvp.common.convert.upstream import write_run
+    from hvp.common.convert.runs import write_run
     from hvp.common.evaluation.checkpoints import checkpoint_file
     from hvp.methods import get_method
 

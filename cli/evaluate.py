@@ -13,7 +13,7 @@ from hvp.cli.results import Place, keep, other_data, result_place, say_origin, s
 
 if TYPE_CHECKING:
     from hvp.common.data import ImageSource
-    from hvp.common.evaluation.checkpoints import BackboneMeta
+    from hvp.common.evaluation.backbones import BackboneMeta
     from hvp.common.evaluation.linear import LinearProtocol
     from hvp.common.networks import Encoder
 

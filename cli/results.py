@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hvp.cli.output import result_console, say
 
 if TYPE_CHECKING:
-    from hvp.common.evaluation.checkpoints import BackboneMeta
+    from hvp.common.evaluation.backbones import BackboneMeta
     from hvp.common.networks import Encoder
 
 NAME_LENGTH = 120

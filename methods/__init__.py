@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hvp.common.config.sections import RunConfig
-    from hvp.common.convert.upstream import Layout
+    from hvp.common.convert.layouts import Layout
     from hvp.common.evaluation.linear import LinearProtocol
     from hvp.common.training.loading import Masks
     from hvp.common.training.session import Build, RunOptions

@@ -59,6 +59,7 @@ from hvp.common.training.distributed import World
 from hvp.common.training.folder import claimed
 from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.training.precision import Precision
+from hvp.common.training.rescuing import Rescuer
 from hvp.common.training.run import Run
 from hvp.methods import get_method, get_preset
 from tests.processes import in_two_processes
@@ -721,11 +722,12 @@ def _hang_in_one(world: World, say: Callable[[Any], None]) -> None:
             ("", {"data.path": "shapes", "data.shapes.train": 40, "data.shapes.size": 32, "train.device": "cpu"}),
         ],
     ).config
+    rescuer = Rescuer(config, layer, None, world, CPU)  # type: ignore[arg-type]
     source = open_training_data(config)
     with (
         closing(build_loader(config, source, CPU, world)) as loader,
         claimed(out, world, resume=False, overwrite=False) as claim,
-        Run("simsiam", config, out, claim, loader, parts, layer, precision, None, console, world) as run,
+        Run("simsiam", config, out, claim, loader, parts, layer, precision, rescuer, console, world) as run,
     ):
         try:
             for epoch in run.epochs:

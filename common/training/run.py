@@ -31,6 +31,7 @@ from hvp.common.training.optimizers import squared_gradient_norm
 from hvp.common.training.peak_memory import peak_memory
 from hvp.common.training.precision import Precision
 from hvp.common.training.progress import Progress, images_per_second
+from hvp.common.training.rescuing import Rescuer
 from hvp.common.training.resume import Start, Stateful, describe_images, restore
 from hvp.common.training.selecting import selecting_steps
 from hvp.common.training.signals import EXIT_CODES, StopSignals
@@ -38,7 +39,6 @@ from hvp.common.training.step import Step, Value
 from hvp.common.training.timing import Stopwatch, duration
 from hvp.common.views import MultiViewLoader, ViewBatch
 from hvp.common.views.randomness import mix
-from hvp.common.views.strong import StrongViews
 
 
 class Run(Step):
@@ -62,7 +62,7 @@ class Run(Step):
         parts: contents of a checkpoint, by name: networks, losses with buffers, optimiser.
         trained: the network that learns.
         precision: device and number format.
-        strong: maker of strong views; None where the run does not rescue.
+        rescuer: the Rescue loss of that network.
         console: destination of progress messages.
         world: the processes of the run.
         resume: continue from the last checkpoint, if there is one.
@@ -85,7 +85,7 @@ class Run(Step):
         parts: Mapping[str, Stateful],
         trained: nn.Module,
         precision: Precision,
-        strong: StrongViews | None,
+        rescuer: Rescuer,
         console: Console,
         world: World,
         *,
@@ -123,7 +123,7 @@ class Run(Step):
                 data_moved=data_moved,
             )
         super().__init__(
-            config, trained, precision, world, strong, steps_per_epoch=loader.steps_per_epoch, step=start.step
+            config, trained, precision, world, rescuer, steps_per_epoch=loader.steps_per_epoch, step=start.step
         )
         self.skipped = start.skipped
         """Images that this process could not decode and replaced, in order."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from hvp.common.training.distributed import World, available_cores, joined, thre
 from hvp.common.training.folder import claimed
 from hvp.common.training.loading import Masks, build_loader, build_strong_views, open_training_data
 from hvp.common.training.precision import Precision, pick_device
-from hvp.common.training.rescuing import images_to_rescue
+from hvp.common.training.rescuing import RescuedNetwork, Rescuer, images_to_rescue
 from hvp.common.training.resume import Stateful
 from hvp.common.training.run import Run
 from hvp.common.training.sharding import Whole
@@ -101,10 +101,15 @@ class Session(Generic[ConfigT]):
             method: name of the method, for the checkpoint.
             parts: contents of a checkpoint, by name. The precision is added.
             trained: the network that learns.
+
+        Raises:
+            UserError: the folder cannot be used, the checkpoint does not fit, or `rescue.k` does not suit the network.
         """
         options = self.options
         resume, overwrite = options.get("resume", False), options.get("overwrite", False)
         named: Mapping[str, Stateful] = parts if isinstance(parts, Mapping) else parts._asdict()
+        with self.world.agreeing():
+            rescuer = Rescuer(self.config, cast(RescuedNetwork, trained), self.strong, self.world, self.device)
         with (
             claimed(self.out, self.world, resume=resume, overwrite=overwrite) as claim,
             Run(
@@ -116,7 +121,7 @@ class Session(Generic[ConfigT]):
                 named,
                 trained,
                 self.precision,
-                self.strong,
+                rescuer,
                 options.get("console") or Console(stderr=True, markup=False, emoji=False),
                 self.world,
                 resume=resume,

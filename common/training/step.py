@@ -19,7 +19,7 @@ A trainer writes its step in the upstream's order and calls these where it needs
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,10 @@ from hvp.common.networks import Features
 from hvp.common.training.collapse import CollapseWatch
 from hvp.common.training.distributed import World, data_parallel, exchange_gradients
 from hvp.common.training.precision import Precision
-from hvp.common.training.rescuing import RescuedNetwork, Rescuer
+from hvp.common.training.rescuing import Rescuer
 from hvp.common.training.selecting import Kept, ViewSelector
 from hvp.common.training.timing import Stopwatch
 from hvp.common.views import ViewBatch, normalize
-from hvp.common.views.strong import StrongViews
 
 Value = float | list[float]
 Score = Callable[[list[Tensor]], Tensor | tuple[Tensor, Any]]
@@ -50,12 +49,11 @@ class Step(ABC):
         trained: the network that learns. Equal in all processes.
         precision: device and number format.
         world: the processes of the run.
-        strong: maker of strong views; None where the run does not rescue.
+        rescuer: the Rescue loss of the network that learns.
         steps_per_epoch: optimiser steps of an epoch.
         step: optimiser steps already done.
 
     Raises:
-        UserError: `rescue.k` does not suit the network.
         SharedError: the processes hold different weights.
     """
 
@@ -65,7 +63,7 @@ class Step(ABC):
         trained: nn.Module,
         precision: Precision,
         world: World,
-        strong: StrongViews | None,
+        rescuer: Rescuer,
         *,
         steps_per_epoch: int,
         step: int = 0,
@@ -79,8 +77,7 @@ class Step(ABC):
         self.total_steps = config.train.epochs * steps_per_epoch
         self.selecting = Stopwatch(self.device)
         self.collapse = CollapseWatch(self.note)
-        with world.agreeing():
-            self.rescuer = Rescuer(config, cast(RescuedNetwork, trained), strong, world, self.device)
+        self.rescuer = rescuer
         self.selector = ViewSelector(config, self.total_steps, world.rank)
         self.model: Any = data_parallel(trained, world, self.device)
         """The network that learns; its backward pass averages gradients over the processes."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hvp.common.networks import Encoder, Features
 from hvp.common.networks.heads import DINOHead
-from hvp.common.networks.resnet import resnet50
+from hvp.common.networks.resnet import CONVNETS
 from hvp.common.networks.vision_transformer import build_vit
 
 
@@ -28,7 +28,7 @@ def build_backbone(arch: str, *, patch_size: int = 16, img_size: int = 224, drop
         UserError: sizes that do not fit each other.
     """
     if arch == "resnet50":
-        return resnet50()
+        return CONVNETS["resnet50"]()
     return build_vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
 
 

@@ -41,7 +41,7 @@ def test_a_run_survives_conversion_to_upstream_and_back(run: Path, hvp: Callable
     """Convert the first epoch's checkpoint; the run resumed from it ends like the uninterrupted one."""
     there = hvp("convert", run / "epoch0001.pt", "--to", "upstream", "--out", "up.pth")
     assert there.code == 0, there.err
-    assert "random numbers: the upstream keeps none" in " ".join(there.out.split())
+    assert "random state: the upstream saves none" in " ".join(there.out.split())
     assert "wrote up.pth" in there.out
     about = json.loads((tmp_path / "up.pth.meta.json").read_text())
     assert (about["layout"], about["method"], about["epoch"], about["step"]) == ("facebookresearch/dino", "dino", 1, 2)
@@ -57,7 +57,7 @@ def test_a_run_survives_conversion_to_upstream_and_back(run: Path, hvp: Callable
         "convert", "up.pth", "--from", "upstream", "--method", "dino", "--config", run / "config.yaml", "--out", "back"
     )
     assert back.code == 0, back.err
-    assert "note: the upstream trained with arch = vit_small, the run goes on with model.arch = vit_micro" in back.out
+    assert "note: the upstream trained with arch = vit_small, the run continues with model.arch = vit_micro" in back.out
     assert hvp("eval", "knn", "back", "--data", "shapes", "--workers", 0, "--k", 1).code == 0
     resumed = hvp("resume", "back", "--workers", 0)
     assert resumed.code == 0, resumed.err
@@ -139,7 +139,7 @@ def test_files_that_do_not_match_are_refused(run: Path, hvp: Callable[..., Any],
         (("--method", "dyno", "--preset", "tiny"), "unknown method dyno. Did you mean dino?"),
         (
             ("--method", "dino", "--preset", "tiny", "--set", "train.epochs=1"),
-            "2 epochs are done, but train.epochs = 1",
+            "2 epochs are finished, but train.epochs = 1",
         ),
     ]:
         ran = hvp(*back, *arguments)

@@ -23,7 +23,7 @@ from tests.faults import disks
 MODULES = (
     *(f"hvp.methods.{name}" for name in ("dino", "dinov2", "ibot", "mocov3", "simclr", "simsiam")),
     *("hvp.cli.main", "hvp.cli.start", "hvp.common.evaluation.knn", "torch.utils.tensorboard"),
-    "hvp.common.convert.upstream",
+    "hvp.common.convert.runs",
 )
 """What the commands import."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvp.common.convert.upstream import from_upstream, to_upstream
+from hvp.common.convert.training_checkpoints import from_upstream, to_upstream
 from hvp.common.evaluation.checkpoints import load_encoder, read_content
 from hvp.common.training.checkpoint import save_checkpoint
 from hvp.methods import METHODS, get_method
