@@ -235,6 +235,6 @@ def teacher_outputs(head: iBOTHead, cls: Tensor, patches: Tensor, masks: Tensor)
         masks: [2 B, N] bool.
 
     Returns:
-        Logits of [CLS] [2 B, K], of the masked patches [R, K2], and their mean over all patches of a view [2 B, K2].
+        Logits of [CLS] tokens [2 B, K], of masked patches [R, K2], and their mean over all patches of a view [2 B, K2].
     """
     return head.last_layer(cls), head.last_layer2(patches[masks]), head.last_layer2(patches.mean(dim=1))
