@@ -1,21 +1,27 @@
-"""python -m hvp.benchmarks: ratios of two procedures, timed in one run."""
+"""Command line of the benchmarks: `python -m hvp.benchmarks`."""
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from hvp.benchmarks.loading import loader_rows, strong_rows
+from hvp.benchmarks.overhead import CASES, overhead_rows, rescue_rows
+from hvp.benchmarks.timing import Row
 from hvp.cli.main import reported
+from hvp.cli.options import Device
 from hvp.cli.output import result_console
-from hvp.cli.pretrain import Device
-
-if TYPE_CHECKING:
-    from hvp.benchmarks.timing import Row
+from hvp.common.errors import UserError
+from hvp.common.evaluation.results import write_result
+from hvp.common.training.precision import pick_device
+from hvp.methods import get_method
 
 app = typer.Typer(
-    help="Measure speed: ratios of two procedures taken in one run, never bare times.", no_args_is_help=True
+    help="Measure speed. Every figure is a ratio of two procedures that take turns in one run.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 MethodName = Annotated[str, typer.Argument(help="The method.", metavar="[METHOD]")]
@@ -24,16 +30,15 @@ Rounds = Annotated[int | None, typer.Option(help="Measurements of each side.", m
 
 
 @app.command()
-def select(method: MethodName = "dino", json: ToFile = None, rounds: Rounds = None) -> None:
-    """Scoring and selecting combinations, against the plain loop."""
-    _report(_benchmark(method).select_rows(rounds or 5), json)
+def scoring(method: MethodName = "dino", json: ToFile = None, rounds: Rounds = None) -> None:
+    """Time scoring and selecting combinations against the plain loop."""
+    module = import_module(f"hvp.benchmarks.scoring.{get_method(method).name}")
+    _report(module.scoring_rows(rounds or 5), json)
 
 
 @app.command()
 def loader(json: ToFile = None, rounds: Rounds = None) -> None:
-    """The multi-view loader, against torchvision's transforms on Pillow images."""
-    from hvp.benchmarks.loading import loader_rows
-
+    """Time the multi-view loader against torchvision's transforms on Pillow images."""
     _report(loader_rows(rounds or 7), json)
 
 
@@ -44,15 +49,13 @@ def overhead(
     rounds: Rounds = None,
     device: Annotated[
         Device, typer.Option(help="Small networks in fp32 on the CPU, those of the papers in bf16 on a GPU.")
-    ] = Device.cpu,
+    ] = "cpu",
     batch_size: Annotated[
         int | None, typer.Option(help="Images of a step.", min=1, show_default="a few on cpu, 64 on cuda")
     ] = None,
 ) -> None:
-    """A method's step with hard views, over its vanilla step."""
-    from hvp.common.training.precision import pick_device
-
-    _report(_benchmark(method).overhead_rows(rounds or 5, pick_device(device.value), batch_size), json)
+    """Time a method's training step with hard views against its vanilla step."""
+    _report(overhead_rows(get_method(method), rounds or 5, pick_device(device), batch_size), json)
 
 
 @app.command()
@@ -60,30 +63,17 @@ def rescue(
     method: MethodName = "simclr",
     json: ToFile = None,
     rounds: Rounds = None,
-    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="fp32 on the CPU, bf16 on a GPU.")] = "cpu",
 ) -> None:
-    """A method's step with Rescue over the step without, and the loading of strong views."""
-    from hvp.benchmarks.loading import strong_rows
-    from hvp.common.errors import UserError
-    from hvp.common.training.precision import pick_device
-
-    benchmark = _benchmark(method)
-    if not hasattr(benchmark, "rescue_rows"):
-        raise UserError(f"{method}: its step with Rescue has no benchmark; that of simclr has")
-    rows = benchmark.rescue_rows(rounds or 3, pick_device(device.value))
+    """Time a method's training step with Rescue against its vanilla step, and the loading of strong views."""
+    measured = [name for name, case in CASES.items() if case.rescue_batch]
+    if get_method(method).name not in measured:
+        raise UserError(f"{method}: the step with Rescue is not measured. Methods that are: {', '.join(measured)}")
+    rows = rescue_rows(get_method(method), rounds or 3, pick_device(device))
     _report([*rows, *strong_rows(rounds or 7)], json)
 
 
-def _benchmark(method: str) -> Any:
-    """The module of a method's benchmarks, with `select_rows()` and `overhead_rows()`, and perhaps `rescue_rows()`."""
-    from hvp.methods import get_method
-
-    return import_module(f"hvp.benchmarks.scoring.{get_method(method).name}")
-
-
-def _report(rows: "list[Row]", path: Path | None) -> None:
-    from hvp.common.evaluation.results import write_result
-
+def _report(rows: list[Row], path: Path | None) -> None:
     table = Table("case", "ratio", "target", "ok", "extra memory", box=None)
     dicts: list[dict[str, Any]] = [row.as_dict() for row in rows]
     for row in dicts:

@@ -1,9 +1,8 @@
-"""`hvp bench loader`: what the fast pipeline gains over the upstreams' way of making views, on one core; and for
-`hvp bench rescue`, what strong views cost.
+"""Speed of the loader's fast pipeline against the upstreams' way of making views, on one core; cost of strong views.
 
-The loader's reference side is the plain procedure, written out below: each image decoded once, each view made by
-torchvision's v1 transforms on PIL images, turned into a normalised float tensor. All start from the same JPEG files in
-memory.
+The loader's reference is the plain procedure, written out below: each image decoded once, each view made by
+torchvision's v1 transforms on PIL images and turned into a normalised float tensor. Both start from the same JPEG files
+in memory.
 """
 
 import io
@@ -18,10 +17,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from hvp.benchmarks.timing import Row, benchmark_settings, interleaved, keep_freed_memory, ratio, threads
-from hvp.common.config.sections import RunConfig
-from hvp.common.training.distributed import World
-from hvp.common.training.rescuing import IMAGES_FOR_ONE, RescuedNetwork, Rescuer, images_to_rescue, strong_transform
+from hvp.benchmarks.timing import Row, benchmark_settings, interleaved, ratio, threads
+from hvp.common.training.rescuing import IMAGES_FOR_ONE
 from hvp.common.views.loader import MultiViewLoader, ViewBatch
 from hvp.common.views.normalize import MEAN, STD
 from hvp.common.views.parameters import ViewSlot, ViewTransform
@@ -46,10 +43,10 @@ def loader_rows(rounds: int = 7) -> list[Row]:
     """Times the loader against the plain procedure, on one thread.
 
     Returns:
-        The gain at 4 + 16 crops; the gain over the upstream's vanilla 2 + 8; and what leaves a worker, MB an image. The
-        rows' `memory_mb` is that traffic, their seconds are for `IMAGES` images.
+        The gain at 4 + 16 crops; the gain over the upstream's vanilla 2 + 8; and the traffic from a worker, MB per
+        image. The rows' `memory_mb` is that traffic, their seconds are for `IMAGES` images.
     """
-    source = _Jpegs(IMAGES)
+    source = Jpegs(IMAGES)
     loader = MultiViewLoader(source, SLOTS, batch_size=IMAGES, seed=0, workers=0)
     epochs = iter(range(rounds + 1))
     batches: list[ViewBatch] = []
@@ -91,10 +88,12 @@ def loader_rows(rounds: int = 7) -> list[Row]:
 
 
 def strong_rows(rounds: int = 7) -> list[Row]:
-    """Strong views of a 64th of a batch: the images read again, over all decoded images of the batch kept in memory
-    that workers share, from where the few are taken. `memory_mb` is that memory, which reading again does not need."""
+    """Time strong views of a 64th of a batch: images read again, against keeping all decoded images in shared memory.
+
+    `memory_mb` is that memory, which reading again does not need.
+    """
     batch = 128
-    source = _Jpegs(batch)
+    source = Jpegs(batch)
     decoded = [source.read(index) for index in range(batch)]
     kept = [torch.empty((*IMAGE_SIZE, 3), dtype=torch.uint8).share_memory_() for _ in range(batch)]
     transform = StrongTransform(GLOBAL_1)
@@ -125,39 +124,8 @@ def strong_rows(rounds: int = 7) -> list[Row]:
     ]
 
 
-def rescue_row(
-    train: Callable[[Rescuer | None, ViewBatch], None],
-    config: RunConfig,
-    network: RescuedNetwork,
-    case: str,
-    rounds: int,
-    device: torch.device,
-) -> Row:
-    """A training step with Rescue, of as many images as `config` says, over the same step without.
-
-    Args:
-        train: forward and backward of one batch, with the Rescue loss where a rescuer is given; the images of its
-            strong views are made photographs.
-        config: of the run; its batch size is that of the step.
-        network: what is trained.
-        case: how the row is called.
-        rounds: measurements of each side.
-        device: where the step runs.
-    """
-    batch, count = config.train.batch_size, images_to_rescue(config)
-    strong = StrongViews(_Jpegs(batch), strong_transform(config), seed=0, threads=min(2, count))
-    rescuer = Rescuer(config, network, strong, World(), device)
-    part = ViewBatch([], torch.empty(0), torch.arange(batch))
-    keep_freed_memory()
-    try:
-        seconds, reference = interleaved([lambda: train(rescuer, part), lambda: train(None, part)], rounds, device)
-    finally:
-        strong.close()
-    return Row("rescue", case, ratio(seconds, reference), 1.05, True, None, median(seconds), median(reference))
-
-
 def photograph(index: int, height: int, width: int) -> bytes:
-    """A JPEG file (quality 90) of a made picture with what photographs have: gradients, textures, edges, noise."""
+    """Make a JPEG file (quality 90) of a picture with gradients, textures, edges and noise, as in a photograph."""
     rng = np.random.default_rng([index, height, width])
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     picture = np.empty((height, width, 3))
@@ -175,8 +143,8 @@ def photograph(index: int, height: int, width: int) -> bytes:
     return file.getvalue()
 
 
-class _Jpegs:
-    """An ImageSource of JPEG files in memory."""
+class Jpegs:
+    """Image source of made photographs, as JPEG files in memory."""
 
     classes = None
 
@@ -201,7 +169,7 @@ class _Jpegs:
 
 
 class _Arrays:
-    """An ImageSource of decoded images."""
+    """Image source of decoded images."""
 
     name, classes = "decoded images", None
 
@@ -222,7 +190,7 @@ class _Arrays:
 
 
 def _plain_views(num_global1: int, num_global2: int, num_local: int) -> Callable[[Image.Image], list[Tensor]]:
-    """The upstream's augmentation: one chain of torchvision transforms a kind of view, applied to the PIL image."""
+    """Augment as upstream: a chain of torchvision transforms for each kind of view, applied to the PIL image."""
     rng = random.Random(0)
 
     def sometimes(p: float, change: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:

@@ -1,4 +1,4 @@
-"""The command line of `hvp`, put together from the modules of its commands."""
+"""The `hvp` command line, assembled from its commands."""
 
 from typing import Annotated, Any
 
@@ -37,20 +37,20 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _root(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
 
 
 def command_line() -> Any:
-    """The command, to be called without arguments for those of the process."""
+    """Return the root command. Called without arguments, it reads those of the process."""
     command = typer.main.get_command(app)
     _show_flags_without_type(command)
     return command
 
 
 def _show_flags_without_type(command: Any) -> None:
-    """Has help texts say `--resume` rather than `--resume <bool>`, in a command and all those below it."""
+    """Make the help of a command and its subcommands show `--resume` rather than `--resume <bool>`."""
     get_params = command.get_params
 
     def without_type(context: Any) -> list[Any]:

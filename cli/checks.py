@@ -1,7 +1,7 @@
-"""`hvp doctor`: whether this machine, this dataset and this disk are fit for a run.
+"""Checks of `hvp doctor`: the installation, the machine, the dataset and the disk.
 
-What is imported at the top works in a broken installation, too; everything else is imported where it is used, after
-`check_packages` found that it can be.
+The imports at the top work in a broken installation, too. Everything else is imported where it is used, after
+`check_packages` found it importable.
 """
 
 import math
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hvp.cli.output import counted
 from hvp.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hvp.common.data import ImageSource
 
 SAMPLE = 200
-"""Images that are read."""
+"""Images to read."""
 
 PACKAGES = {"torch": "PyTorch", "torchvision": "torchvision", "timm": "timm", "cv2": "OpenCV"}
 SHARED_MEMORY = Path("/dev/shm")
@@ -41,18 +42,19 @@ class Check:
     name: str
 
     status: Literal["ok", "warning", "failure"]
-    """`failure`: a run would not start, or would stop on the way."""
+    """`failure`: a run would not start, or would stop before its end."""
 
     found: str
+    """Finding, for people."""
 
     advice: str = ""
-    """What to do; empty if nothing."""
+    """Advice; empty if there is nothing to do."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """The same as numbers and names, for programs."""
+    """The finding as numbers and names, for programs."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The line as `--json` writes it."""
+        """Return the check as `--json` writes it."""
         return {"name": self.name, "status": self.status, "found": self.found, "advice": self.advice, **self.values}
 
 
@@ -61,17 +63,14 @@ def examine(
     out: Path,
     config: Any | None,
     build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]] | None",
-    *,
-    sample: int = SAMPLE,
 ) -> Iterator[Check]:
-    """Every check, one after the other; the order is that in which mistakes hide each other.
+    """Run the checks one by one, in an order such that a failure comes before the failures it causes.
 
     Args:
-        data: dataset to sample, as `--data` names it; None leaves it out.
-        out: the run's folder, which need not exist.
-        config: what is going to be run, a `RunConfig`; None leaves out what depends on it.
-        build_modules: the method's, as in `hvp.methods.Method`; goes with `config`.
-        sample: images to read.
+        data: dataset to sample, as `--data` names it; None skips it.
+        out: folder of the run; it need not exist.
+        config: the run's `RunConfig`; None skips what depends on it.
+        build_modules: that of the method, as in `hvp.methods.Method`; required with `config`.
     """
     packages = check_packages()
     yield packages
@@ -85,8 +84,7 @@ def examine(
     yield check_cores(workers)
     yield check_shared_memory(SHARED_MEMORY, None if config is None else _loader_bytes(config), workers)
     if data is not None:
-        skip = config is not None and config.data.on_bad_image == "skip"
-        yield from check_dataset(data, sample, skip_bad=skip, workers=workers, config=config)
+        yield from check_dataset(data, config)
     size = None
     if config is not None and build_modules is not None:
         from hvp.common.training.checkpoint import checkpoint_bytes
@@ -96,18 +94,18 @@ def examine(
 
 
 def check_packages() -> Check:
-    """Versions of what a run imports."""
+    """Check that a run's packages can be imported, and list their versions."""
     found = {"hvp": version("hvp"), "Python": platform.python_version()}
     for module, name in PACKAGES.items():
         try:
             found[name] = str(import_module(module).__version__)
-        except (ImportError, OSError, RuntimeError) as error:  # missing libraries; two versions that do not fit
+        except (ImportError, OSError, RuntimeError) as error:  # missing libraries, or versions that do not match
             reason = str(error).strip().splitlines()[0]
             return Check(
                 "packages",
                 "failure",
                 f"{name} cannot be imported: {reason:.200}",
-                "Install it again with the versions that pyproject.toml names; torch and torchvision go together.",
+                "Reinstall it in a version that pyproject.toml allows; torch and torchvision must match.",
                 {"versions": found},
             )
     listed = ", ".join(f"{name} {number}" for name, number in found.items())
@@ -115,7 +113,7 @@ def check_packages() -> Check:
 
 
 def check_cuda() -> Check:
-    """The CUDA libraries that PyTorch was built with."""
+    """Check the CUDA libraries that PyTorch was built with."""
     import torch
 
     if torch.version.cuda is None:
@@ -124,13 +122,13 @@ def check_cuda() -> Check:
     number = torch.backends.cudnn.version()
     cudnn = None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     found = f"{torch.version.cuda}, cuDNN {cudnn or 'missing'}, NCCL {'available' if nccl else 'missing'}"
-    advice = "" if nccl else "Several GPUs need NCCL: install a PyTorch that has it."
+    advice = "" if nccl else "Training on several GPUs needs NCCL: install a PyTorch build that includes it."
     values = {"cuda": torch.version.cuda, "cudnn": cudnn, "nccl": nccl}
     return Check("CUDA", "ok" if nccl else "warning", found, advice, values)
 
 
 def check_devices() -> Iterator[Check]:
-    """The GPUs, one line each, or the lack of one."""
+    """Check each GPU, or report that there is none."""
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -141,21 +139,21 @@ def check_devices() -> Iterator[Check]:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         found = f"{about.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {'bf16' if bf16 else 'no bf16'}"
         busy = free < 0.9 * total
-        advice = "Something else holds its memory; `nvidia-smi` shows what." if busy else ""
+        advice = "Another process uses its memory; `nvidia-smi` shows which." if busy else ""
         values = {"device": about.name, "memory": total, "free": free, "bf16": bf16}
         yield Check(f"GPU {number}", "warning" if busy else "ok", found, advice, values)
     if torch.cuda.device_count() == 0:
-        advice = "Training runs on the CPU, which is enough for the preset tiny only."
+        advice = "Training would run on the CPU, which is enough only for the preset tiny."
         if torch.version.cuda is not None and Path("/dev/nvidia0").exists():
             advice = (
-                f"There is one that PyTorch cannot use: its driver is older than CUDA {torch.version.cuda} needs, or "
+                f"PyTorch cannot use the GPU of this machine: its driver is too old for CUDA {torch.version.cuda}, or "
                 f"CUDA_VISIBLE_DEVICES (now {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}) hides it."
             )
         yield Check("GPU", "warning", "none", advice)
 
 
 def check_precision(config: Any) -> Check:
-    """Whether `train.device` and `train.precision` exist here."""
+    """Check that `train.device` and `train.precision` are available here."""
     from hvp.common.training.precision import Precision, pick_device
 
     try:
@@ -168,20 +166,20 @@ def check_precision(config: Any) -> Check:
 
 
 def check_cores(workers: int | None) -> Check:
-    """Cores that this process may use, against the loader's processes."""
+    """Compare the cores that this process may use with the number of loader workers."""
     machine, cores = os.cpu_count() or 1, _cores()
     found = f"{cores:g} of {machine} available" if cores < machine else f"{machine}"
     values = {"cores": cores, "machine": machine, "workers": workers}
     if workers is not None:
-        found += f", for {_count(workers, 'loader worker')}"
+        found += f", for {counted(workers, 'loader worker')}"
         if workers > cores:
-            advice = f"The workers wait for each other: use --workers {max(1, int(cores))} or fewer."
+            advice = f"The workers would compete for cores: use --workers {max(1, int(cores))} or fewer."
             return Check("cores", "warning", found, advice, values)
     return Check("cores", "ok", found, values=values)
 
 
 def check_shared_memory(place: Path, needed: int | None, workers: int | None) -> Check:
-    """Room for the batches that wait between the loader's processes and the trainer."""
+    """Check the space for batches that wait between the loader's workers and the trainer."""
     try:
         usage = shutil.disk_usage(place)
     except OSError:
@@ -190,75 +188,71 @@ def check_shared_memory(place: Path, needed: int | None, workers: int | None) ->
     values = {"free": usage.free, "total": usage.total, "needed": needed}
     if needed is None:
         return Check("shared memory", "ok", found, values=values)
-    found += f", the loader takes up to {_size(needed)}"
+    found += f"; the loader needs up to {_size(needed)}"
     if needed <= usage.free:
         return Check("shared memory", "ok", found, values=values)
     advice = (
-        f"Loader workers would die. Use fewer (now {workers}), raise train.accumulate, or give it more: in a container "
-        f"--shm-size={needed // GIB + 1}g or --ipc=host."
+        f"Loader workers would be killed. Use fewer (now {workers}), raise train.accumulate, or enlarge {place}: in a "
+        f"container with --shm-size={needed // GIB + 1}g or --ipc=host."
     )
     return Check("shared memory", "failure", found, advice, values)
 
 
-def check_dataset(
-    data: str, sample: int, *, skip_bad: bool = False, workers: int | None = None, config: Any | None = None
-) -> Iterator[Check]:
-    """How fast the images of a dataset are read and decoded here, and which of a sample cannot be."""
+def check_dataset(data: str, config: Any | None) -> Iterator[Check]:
+    """Check how fast a sample of a dataset is read and decoded here, and whether any of its images cannot be."""
     from hvp.common.data import ShapesOptions, open_dataset
 
     try:
-        shapes = config.data.shapes if config is not None else ShapesOptions()
-        source = open_dataset(data, "train", shapes=shapes)
+        source = open_dataset(data, "train", shapes=ShapesOptions() if config is None else config.data.shapes)
     except UserError as error:
         yield Check("dataset", "failure", str(error))
         return
     values: dict[str, Any] = {"dataset": source.name, "images": len(source)}
-    batch = None if config is None else config.train.batch_size
-    if batch is not None and len(source) < batch:
-        advice = f"A batch has {batch}: use more images, or a smaller --batch-size."
+    if config is not None and len(source) < config.train.batch_size:
+        advice = f"A batch takes {config.train.batch_size}: use more images, or a smaller --batch-size."
         yield Check("dataset", "failure", source.name, advice, values)
     else:
         yield Check("dataset", "ok", source.name, values=values)
-    yield from _read_sample(source, sample, skip_bad, workers)
+    yield from _read_sample(source, config)
 
 
 def check_disk(out: Path, checkpoint: int | None, *, kept: int = 0) -> Check:
-    """Room for the checkpoints of a run in its folder.
+    """Check the space for a run's checkpoints.
 
     Args:
-        out: the folder, which need not exist.
-        checkpoint: bytes of one; None if it is not known.
-        kept: copies that stay at the end of an epoch.
+        out: folder of the run; it need not exist.
+        checkpoint: size of a checkpoint in bytes; None if unknown.
+        kept: number of epochs whose checkpoint is kept.
     """
-    # A file with a folder's name in its way is told from a folder by the parent that exists.
+    # The closest path that exists may be a file, which stands in the way.
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir():
-        return Check("disk", "failure", f"{place} is a file", f"{out} cannot be a folder: name another --out.")
+        return Check("disk", "failure", f"{place} is a file", f"{out} cannot be a folder: give another --out.")
     if not os.access(place, os.W_OK | os.X_OK):
-        return Check("disk", "failure", f"{place} cannot be written", "Name another folder with --out.")
+        return Check("disk", "failure", f"{place} cannot be written", "Give another folder with --out.")
     free = shutil.disk_usage(place).free
     found = f"{_size(free)} free for {out}"
     if checkpoint is None:
         return Check("disk", "ok", found, values={"free": free})
-    # last.pt and the one before it are there while the next one is written.
+    # last.pt and the one before it stay while the next one is written.
     needed = (3 + kept) * checkpoint
-    epochs = f", {_count(kept, 'kept epoch')}" if kept else ""
-    found += f"; checkpoints of {_size(checkpoint)} take up to {_size(needed)} (last, previous, next{epochs})"
+    epochs = f", {counted(kept, 'kept epoch')}" if kept else ""
+    found += f"; checkpoints of {_size(checkpoint)} each need up to {_size(needed)} (last, previous, next{epochs})"
     values = {"free": free, "checkpoint": checkpoint, "needed": needed, "kept_epochs": kept}
     if free < needed:
         fewer = ", or keep fewer epochs (train.keep_every)" if kept else ""
-        advice = f"The disk would be full before the end: name another --out{fewer}."
+        advice = f"The disk would fill up before the run ends: give another --out{fewer}."
         return Check("disk", "failure", found, advice, values)
     if free < 1.25 * needed:
-        return Check("disk", "warning", found, "It is just enough, if nothing else is written there.", values)
+        return Check("disk", "warning", found, "Barely enough, if nothing else writes there.", values)
     return Check("disk", "ok", found, values=values)
 
 
-def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: int | None) -> Iterator[Check]:
+def _read_sample(source: "ImageSource", config: Any | None) -> Iterator[Check]:
     from hvp.common.data import BadImage
 
-    # Other images every time: those of the last call are in the system's memory, and would not tell of the disk.
-    indices = random.SystemRandom().sample(range(len(source)), min(sample, len(source)))
+    # Different images each time: those of the last call are cached in memory, and would not measure the disk.
+    indices = random.SystemRandom().sample(range(len(source)), min(SAMPLE, len(source)))
     bad: list[BadImage] = []
     started = time.perf_counter()
     for index in indices:
@@ -267,9 +261,9 @@ def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: in
         except BadImage as error:
             bad.append(error)
     rate = len(indices) / (time.perf_counter() - started)
-    found = f"{rate:.0f} images/s a core, from {len(indices)} at random"
-    if workers is not None and workers > 1:
-        found += f"; {workers} workers: at most {rate * min(workers, _cores()):.0f}, before the views are made"
+    found = f"{rate:.0f} images/s per core, from {len(indices)} at random"
+    if config is not None and (workers := _workers(config)) > 1:
+        found += f"; with {workers} workers at most {rate * min(workers, _cores()):.0f}, before making views"
     yield Check("decoding", "ok", found, values={"images_per_s_per_core": rate, "sample": len(indices)})
 
     values = {"bad": [{"file": error.where, "reason": error.reason} for error in bad], "sample": len(indices)}
@@ -278,14 +272,16 @@ def _read_sample(source: "ImageSource", sample: int, skip_bad: bool, workers: in
         return
     listed = "".join(f"\n{error.where}: {error.reason}" for error in bad[:10])
     more = f"\nand {len(bad) - 10} more" if len(bad) > 10 else ""
-    advice = "" if skip_bad else "Replace or remove them, or pass --on-bad-image skip."
-    status: Literal["warning", "failure"] = "warning" if skip_bad else "failure"
-    yield Check("bad files", status, f"{len(bad)} of {len(indices)}:{listed}{more}", advice, values)
+    found = f"{len(bad)} of {len(indices)}:{listed}{more}"
+    if config is not None and config.data.on_bad_image == "skip":
+        yield Check("bad files", "warning", found, values=values)
+    else:
+        yield Check("bad files", "failure", found, "Replace or remove them, or pass --on-bad-image skip.", values)
 
 
 def _workers(config: Any) -> int:
+    from hvp.common.training.distributed import available_workers
     from hvp.common.training.precision import pick_device
-    from hvp.common.training.run import available_workers
 
     try:
         device = pick_device(config.train.device)
@@ -295,8 +291,8 @@ def _workers(config: Any) -> int:
 
 
 def _loader_bytes(config: Any) -> int:
-    """Shared memory that the loader takes at most: two parts of a batch ahead for each worker (PyTorch's default), and
-    those of the step that is being trained on."""
+    """Return the most shared memory that the loader needs: two parts of a batch per worker (PyTorch's prefetching), and
+    the parts of the current step."""
     workers, train = _workers(config), config.train
     views = sum(slot.candidates * slot.transform.size**2 * 3 for slot in config.view_slots())
     parts = 2 * workers + train.accumulate if workers else 0
@@ -308,22 +304,18 @@ def _kept_epochs(config: Any) -> int:
 
 
 def _cores() -> float:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(float(allowed), _quota(CGROUP_QUOTA) or math.inf)
 
 
 def _quota(path: Path) -> float | None:
-    """Cores that a container may use on average, by its control group; None where there is no limit."""
+    """Return the cores that the control group allows on average; None if it sets no limit."""
     try:
         quota, period = path.read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):  # no control groups of version 2, or `max`
+    except (OSError, ValueError):  # no control groups version 2, or `max`
         return None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(number: int) -> str:

@@ -8,19 +8,20 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from hvp.methods import METHODS
+from hvp.cli.options import MethodArgument
 
 
 def config(
-    method: Annotated[str, typer.Argument(help=f"The method: {', '.join(METHODS)}.", show_default=False)],
+    method: MethodArgument,
     key: Annotated[
-        str | None, typer.Argument(help="One key, such as `optim.base_lr`, or a section, `optim`.", show_default=False)
+        str | None,
+        typer.Argument(help="Only this key, such as `optim.base_lr`, or section, such as `optim`.", show_default=False),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Show the values of this preset, too.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Show this preset's values, too.")] = None,
 ) -> None:
     """Explain a method's configuration: every key, its meaning, the values it takes and its default.
 
-    These are the keys of `--set KEY=VALUE`, of the files for `--config`, and of the presets.
+    `--set KEY=VALUE`, `--config FILE` and the presets all take these keys.
     """
     from hvp.common.config.allowed import allowed_values
     from hvp.common.config.resolving import chosen_keys, leaf_keys, read_yaml, resolve
@@ -37,7 +38,7 @@ def config(
     console = Console(highlight=False)
     width = min(console.width, 100)
     if key is None:
-        console.print(f"Keys of hvp pretrain {method}, for --set KEY=VALUE and --config FILE.\n", markup=False)
+        console.print(f"Keys of hvp pretrain {method}, for --set KEY=VALUE and --config FILE:\n", markup=False)
     for name in chosen:
         facts = f"{allowed_values(known[name])}; default {defaults[name]}"
         if name in resolved.sources:
@@ -49,5 +50,5 @@ def config(
 
 
 def _values(resolved: Any) -> list[tuple[str, str]]:
-    """The values as they are written in YAML."""
+    """Return each key with its value as written in YAML."""
     return [(key, json.dumps(value).strip('"')) for key, value, _ in resolved.values()]

@@ -1,4 +1,4 @@
-"""How much an encoder tells the views of an image apart: common ones, and Rescue's strong ones.
+"""Similarity of an image's views to an encoder: of two common ones, and of a common and a strong one of Rescue.
 
 # N images, B of them in a forward pass, D features
 """
@@ -35,39 +35,39 @@ def measure_diversity(
     threads: int = 1,
     progress: Progress = silent,
 ) -> Result:
-    """Mean cosine similarity of two common views of an image, and of a common and a strong one.
+    """Measure the mean cosine similarity of two common views of an image, and of a common and a strong one.
 
-    The strong view should be the less alike of the two: where it is not, or hardly, Rescue's augmentation is too weak
-    for this encoder and data; where it is nearly 0, the image is no longer to be recognised.
+    The strong view should be less similar than the common one. If it hardly is, Rescue's augmentation is too weak for
+    this encoder and data; if its cosine is near 0, the image can no longer be recognised.
 
     Args:
-        encoder: the network; it is left as it was.
+        encoder: the network; left unchanged.
         source: the images.
-        config: says what common views (the first two that a run trains on) and strong ones look like.
-        images: of a random order of the source, or all where it has fewer.
-        batch_size: images of a forward pass.
-        seed: of the order and the views.
-        device: where the encoder runs.
-        precision: of its forward pass.
+        config: the run's configuration: how to make common views (its first two) and strong ones.
+        images: number of images, drawn at random from the source; all of them if it has fewer.
+        batch_size: images per forward pass.
+        seed: seed of the image order and the views.
+        device: device of the encoder.
+        precision: precision of its forward pass.
         workers: processes that make common views.
-        threads: that make strong ones.
-        progress: told what is done.
+        threads: threads that make strong views.
+        progress: called after each batch.
 
     Returns:
-        Mean and standard deviation over the images of both cosines, how many images have a strong view that is less
-        alike than the common one, and the settings.
+        Mean and standard deviation of both cosines over the images, the share of images whose strong view is less
+        similar than the common one, and the settings.
 
     Raises:
         UserError: there are no images, one does not decode, or features are not finite.
 
-    Source: Rescue gives 0.7069 for common and 0.6690 for strong views.
+    Source: Rescue reports 0.7069 for common and 0.6690 for strong views.
     """
     total = min(images, len(source))
     if total == 0:
-        raise UserError(f"{source.name}: there are no images.")
+        raise UserError(f"{source.name}: there are no images")
     batch_size = min(batch_size, total)
     steps = total // batch_size
-    slots = first_two(config)
+    slots = _first_two(config)
     strong = StrongViews(source, strong_transform(config), seed=seed, threads=threads)
     loader = MultiViewLoader(
         source, slots, batch_size=batch_size, seed=seed, workers=workers, pipeline=config.data.loader
@@ -111,8 +111,8 @@ def measure_diversity(
     }
 
 
-def first_two(config: RunConfig) -> tuple[ViewSlot, ...]:
-    """The first two views that a run trains on, one slot or two."""
+def _first_two(config: RunConfig) -> tuple[ViewSlot, ...]:
+    """Return the slot, or the two slots, of the first two views that a run trains on."""
     slots: list[ViewSlot] = []
     for slot in config.view_slots():
         count = min(slot.kept, 2 - sum(taken.kept for taken in slots))

@@ -1,4 +1,4 @@
-"""The `hvp` command. It handles Ctrl-C before anything that takes time is imported; the command line is in app.py."""
+"""Entry point of the `hvp` command: handles Ctrl-C before the slow imports, then runs the command line in app.py."""
 
 import os
 import sys
@@ -10,25 +10,24 @@ from hvp.common.training.signals import CommandInterrupts, say_interrupted
 
 
 def main() -> None:
-    """Runs the command line. A mistake the user can mend is one message and exit code 2, never a traceback; a run that
-    a signal stopped has the signal's code. Of several processes one prints the message."""
+    """Run the command line.
+
+    An error the user can fix is printed as one message, without a traceback, and exits with code 2; only one of several
+    processes prints it. A run stopped by a signal exits with that signal's code.
+    """
     with CommandInterrupts() as interrupts:
         try:
-            _run()
+            from hvp.cli.app import command_line
+            from hvp.cli.output import outlive_readers
+
+            outlive_readers()
+            with reported():
+                command_line()()
         except BaseException:
             if not interrupts.raised:
                 raise
-            say_interrupted()  # whatever became of the KeyboardInterrupt on its way
+            say_interrupted()  # another exception may have replaced the KeyboardInterrupt
             sys.exit(130)
-
-
-def _run() -> None:
-    from hvp.cli.app import command_line
-    from hvp.cli.output import outlive_readers
-
-    outlive_readers()
-    with reported():
-        command_line()()
 
 
 @contextmanager
@@ -42,7 +41,7 @@ def reported() -> Iterator[None]:
         if error.leader:
             print(f"hvp: {error}", file=sys.stderr, flush=True)
         if isinstance(error, LostProcess):
-            os._exit(2)  # closing the connections would wait for those that are gone
+            os._exit(2)  # closing the connections would wait for processes that are gone
         leave_together()
         sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
     except UserError as error:
@@ -51,7 +50,7 @@ def reported() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        # A path that no command asked about: one that is too long, or in a folder that may not be read.
+        # A path that no command checked: too long, or in a folder that cannot be read.
         print(f"hvp: {_short(error.filename)}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 

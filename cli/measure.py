@@ -1,4 +1,4 @@
-"""What a run will cost, from a few of its own steps: `hvp pretrain ... --dry-run --measure`."""
+"""Cost of a run, measured on a few of its own steps, for `hvp pretrain ... --dry-run --measure`."""
 
 import math
 import tempfile
@@ -14,53 +14,50 @@ from rich.console import Console
 from hvp.common.config.resolving import resolve
 from hvp.common.data import open_dataset
 from hvp.common.errors import UserError
+from hvp.common.training.distributed import available_workers
 from hvp.common.training.peak_memory import peak_memory, reset_peak_memory
 from hvp.common.training.precision import pick_device
-from hvp.common.training.run import available_workers
 from hvp.common.training.selecting import selecting_steps
 from hvp.common.views import steps_per_epoch
 
 STEPS, WARMUP_STEPS = 10, 2
 
-# What is changed for the steps that are measured: hard views off; on, in every step. The steps before `selection.start`
-# and between those of `selection.every` load no more views, and take no longer, than without hard views.
+# Changes to the configuration for each kind of measured step: hard views off, or on in every step. Steps of the run
+# before `selection.start`, and those that `selection.every` skips, load no extra views and cost the same as vanilla.
 VANILLA = {"selection.hard_views": "none"}
 SELECTING = {"selection.hard_views": "hvp", "selection.start": 0.0, "selection.every": 1}
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one kind of step costs, on average."""
+    """Average cost of one kind of step."""
 
     seconds: float
-    """Of a step, with what it waits for the loader."""
+    """Duration of a step, including the wait for the loader."""
 
     images_per_s: float
 
     wait_share: float
-    """Part of the time in which the step waits for the loader."""
+    """Share of the time spent waiting for the loader."""
 
     select_share: float
-    """Part of the time that selection takes."""
+    """Share of the time spent selecting."""
 
     peak_memory: int
-    """Bytes: of the GPU's memory, those that PyTorch allocated; on the CPU this process, without loader workers."""
+    """Bytes that PyTorch allocated on the GPU; on the CPU those of this process, without loader workers."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a configuration costs here, with and without hard views."""
+    """Cost of a configuration on this machine, with and without hard views."""
 
     device: torch.device
-    device_memory: int | None
-    """Of the GPU, bytes; None on the CPU."""
-
     workers: int
     steps: int
-    """Steps measured, of each kind."""
+    """Steps measured of each kind."""
 
     warmup_steps: int
-    """Steps before those."""
+    """Steps run before the measured ones."""
 
     steps_per_epoch: int
     epochs: int
@@ -69,77 +66,68 @@ class Measurement:
     """Steps without hard views."""
 
     hard: StepCost | None
-    """Steps that select hard views; None where the configuration cannot be run with them, as `reason` says."""
+    """Steps that select hard views; None if the configuration cannot run with them, for the reason in `reason`."""
 
     reason: str
     selecting_steps: int
-    """Steps of the whole run that select when hard views are on."""
-
-    hard_run_seconds: float | None
-    """The whole run with hard views, which need not select in every step."""
+    """Steps of the whole run that select, with hard views on."""
 
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    @property
+    def hard_run_seconds(self) -> float | None:
+        """Duration of the whole run with hard views, which may select in only some of its steps."""
+        if self.hard is None:
+            return None
+        others = self.total_steps - self.selecting_steps
+        return self.selecting_steps * self.hard.seconds + others * self.vanilla.seconds
+
 
 def measure(
     train: Callable[..., Path], config: Any, *, on_stage: Callable[[str], None] = lambda stage: None
 ) -> Measurement:
-    """Trains a few steps with and without hard views, in a temporary folder that is gone afterwards.
+    """Train a few steps with and without hard views, in a temporary folder that is deleted afterwards.
 
-    A loader with W workers delivers batches in bursts of W, the first of which are there before the first step. So the
-    warm-up lasts at least one burst, and the steps measured are whole bursts.
+    A loader with W workers delivers batches in bursts of W, and the first burst is ready before the first step. So the
+    warm-up lasts at least one burst, and the measured steps are whole bursts.
 
     Args:
         train: the method's trainer, as in `hvp.methods.Method`.
         config: the run's configuration.
-        on_stage: told what is measured next.
+        on_stage: called with a description of each measurement before it starts.
 
     Raises:
-        UserError: whatever would end the run itself.
+        UserError: anything that would stop the run itself.
     """
     if config.data.path is None:
-        raise UserError("nothing to measure without images: give --data DIR, or --data shapes")
+        raise UserError("nothing to measure without images. Give --data DIR, or --data shapes")
     source = open_dataset(config.data.path, "train", shapes=config.data.shapes)
     per_epoch = steps_per_epoch(len(source), config.train.batch_size)
     device = pick_device(config.train.device)
     workers = available_workers(config.data.workers, device)
     warmup, steps = _how_many(per_epoch, math.ceil(workers / config.train.accumulate))
-    total = config.train.epochs * per_epoch
-    selecting = selecting_steps(config.selection, total)(0)
 
     def cost(changes: dict[str, Any], what: str) -> StepCost:
         on_stage(f"{warmup + steps} steps {what}")
         return _cost(train, _changed(config, changes), warmup, steps, device)
 
-    # The kind of step that takes less memory comes first: what a process has freed it need not give back.
-    vanilla, hard, run_seconds, reason = cost(VANILLA, "without hard views"), None, None, ""
+    # The step that takes less memory comes first, because a process may keep the memory that it freed.
+    vanilla, hard, reason = cost(VANILLA, "without hard views"), None, ""
     try:
         _changed(config, SELECTING)
     except UserError as error:
         reason = str(error)
     else:
         hard = cost(SELECTING, "with hard views")
-        run_seconds = selecting * hard.seconds + (total - selecting) * vanilla.seconds
-    return Measurement(
-        device,
-        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        workers,
-        steps,
-        warmup,
-        per_epoch,
-        config.train.epochs,
-        vanilla,
-        hard,
-        reason,
-        selecting,
-        run_seconds,
-    )
+    epochs = config.train.epochs
+    selecting = selecting_steps(config.selection, epochs * per_epoch)(0)
+    return Measurement(device, workers, steps, warmup, per_epoch, epochs, vanilla, hard, reason, selecting)
 
 
 class _Enough(Exception):
-    """Ends a run whose steps have been measured."""
+    """Stop a run whose steps have been measured."""
 
 
 def _cost(train: Callable[..., Path], config: Any, warmup: int, steps: int, device: torch.device) -> StepCost:
@@ -169,7 +157,7 @@ def _cost(train: Callable[..., Path], config: Any, warmup: int, steps: int, devi
 
 
 def _changed(config: Any, changes: dict[str, Any]) -> Any:
-    """The configuration with some values changed and a row of the log for every step."""
+    """Return the configuration with `changes`, a log row for every step and no checkpoint within an epoch."""
     layers: list[tuple[str, Mapping[str, Any]]] = [
         ("configuration", config.model_dump(mode="json")),
         ("--measure", changes | {"train.log_every": 1, "train.save_every": 0}),
@@ -178,7 +166,7 @@ def _changed(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def _how_many(available: int, burst: int) -> tuple[int, int]:
-    """Steps of warm-up and steps to measure, at most one epoch together, at the end of which the run would save."""
+    """Return the numbers of warm-up and measured steps, within one epoch: the run would save at its end."""
     warmup = min(max(WARMUP_STEPS, burst), available // 2)
     wanted = STEPS if burst < 2 else math.ceil(STEPS / burst) * burst
     return warmup, max(1, min(wanted, available - warmup))

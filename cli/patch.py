@@ -1,9 +1,9 @@
-"""hvp patch: our lines in the original trainers."""
+"""hvp patch: our patches of the original trainers."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -11,25 +11,24 @@ from rich.text import Text
 
 from hvp.cli.output import result_console
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
-    help="HVP and Rescue in the original trainers: a patch for a clone of each, which holds our lines only.",
+    help="Add HVP and Rescue to a clone of an original trainer, with patches that hold our lines only.",
     no_args_is_help=True,
 )
 
-MethodArgument = Annotated[str, typer.Argument(help="Whose original: see `hvp patch list`.", show_default=False)]
-UpstreamOption = Annotated[Path, typer.Option(help="Your clone of the original repository.", show_default=False)]
+PatchedMethod = Annotated[str, typer.Argument(help="Method of the patch; see `hvp patch list`.", show_default=False)]
+Upstream = Annotated[
+    Path, typer.Option(help="Your clone of the original repository.", metavar="DIR", show_default=False)
+]
 
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
 @app.command("list")
 def list_patches(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Every change, as in patches/README.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="List every change, as patches/README.md does.")] = False,
 ) -> None:
-    """List the patches: for which repository and commit, what they bring, and how many lines."""
+    """List the patches with their repository, commit, features and line counts."""
     from hvp.patches.patching import load_patch, markdown_table, patches
 
     if markdown:
@@ -44,46 +43,48 @@ def list_patches(
 
 
 @app.command()
-def check(method: MethodArgument, upstream: UpstreamOption) -> None:
-    """Say whether a clone can be patched."""
+def check(method: PatchedMethod, upstream: Upstream) -> None:
+    """Check that a clone can be patched."""
     from hvp.patches.patching import load_patch, patch_clone
 
     patch = load_patch(method)
     found, remarks = patch_clone(patch, upstream)
-    _remark(remarks)
+    _print_notes(remarks)
     names = ", ".join(file.path for file in found)
     print(f"{upstream} can be patched for {method}: {names}, {patch.num_added} lines")
 
 
 @app.command()
 def apply(
-    method: MethodArgument,
-    upstream: UpstreamOption,
-    out: Annotated[Path, typer.Option(help="A new folder for the patched copy.", show_default=False)],
+    method: PatchedMethod,
+    upstream: Upstream,
+    out: Annotated[Path, typer.Option(help="New folder for the patched copy.", metavar="DIR", show_default=False)],
 ) -> None:
-    """Write a patched copy of a clone, which itself stays as it is."""
+    """Write a patched copy of a clone and leave the clone unchanged."""
     from hvp.patches.patching import apply_patch, load_patch
 
     patch = load_patch(method)
-    _remark(apply_patch(patch, upstream, out))
+    _print_notes(apply_patch(patch, upstream, out))
     names = ", ".join(file.path for file in patch.files)
     print(f"Wrote {out}: {upstream} with {patch.num_added} lines of ours in {names}.")
     needed = "".join(f", {name}" for name in patch.needs)
-    print(f"Run {out / patch.trainer} as the original, in an environment that has hvp{needed}; --help shows our flags.")
+    print(
+        f"Run {out / patch.trainer} like the original, in an environment that has hvp{needed}; --help lists our flags."
+    )
 
 
 @app.command()
 def diff(
-    method: MethodArgument,
-    upstream: UpstreamOption,
-    stat: Annotated[bool, typer.Option("--stat", help="Only count the lines of each file.")] = False,
+    method: PatchedMethod,
+    upstream: Upstream,
+    stat: Annotated[bool, typer.Option("--stat", help="Only count each file's lines.")] = False,
 ) -> None:
-    """Show what the patch changes in a clone, as a unified diff."""
+    """Show the changes to a clone as a unified diff."""
     from hvp.patches.patching import diff_lines, load_patch, patch_clone
 
     patch = load_patch(method)
     found, remarks = patch_clone(patch, upstream)
-    _remark(remarks)
+    _print_notes(remarks)
     console = result_console()
     if stat:
         table = Table("file", "added", "removed", box=None)
@@ -100,6 +101,6 @@ def diff(
                 sys.stdout.write(line)
 
 
-def _remark(remarks: Sequence[str]) -> None:
-    for remark in remarks:
-        print(f"note: {remark}", file=sys.stderr)
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

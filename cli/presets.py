@@ -10,7 +10,7 @@ from hvp.cli.output import result_console
 
 def presets(
     method: Annotated[str | None, typer.Argument(help="List the presets of this method.", show_default=False)] = None,
-    name: Annotated[str | None, typer.Argument(help="Print this preset.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Print only this preset.", show_default=False)] = None,
 ) -> None:
     """List the presets, or print one with the source of every value."""
     from hvp.methods import METHODS, get_preset
@@ -19,7 +19,7 @@ def presets(
     if method and name:
         print(get_preset(method, name).read_text(encoding="utf-8"), end="")
         return
-    table = Table("method", "preset", "what it is", box=None)
+    table = Table("method", "preset", "description", box=None)
     for each in [method] if method else METHODS:
         for preset, file in known(each).items():
             title = file.read_text(encoding="utf-8").partition("\n")[0]

@@ -1,44 +1,27 @@
-"""Which crops a trained model would train on, for pictures."""
+"""Picture of the crops that a trained model would select."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 
-from hvp.common.hardviews import Selection
 from hvp.common.training.checkpoint import load_checkpoint
-from hvp.common.training.run import seeded
+from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.training.selecting import ViewSelector
-from hvp.common.training.session import build_loader, open_training_data
-from hvp.common.views import ViewBatch, normalize
+from hvp.common.training.session import seeded
+from hvp.common.views import draw_selection, normalize
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import build_loss, build_networks
 from hvp.methods.dino.score import pair_losses
 
 
-@dataclass(frozen=True)
-class Preview:
-    """N images, their sampled crops and the chosen ones: what `draw_selection()` draws."""
-
-    images: list[NDArray[np.uint8]]
-    """Source images, [H, W, 3]."""
-
-    batch: ViewBatch
-    """Their sampled crops."""
-
-    selection: Selection
-    """The crops that would be trained on."""
-
-
-def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> Preview:
-    """Selects among the crops of the first images of the first epoch, under the trained networks.
+def draw_preview(config: DinoConfig, checkpoint: Path, num_images: int) -> Image.Image:
+    """Draw the first images of the first epoch with their crops, and those that the trained networks select.
 
     Args:
         config: the run's configuration, with hard views.
-        checkpoint: one of that run.
-        num_images: N.
+        checkpoint: a checkpoint of that run.
+        num_images: number of images.
 
     Raises:
         UserError: the checkpoint cannot be read, or there are fewer images.
@@ -62,4 +45,5 @@ def preview_selection(config: DinoConfig, checkpoint: Path, num_images: int) -> 
         with selector.scoring(student, teacher):
             losses, _ = pair_losses(student, teacher, crops, dino_loss, config.train.epochs - 1)
         kept = selector.keep(crops, losses, step=0)
-    return Preview([source.read(index) for index in batch.index.tolist()], batch, kept)
+    images = [source.read(index) for index in batch.index.tolist()]
+    return draw_selection(images, batch.parameters, batch.pixels, kept.index, config.view_slots())

@@ -1,4 +1,4 @@
-"""Batch files for Slurm."""
+"""Batch file for Slurm."""
 
 import re
 import shlex
@@ -10,47 +10,46 @@ from hvp.common.errors import UserError
 from hvp.common.training.signals import EXIT_CODES
 
 SIGNAL_SECONDS = 120
-"""Between SIGUSR1 and the time limit: for the step that is under way, and a checkpoint."""
+"""Seconds from SIGUSR1 to the time limit, in which to finish the step and write a checkpoint."""
 
 SAVED_ON_USR1, SAVED_ON_TERM = EXIT_CODES[signal.SIGUSR1], EXIT_CODES[signal.SIGTERM]
-"""What hvp exits with after it was told to stop by SIGUSR1, or by SIGTERM, and saved."""
-
+"""Exit codes of hvp after SIGUSR1 and after SIGTERM, with a checkpoint saved."""
 
 OWN_OPTIONS = {
     **{name: f"; use hvp's own --{name}" for name in ("job-name", "nodes", "gpus-per-node", "cpus-per-task", "time")},
     **{name: f"; use hvp's own --{name}" for name in ("partition", "account", "qos", "mem", "constraint")},
     **dict.fromkeys(("ntasks-per-node", "requeue", "output", "open-mode", "signal", "ntasks"), ", and relies on it"),
 }
-"""Options that the batch file sets already, and where to change each."""
+"""Options that the batch file sets itself, with the end of the message that refuses each."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What is asked of Slurm."""
+    """Resources and options of a job."""
 
     name: str
     nodes: int
     gpus_per_node: int
     cpus_per_task: int
-    """Cores of one process, of which there is one a GPU."""
+    """Cores per process; there is one process per GPU."""
 
     time: str
-    """Limit, as sbatch reads it."""
+    """Time limit in sbatch's format."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     mem: str | None = None
-    """Memory of a node, as sbatch reads it."""
+    """Memory per node in sbatch's format."""
 
     constraint: str | None = None
-    """Features that a node must have."""
+    """Required node features."""
 
-    sbatch: tuple[str, ...] = ()
-    """Further options of sbatch, such as `--exclusive`."""
+    sbatch: Sequence[str] = ()
+    """Other options of sbatch, such as `--exclusive`."""
 
-    setup: tuple[str, ...] = ()
-    """Lines of shell that come before the run."""
+    setup: Sequence[str] = ()
+    """Shell lines to run before the command."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+-)?\d+(:\d\d?){0,2}", self.time):
@@ -62,7 +61,7 @@ class SlurmJob:
         if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
             raise UserError(f"--mem {self.mem!r}: must be a number with K, M, G or T, for example 120G, or 0 for all")
         if self.constraint is not None and not re.fullmatch(r"[\w.,:@+=%/&|*()\[\]-]+", self.constraint):
-            raise UserError(f"--constraint {self.constraint!r}: must be features, such as a100|h100")
+            raise UserError(f"--constraint {self.constraint!r}: must be node features, such as a100|h100")
         for line in self.sbatch:
             if not re.fullmatch(r"--[a-z][a-z0-9-]*([= ][^\x00-\x1f\x7f]+)?", line):
                 raise UserError(f"--sbatch {line!r}: must be one option of sbatch, for example --sbatch=--exclusive")
@@ -76,30 +75,30 @@ class SlurmJob:
 RESOURCES = """\
 #!/bin/bash
 # Made by: hvp {made_by}
-# Run it by `sbatch FILE`, in the folder and the environment (conda, venv) in which hvp is to run.
+# Submit it with `sbatch FILE`, from the folder and the environment (conda, venv) in which hvp should run.
 #SBATCH --job-name={job.name}
 #SBATCH --nodes={job.nodes}
-# One process a GPU; hvp reads its place among them from the environment that srun gives it.
+# One process per GPU; hvp reads its rank from the environment that srun sets.
 #SBATCH --ntasks-per-node={job.gpus_per_node}
 #SBATCH --gpus-per-node={job.gpus_per_node}
-# Cores for the process and its loader workers.
+# Cores for a process and its loader workers.
 #SBATCH --cpus-per-task={job.cpus_per_task}
 #SBATCH --time={job.time}
 {queue}\
-# After a preemption, or when a node fails, Slurm queues the job again; its log then goes on.
+# After a preemption or a node failure, Slurm requeues the job; it then appends to its log.
 #SBATCH --requeue
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 """
 
 EARLY_SIGNAL = f"""\
-# {SIGNAL_SECONDS} s before the time limit the processes that srun started get SIGUSR1, on which hvp saves and stops.
+# {SIGNAL_SECONDS} s before the time limit, the processes that srun started receive SIGUSR1; hvp then saves and stops.
 # (`B:USR1` would reach this script only.)
 #SBATCH --signal=USR1@{SIGNAL_SECONDS}
 """
 
 MEETING = """
-# Where the processes meet: the first node, at a port that two jobs on it are unlikely to share.
+# Rendezvous of the processes: the first node, at a port that two jobs on it are unlikely to share.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
@@ -107,13 +106,13 @@ export MASTER_ADDR MASTER_PORT
 """
 
 RESUMING = """\
-# --resume: a job that is queued again goes on from its last checkpoint. The first time there is none, and it starts
-#   from the beginning.
+# --resume: a requeued job resumes from its last checkpoint. The first time there is none, so training starts from the
+#   beginning.
 """
 
 STEP = """\
-# --cpus-per-task: srun does not take it over from the job by itself.
-# --wait: seconds that the other processes have to follow when one of them has ended.
+# --cpus-per-task: srun does not inherit it from the job.
+# --wait: seconds until srun kills the remaining processes after the first one has ended.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 \\
     {command}
 status=$?
@@ -121,8 +120,8 @@ status=$?
 """
 
 REQUEUE = f"""\
-# {SAVED_ON_USR1}: hvp saved ahead of the time limit, and has work left.
-# {SAVED_ON_TERM}: it was told to end. Only if that was a preemption is the job queued again.
+# {SAVED_ON_USR1}: hvp saved before the time limit and has work left.
+# {SAVED_ON_TERM}: hvp was terminated. Requeue the job only if that was a preemption.
 if [ "$status" -eq {SAVED_ON_USR1} ] ||
    {{ [ "$status" -eq {SAVED_ON_TERM} ] && scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }}; then
     scontrol requeue "$SLURM_JOB_ID"
@@ -131,13 +130,13 @@ fi
 
 
 def sbatch_script(job: SlurmJob, command: Sequence[str], *, made_by: Sequence[str], resumes: bool) -> str:
-    """A file for `sbatch` that runs an hvp command.
+    """Return a file for `sbatch` that runs an hvp command.
 
     Args:
         job: the resources.
         command: arguments of `hvp`.
-        made_by: the arguments of `hvp` that lead to this file, for its first lines.
-        resumes: whether the command saves when it is told to stop, and goes on from there when it runs again.
+        made_by: arguments of `hvp` that created this file, for its first lines.
+        resumes: whether the command saves when stopped by a signal, and resumes when it runs again.
     """
     queue = "".join(
         f"#SBATCH --{option}={value}\n"
@@ -148,7 +147,7 @@ def sbatch_script(job: SlurmJob, command: Sequence[str], *, made_by: Sequence[st
     parts = [
         RESOURCES.format(job=job, queue=queue, made_by=_one_line(made_by)),
         EARLY_SIGNAL if resumes else "",
-        "".join(["\n# As given with --setup.\n", *(f"{line}\n" for line in job.setup)]) if job.setup else "",
+        "".join(["\n# From --setup:\n", *(f"{line}\n" for line in job.setup)]) if job.setup else "",
         MEETING,
         RESUMING if resumes else "",
         STEP.format(command=_continued(command)),
@@ -159,7 +158,7 @@ def sbatch_script(job: SlurmJob, command: Sequence[str], *, made_by: Sequence[st
 
 
 def _continued(command: Sequence[str]) -> str:
-    """The command with a line for every option, quoted for the shell."""
+    """Return the command quoted for the shell, with one line per option."""
     lines = ["hvp"]
     for argument in command:
         if argument.startswith("--"):
@@ -170,5 +169,5 @@ def _continued(command: Sequence[str]) -> str:
 
 
 def _one_line(arguments: Sequence[str]) -> str:
-    """Arguments for a comment, where a line break would end it."""
+    """Return the arguments on one line, as a line break would end the comment they go into."""
     return shlex.join(arguments).replace("\n", " ").replace("\r", " ")

@@ -1,4 +1,4 @@
-"""Everything the methods share."""
+"""Code that two or more methods share."""
 
 import sys
 from importlib import import_module
@@ -15,14 +15,14 @@ _MODULES = {name: "rescue" if name in ("Rescued", "rescue") else "hardviews" for
 
 
 def __getattr__(name: str) -> Any:
-    """Import what `__all__` lists on first use: the command line has to start without PyTorch."""
+    """Import a name of `__all__` on first use, so that the command line starts without PyTorch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"hvp.common.{_MODULES[name]}"), name)
 
 
 class _Package(ModuleType):
-    """This package. Its `rescue` stays the function when an import of the module of that name would bind the module."""
+    """Type of this package. Importing the module `rescue` would bind its name to the module; it stays the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value.rescue if name == "rescue" and isinstance(value, ModuleType) else value)

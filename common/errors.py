@@ -1,20 +1,20 @@
-"""The exceptions that stand for something other than a mistake in the program."""
+"""Exceptions for everything that is not a bug in the program."""
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do.
+    """An error the user can fix, in arguments, configuration, files or data.
 
-    Raised for anything outside the program: arguments, configuration, files, data. The command line prints the
-    message without a traceback and exits with code 2; library callers catch it like any other exception.
+    The message says what was wrong, where, and what to do. The command line prints it without a traceback and exits
+    with code 2; library callers catch it like any other exception.
     """
 
 
 class SharedError(UserError):
-    """The mistake of one process or of all, raised in every process of a run.
+    """An error in one process or in all of them, raised in every process of a run.
 
     Args:
-        message: what was wrong; it names the rank where only some processes met it.
-        leader: whether this is the process that shows it.
+        message: what was wrong; it names the rank where only some processes failed.
+        leader: whether this process prints the message.
     """
 
     def __init__(self, message: str, leader: bool):
@@ -23,16 +23,16 @@ class SharedError(UserError):
 
 
 class LostProcess(SharedError):
-    """This process has lost the others: one of them died, or this one failed where they could not be told."""
+    """This process has lost the others: one of them died, or this one failed and could not tell them."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it did so after a step, with a checkpoint.
+    """A signal stopped the run, after a complete step and with a checkpoint.
 
     Args:
-        message: what was left where.
-        exit_code: the command line's, by signal: see `hvp.common.training.signals`.
-        leader: whether this is the process that shows it.
+        message: what was saved, and where.
+        exit_code: exit code of the command line for that signal: see `hvp.common.training.signals`.
+        leader: whether this process prints the message.
     """
 
     def __init__(self, message: str, exit_code: int, leader: bool):

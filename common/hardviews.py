@@ -25,7 +25,7 @@ Policy = Literal["hardest", "easiest", "random"]
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive slots of a combination that are filled from the same candidates.
+    """Consecutive slots of a combination, filled from the same candidates.
 
     A combination takes `kept` distinct views of `candidates` (indices into the V views) and puts them into the group's
     slots in the order in which they stand in `candidates`.
@@ -42,17 +42,17 @@ class Group:
 
     @cached_property
     def _columns(self) -> slice | list[int]:
-        """The candidates as an index; a slice where they are consecutive, which costs no copy."""
+        """The candidates as an index; a slice if they are consecutive, as it costs no copy."""
         first, last = self.candidates[0], self.candidates[-1]
         consecutive = self.candidates == tuple(range(first, last + 1))
         return slice(first, last + 1) if consecutive else list(self.candidates)
 
     def of(self, values: Tensor) -> Tensor:
-        """The candidates' entries of `values` [..., V]: [..., n]."""
+        """Return the candidates' entries of `values` [..., V]: [..., n]."""
         return values[..., self._columns]
 
     def views_at(self, positions: Tensor) -> Tensor:
-        """View indices of positions among the candidates, int64."""
+        """Turn positions among the candidates into view indices, int64."""
         if isinstance(self._columns, slice):
             return positions + self.candidates[0]
         return torch.tensor(self.candidates, device=positions.device)[positions]
@@ -60,7 +60,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Slots:
-    """What a combination of views looks like, and which pair losses it adds up.
+    """The layout of a combination of views, and the pair losses it adds up.
 
     The first `num_targets` slots hold views that are also targets (the teacher's global crops; both views of a pair).
     With t over those slots and v over all slots, a combination's loss is
@@ -91,13 +91,14 @@ class Slots:
     def from_counts(
         cls, candidates: Sequence[int], kept: Sequence[int], *, num_targets: int = 2, diagonal: bool = False
     ) -> "Slots":
-        """Groups over consecutive views: `from_counts((2, 2, 16), (1, 1, 8))` are DINO's slots with HVP.
+        """Build groups over consecutive views: `from_counts((2, 2, 16), (1, 1, 8))` are DINO's slots with HVP.
 
-        Views of which none is kept take no part, as DINO's local crops may be none.
+        Candidates of which none is kept take no part: DINO may train without local crops.
         """
         if isinstance(candidates, int) or isinstance(kept, int):
             raise ValueError(
-                f"Slots: candidates and kept are one count a group, such as (4,) and (2,), got {candidates} and {kept}"
+                f"Slots: candidates and kept need one count per group, such as (4,) and (2,), "
+                f"got {candidates} and {kept}"
             )
         if len(candidates) != len(kept):
             raise ValueError(f"Slots: {len(candidates)} candidate counts but {len(kept)} kept counts")
@@ -113,7 +114,7 @@ class Slots:
 
     @cached_property
     def num_views(self) -> int:
-        """One more than the highest candidate index: the V that `pair_loss` must at least have."""
+        """One more than the highest candidate index: the smallest V that `pair_loss` may have."""
         return 1 + max(max(group.candidates) for group in self.groups)
 
     @cached_property
@@ -157,16 +158,16 @@ class Slots:
         return terms
 
     def keeps_all(self, num_views: int) -> bool:
-        """Whether the only combination is all the views as they are, so that there is nothing to select."""
+        """Whether the only combination is all views in their order, which leaves nothing to select."""
         views = chain.from_iterable(group.candidates for group in self.groups)
         return self.num_slots == num_views and list(views) == list(range(num_views))
 
     def all_combinations(self) -> Tensor:
-        """Every combination, [C, S] int64 on the CPU, in lexicographic order of the candidates' positions."""
+        """List every combination, [C, S] int64 on the CPU, in lexicographic order of the candidates' positions."""
         return _enumerate(self.groups)
 
     def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """Uniformly random combinations, drawn with replacement: [*shape, S] int64 on the generator's device."""
+        """Draw uniformly random combinations with replacement: [*shape, S] int64 on the generator's device."""
         device = generator.device if generator is not None else torch.device("cpu")
         columns = []
         for group in self.groups:
@@ -179,20 +180,21 @@ class Slots:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select()` kept."""
+    """The result of `select()`."""
 
     index: Tensor
-    """[B, S] int64: which view fills each slot of each image."""
+    """[B, S] int64: the view in each slot of each image."""
 
     loss: Tensor
     """[B] float32: the objective's loss of that combination, under the model that made `pair_loss`."""
 
     fallback: Tensor
-    """[B] bool: `loss` is not finite. When searching, that means that no combination's was, and the first is kept."""
+    """[B] bool: `loss` is not finite. After a search this means that no combination's loss was finite, and the first
+    combination was kept."""
 
     views: list[Tensor]
-    """The kept views. Of a list with one stack a resolution, one [kept, B, ...] each; of a single stack or of single
-    views, S tensors [B, ...], so that `x1, x2 = kept.views` unpacks a pair."""
+    """The kept views. For a list with one stack per resolution, one [kept, B, ...] each; for a single stack or for
+    single views, S tensors [B, ...], so that `x1, x2 = kept.views` unpacks a pair."""
 
 
 @torch.no_grad()
@@ -208,33 +210,33 @@ def select(
     combinations: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Selection:
-    """Keeps, for every image of the batch, the combination of its views that the policy asks for.
+    """Keep, for every image of the batch, the combination of its views that the policy asks for.
 
     Args:
-        views: the V sampled views of every image, in the order of the view indices. One stack [V, B, C, H, W]; where
+        views: the V sampled views of every image, in the order of the view indices. One stack [V, B, C, H, W]; if
             resolutions differ, a list with one stack [n, B, C, H, W] for each; or a list of single views [B, C, H, W]
-            (runs of equal shape are stacked, which costs a copy). Empty: only the index is wanted.
+            (runs of equal shape are stacked, which costs a copy). Empty: return the index alone.
         pair_loss: [B, T, V] float, the loss of online view v against target view t; higher is harder. The targets are
             the first T views, so T is V for a method whose views are all targets. Entries [b, t, t], a view against
             itself, are read only with `slots.diagonal`.
-        slots: which views a combination may take, and which entries of `pair_loss` it adds up.
-        search: `sampled` compares `comparisons` random combinations, all of them where there are no more (the papers'
+        slots: the views a combination may take, and the entries of `pair_loss` it adds up.
+        search: `sampled` compares `comparisons` random combinations, or all of them if there are no more (the papers'
             procedure). `exact` finds the best of all combinations in closed form: for fixed targets the other views'
             terms are independent, so each group's best are its top entries of the column sums.
-        comparisons: C, random combinations an image is compared on; only `sampled` reads it.
-        per_image: draw other combinations for every image. False shares one list, as HVP's released code does.
+        comparisons: C, random combinations compared for an image; only `sampled` reads it.
+        per_image: draw separate combinations for every image. False shares one list, as HVP's released code does.
         policy: `hardest` (HVP), `easiest` (the cooperative learner of the HVP paper's appendix G.2), `random` (control:
             a uniformly random combination for every image; `search` and the losses play no part).
-        combinations: [C, S] or [B, C, S] int64 view indices, compared instead of drawn ones.
+        combinations: [C, S] or [B, C, S] int64 view indices to compare, instead of drawn ones.
         generator: source of randomness for sampling, on any device. None: the CPU's global one.
 
     Returns:
-        The Selection. Of equal losses the first combination wins: in order of `combinations`, of drawing, or, for all
-        of them, lexicographically. A combination with a non-finite term never wins; an image that has no other keeps
-        the first one and is marked in `fallback`. Where all views are kept they come back as they are.
+        The Selection. Among equal losses the first combination wins: in the order of `combinations`, of drawing, or,
+        if all are compared, lexicographically. A combination with a non-finite term never wins; an image with no other
+        keeps the first one and is marked in `fallback`. If all views are kept, they are returned unchanged.
 
     Raises:
-        ValueError: shapes that do not fit together, fewer than one comparison, or an unknown search or policy.
+        ValueError: the shapes do not fit together, `comparisons` is below 1, or `search` or `policy` is unknown.
 
     Example:
         Views of 32 images, four of each, and a cosine loss of every view against every other:
@@ -255,7 +257,7 @@ def select(
     elif slots.num_combinations == 1:
         index = slots.all_combinations().expand(batch, -1)
     else:
-        # "Easiest" is "hardest" with the sign turned. Whatever is not finite loses either way.
+        # "Easiest" is "hardest" with the sign flipped. A non-finite loss never wins either way.
         gain = -pair_loss if policy == "easiest" else pair_loss
         gain = gain.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
         if combinations is None and search == "exact":
@@ -274,12 +276,12 @@ def select(
 
 
 def combination_losses(pair_loss: Tensor, combinations: Tensor, slots: Slots) -> Tensor:
-    """The objective's loss of given combinations.
+    """Return the objective's loss for given combinations.
 
     Args:
         pair_loss: [B, T, V] float.
         combinations: [C, S] int64, shared by the images, or [B, C, S].
-        slots: says which entries a combination adds up, and with which weights.
+        slots: the entries a combination adds up, and their weights.
 
     Returns:
         [B, C], in the dtype of `pair_loss`.
@@ -299,15 +301,18 @@ def combination_losses(pair_loss: Tensor, combinations: Tensor, slots: Slots) ->
 
 
 def gather_views(views: Sequence[Tensor] | Tensor, index: Tensor, slots: Slots) -> list[Tensor]:
-    """Picks the pixels of the kept views by one index a resolution.
+    """Gather the kept views, with one indexing operation per resolution.
 
     Args:
         views: as for `select()`.
-        index: [B, S] int64, the view that fills each slot.
+        index: [B, S] int64, the view in each slot.
         slots: its groups must not mix resolutions.
 
     Returns:
         As `Selection.views`: for a list of stacks one [kept, B, ...] each, otherwise S tensors [B, ...].
+
+    Raises:
+        ValueError: a group mixes two resolutions.
     """
     if not len(views):
         return []
@@ -338,7 +343,7 @@ def gather_views(views: Sequence[Tensor] | Tensor, index: Tensor, slots: Slots) 
 
 @lru_cache(maxsize=64)
 def _term_slots(slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The slots of each term's target and online view, [P] int64 each; kept, as a copy to a GPU waits for it."""
+    """The slots of each term's target and online view, [P] int64 each; cached, as a copy to a GPU waits for it."""
     targets, online, _ = zip(*slots.terms, strict=True)
     return torch.tensor(targets, device=device), torch.tensor(online, device=device)
 
@@ -349,8 +354,8 @@ def _enumerate(groups: Sequence[Group]) -> Tensor:
 
 
 def _best_of(gain: Tensor, combinations: Tensor, slots: Slots) -> Tensor:
-    """The first combination with the highest gain for each image, [B, S]."""
-    # argmax returns the first of equal maxima, and 0 where all are -inf
+    """Return the first combination with the highest gain for each image, [B, S]."""
+    # argmax returns the first of equal maxima, and 0 if all are -inf
     best = combination_losses(gain, combinations, slots).argmax(dim=1)  # [B]
     if combinations.dim() == 2:
         return combinations[best]
@@ -358,24 +363,24 @@ def _best_of(gain: Tensor, combinations: Tensor, slots: Slots) -> Tensor:
 
 
 def _search_exactly(gain: Tensor, slots: Slots) -> Tensor:
-    """The best of all combinations, [B, S]: all choices of targets, and for each the top online views.
+    """Return the best of all combinations, [B, S]: try all choices of targets, each with its top online views.
 
     `gain` [B, T, V] is overwritten.
     """
     targets = slots.target_choices.to(gain.device)  # [C, num_targets]
-    # The diagonal counts as much as its weight says against the others', so that all terms can be summed alike.
+    # Scale the diagonal by its weight relative to the other terms, so that all terms can be summed alike.
     diagonal = gain.diagonal(dim1=1, dim2=2)
     if slots.diagonal:
         diagonal *= slots.terms[-1][2] / slots.terms[0][2]
     else:
         diagonal.zero_()
-    # What each view adds when it stands against these targets. The online slots' terms do not depend on each other, so
-    # a group's best views are the top ones.
+    # Each view's contribution against these targets. The online slots' terms are independent of each other, so a
+    # group's best views are the top ones.
     columns = gain.index_select(1, targets.flatten()).unflatten(1, targets.shape).sum(2)  # [B, C, V]
     total = columns.gather(2, targets.expand(len(gain), -1, -1)).sum(2)  # [B, C]
     tops = []
     for group in slots.online_groups:
-        # a stable sort, so that of equal views the first candidates are taken
+        # a stable sort: among equal views the first candidates are taken
         values, order = group.of(columns).sort(dim=2, descending=True, stable=True)
         total = total + values[:, :, : group.kept].sum(2)
         tops.append(order[:, :, : group.kept])  # [B, C, kept]
@@ -391,7 +396,7 @@ def _search_exactly(gain: Tensor, slots: Slots) -> Tensor:
 
 
 def _stacked(views: Sequence[Tensor]) -> list[Tensor]:
-    """Runs of equal shape as one tensor each, [n, B, C, H, W]."""
+    """Stack each run of views of equal shape into one tensor [n, B, C, H, W]."""
     runs: list[list[Tensor]] = []
     for view in views:
         if runs and runs[-1][0].shape == view.shape:
@@ -452,7 +457,7 @@ def _check_combinations(combinations: Tensor, pair_loss: Tensor, slots: Slots) -
             f"select: combinations must be int64 [C, {slots.num_slots}] or [{batch}, C, {slots.num_slots}], got "
             f"{combinations.dtype} {shape}"
         )
-    # an index past the end would read another pair's loss rather than fail
+    # an index past the end would read another pair's loss instead of failing
     low, high, highest_target = combinations.min(), combinations.max(), combinations[..., : slots.num_targets].max()
     if low < 0 or high >= online or highest_target >= targets:
         raise ValueError(
@@ -462,7 +467,7 @@ def _check_combinations(combinations: Tensor, pair_loss: Tensor, slots: Slots) -
 
 
 def _holds(views: Sequence[Tensor] | Tensor, batch: int, count: int) -> bool:
-    """Whether `views` are none, or so many of so many images."""
+    """Whether `views` is empty, or holds `count` views of `batch` images."""
     if isinstance(views, Tensor):
         return views.dim() == 5 and views.shape[:2] == (count, batch)
     if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
@@ -476,7 +481,7 @@ def _holds(views: Sequence[Tensor] | Tensor, batch: int, count: int) -> bool:
 
 
 def _described(value: object) -> str:
-    """For a message: the shape of a tensor, of each in a list, or the type of anything else."""
+    """Describe a value for a message: the shape of a tensor, of each in a list, or the type of anything else."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     if isinstance(value, list | tuple):

@@ -1,70 +1,104 @@
 """The trainers, one folder each."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Unpack
 
 from hvp.common.errors import UserError
 
+# Nothing here is imported at run time, as the command line starts without PyTorch and Pydantic.
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
     from torch import nn
 
-    from hvp.common.convert.upstream import Layout
+    from hvp.common.config.sections import RunConfig
+    from hvp.common.convert.layouts import Layout
     from hvp.common.evaluation.linear import LinearProtocol
+    from hvp.common.training.loading import Masks
+    from hvp.common.training.session import Build, RunOptions
+    from hvp.common.training.step import Step
 
 METHODS = ("dino", "ibot", "simsiam", "simclr", "mocov3", "dinov2")
 """Names of the folders."""
 
+ConfigT = TypeVar("ConfigT", bound="RunConfig")
+ConfigT_contra = TypeVar("ConfigT_contra", bound="RunConfig", contravariant=True)
+
+
+class Train(Protocol[ConfigT_contra]):
+    """A trainer: pretrain as configured, in the folder `out`, and return the last checkpoint."""
+
+    def __call__(self, config: ConfigT_contra, out: "Path", **options: "Unpack[RunOptions]") -> "Path": ...
+
+
+def _as_in_dino() -> "LinearProtocol":
+    return {}
+
 
 @dataclass(frozen=True)
-class Method:
-    """What the command line needs of a trainer."""
+class Method(Generic[ConfigT]):
+    """A method, as the rest of the program sees it: `methods/NAME/__init__.py` defines `METHOD`."""
 
     name: str
+    """Name of the folder."""
 
-    config: type[Any]
-    """Its configuration, a `RunConfig` with `view_slots()`."""
+    config: type[ConfigT]
+    """Class of its configuration."""
 
-    train: "Callable[..., Path]"
-    """train(config, out, *, resume, overwrite, force, console, on_row) -> the last checkpoint."""
+    train: Train[ConfigT]
+    """The trainer."""
 
-    build_encoder: "Callable[[Any], nn.Module]"
-    """The backbone that a configuration describes, with fresh weights."""
+    build: "Build[ConfigT, Any]"
+    """Networks, objective and optimiser of the trainer, with fresh weights."""
 
-    build_modules: "Callable[[Any, torch.device], Sequence[nn.Module]]"
-    """build_modules(config, device): everything with weights or buffers that a checkpoint holds, freshly made."""
+    train_one_epoch: "Callable[[Step, Any, int, ConfigT], None]"
+    """The trainer's loop over an epoch, on what `build` made."""
 
-    upstream_layout: "Callable[[Any], Layout]"
-    """upstream_layout(config): what the upstream's checkpoints call things."""
+    build_encoder: "Callable[[ConfigT], nn.Module]"
+    """The backbone of a configuration, with fresh weights."""
 
-    linear: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
-    """How its paper trains a linear probe; left out, as DINO."""
+    build_masks: "Callable[[ConfigT], Masks] | None" = None
+    """Sampler of patch masks, in a method that masks patches."""
 
-    linear_vit: "LinearProtocol" = field(default_factory=dict)  # type: ignore[assignment]
-    """What differs in that for a ViT."""
+    linear: "LinearProtocol" = field(default_factory=_as_in_dino)
+    """Linear probing in the method's paper, where it differs from DINO's."""
+
+    linear_vit: "LinearProtocol" = field(default_factory=_as_in_dino)
+    """Further differences for a ViT."""
+
+    def build_modules(self, config: ConfigT, device: "torch.device") -> "Sequence[nn.Module]":
+        """Build everything with weights or buffers that a checkpoint holds, in the order of the checkpoint."""
+        from torch import nn
+
+        from hvp.common.training.distributed import World
+
+        return [part for part in self.build(config, World(), device) if isinstance(part, nn.Module)]
+
+    def upstream_layout(self, config: ConfigT) -> "Layout":
+        """Return the names in the upstream's checkpoints, from `methods/NAME/checkpoint_names.py`."""
+        layout: Layout = import_module(f"hvp.methods.{self.name}.checkpoint_names").upstream_layout(config)
+        return layout
 
 
-def get_method(name: str) -> Method:
-    """The trainer of that name.
+def get_method(name: str) -> Method[Any]:
+    """Return a method by its name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such method.
     """
     if name not in METHODS:
         raise _unknown(name)
-    method: Method = import_module(f"hvp.methods.{name}").METHOD
+    method: Method[Any] = import_module(f"hvp.methods.{name}").METHOD
     return method
 
 
 def presets(method: str) -> dict[str, Traversable]:
-    """The presets of a method, by name.
+    """Return the presets of a method, by name.
 
     Raises:
         UserError: there is no such method.
@@ -77,7 +111,7 @@ def presets(method: str) -> dict[str, Traversable]:
 
 
 def get_preset(method: str, name: str) -> Traversable:
-    """The preset's file.
+    """Return the file of a preset.
 
     Raises:
         UserError: the method has no such preset.

@@ -1,27 +1,20 @@
-"""Our lines in the original trainers: one folder per method, and the code that patches and runs them."""
+"""Our patches of the original trainers: one folder per method, and the code that applies the patches and runs them."""
 
 from importlib import import_module
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from hvp.common.errors import UserError
-from hvp.methods import METHODS
+from hvp.patches.patching import find_patch
 
 if TYPE_CHECKING:
-    from hvp.patches.original import Original
+    from hvp.patches.adapter import Adapter
 
 
-def get_original(name: str) -> "Original":
+def get_adapter(method: str) -> "Adapter":
     """Return the adapter of a method's original trainer.
 
     Raises:
-        UserError: there is none, or no such method.
+        UserError: there is no patch for the method.
     """
-    known = [method for method in METHODS if (files("hvp.patches") / method / "original.py").is_file()]
-    if name not in known:
-        raise UserError(
-            f"{name} is not compared with its original, nor started by --engine upstream. Those that are: "
-            f"{', '.join(known)}"
-        )
-    original: Original = import_module(f"hvp.patches.{name}.original").ORIGINAL
-    return original
+    find_patch(method)
+    adapter: Adapter = import_module(f"hvp.patches.{method}.adapter").ADAPTER
+    return adapter

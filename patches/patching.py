@@ -1,8 +1,8 @@
-"""Our lines in the original trainers: patches that hold no line of the upstream's.
+"""Patches of the original trainers, which hold our lines and none of the upstream's.
 
-A patch says, for one pinned commit of an upstream repository, which files change (by path, and the SHA-256 of the
-untouched file), and where our lines go in or which lines they replace, by number. The user's own clone gives the rest.
-patches/README.md describes the format.
+A patch is for one pinned commit of an upstream repository. It lists the files that change, by path and by the SHA-256
+of the untouched file, and the line numbers at which our lines are inserted or which they replace. The rest comes from
+the user's own clone. patches/README.md describes the format.
 """
 
 import difflib
@@ -31,22 +31,22 @@ from pydantic import Field, model_validator
 from hvp.common.config.resolving import Section, nearest
 from hvp.common.errors import UserError
 
-_LEFT_OUT = (".git", "__pycache__")  # of a clone, in its patched copy
+_NOT_COPIED = (".git", "__pycache__")  # folders of a clone that its patched copy lacks
 
-Span = Annotated[tuple[int, int], Field(strict=False)]  # TOML has arrays only
+Span = Annotated[tuple[int, int], Field(strict=False)]  # TOML has arrays, no tuples
 
 
 class Change(Section):
-    """Lines of ours at one place of a file."""
+    """Our lines at one place of a file: an insertion or a replacement."""
 
     what: str
-    """What they do, for the table."""
+    """Purpose of the lines, for the table."""
 
     after: int | None = Field(None, ge=0)
-    """They go in after this line of the untouched file."""
+    """Line of the untouched file after which our lines are inserted."""
 
     replaces: Span | None = None
-    """Or they replace its lines first to last."""
+    """Or first and last line of the untouched file that our lines replace."""
 
     lines: str
     """Our lines."""
@@ -56,14 +56,14 @@ class Change(Section):
         if (self.after is None) == (self.replaces is None):
             raise ValueError(f"{self.what}: give either `after` or `replaces`")
         if self.replaces is not None and not 1 <= self.replaces[0] <= self.replaces[1]:
-            raise ValueError(f"{self.what}: replaces = {list(self.replaces)} is no range of lines")
+            raise ValueError(f"{self.what}: replaces = {list(self.replaces)} is not a range of lines")
         if not self.lines.endswith("\n"):
-            raise ValueError(f"{self.what}: the last line does not end")
+            raise ValueError(f"{self.what}: the last line has no line end")
         return self
 
     @property
     def span(self) -> slice:
-        """The untouched file's lines that go, as an index, counted from 0; empty for an insertion."""
+        """The lines of the untouched file to remove, as a slice counted from 0; empty for an insertion."""
         if self.after is not None:
             return slice(self.after, self.after)
         assert self.replaces is not None
@@ -79,7 +79,7 @@ class Change(Section):
 
     @property
     def place(self) -> str:
-        """Where, in words."""
+        """The place in words, for the table."""
         if self.replaces is None:
             return f"after line {self.after}"
         first, last = self.replaces
@@ -87,16 +87,16 @@ class Change(Section):
 
 
 class ChangedFile(Section):
-    """A file of the upstream's, and what happens to it."""
+    """A file of the upstream's, and our changes to it."""
 
     path: str
-    """From the top of the clone, with slashes."""
+    """Path from the top of the clone, with slashes."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """Of the untouched file, with LF line ends."""
+    """Hash of the untouched file, with LF line ends."""
 
     changes: Annotated[tuple[Change, ...], Field(strict=False, min_length=1)]
-    """From top to bottom."""
+    """Changes from top to bottom."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -118,31 +118,31 @@ class Patch(Section):
     """Our change to one upstream repository."""
 
     method: str
-    """As our trainer is called."""
+    """Name of our trainer."""
 
     upstream: str
-    """Where the repository is, as `git clone` takes it."""
+    """URL of the repository, as `git clone` takes it."""
 
     commit: str = Field(pattern="^[0-9a-f]{40}$")
-    """The one that the line numbers hold for."""
+    """Commit for which the line numbers hold."""
 
     licence: str
-    """The upstream's."""
+    """Licence of the upstream."""
 
     brings: Annotated[tuple[Literal["HVP", "Rescue"], ...], Field(strict=False, min_length=1)]
-    """What the patched trainer can do."""
+    """Features that the patched trainer gains."""
 
     trainer: str
-    """The script with the flags."""
+    """Path of the script that has the flags."""
 
     needs: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Packages that it imports and hvp does not, as pip calls them."""
+    """Packages that the trainer imports and hvp does not, by their names on PyPI."""
 
     files: Annotated[tuple[ChangedFile, ...], Field(strict=False, min_length=1)]
 
     @property
     def repository(self) -> str:
-        """The upstream's owner and name."""
+        """The repository's owner and name."""
         return self.upstream.removeprefix("https://github.com/")
 
     @property
@@ -162,7 +162,7 @@ class Patch(Section):
 
 @dataclass(frozen=True)
 class PatchedFile:
-    """A file before and after."""
+    """Content of a file before and after our changes."""
 
     path: str
     before: bytes
@@ -170,14 +170,14 @@ class PatchedFile:
 
 
 def patches() -> dict[str, Traversable]:
-    """The shipped patches' files, by method."""
+    """Return the files of the shipped patches, by method."""
     folders = sorted((entry for entry in files("hvp.patches").iterdir() if entry.is_dir()), key=lambda f: f.name)
     found = {folder.name: folder / "patch.toml" for folder in folders}
     return {name: file for name, file in found.items() if file.is_file()}
 
 
-def load_patch(method: str) -> Patch:
-    """The shipped patch of a method.
+def find_patch(method: str) -> Traversable:
+    """Return the file of a method's shipped patch.
 
     Raises:
         UserError: there is none.
@@ -185,23 +185,24 @@ def load_patch(method: str) -> Patch:
     known = patches()
     if method not in known:
         raise UserError(f"there is no patch for {method}.{nearest(method, list(known))} Known: {', '.join(known)}")
-    return parse_patch(method, known[method].read_text(encoding="utf-8"))
+    return known[method]
+
+
+def load_patch(method: str) -> Patch:
+    """Return the shipped patch of a method. Raises UserError if there is none."""
+    return parse_patch(method, find_patch(method).read_text(encoding="utf-8"))
 
 
 def parse_patch(method: str, text: str) -> Patch:
-    """A patch from its file's text.
-
-    Raises:
-        ValueError: the text is no patch.
-    """
+    """Parse the text of a patch file. Raises ValueError if it is not a patch."""
     return Patch.model_validate({"method": method, **tomllib.loads(text)})
 
 
 def patched(before: bytes, changes: Sequence[Change]) -> bytes:
-    """A file's content with the changes; our lines end like its first one.
+    """Return a file's content with the changes. Our lines get the line end of its first line.
 
     Raises:
-        ValueError: it has fewer lines than a change speaks of.
+        ValueError: a change refers to a line beyond the end of the file.
     """
     lines = before.splitlines(keepends=True)
     end = b"\r\n" if lines and lines[0].endswith(b"\r\n") else b"\n"
@@ -213,10 +214,10 @@ def patched(before: bytes, changes: Sequence[Change]) -> bytes:
 
 
 def patch_clone(patch: Patch, upstream: Path) -> tuple[list[PatchedFile], list[str]]:
-    """What the patch makes of a clone. Writes nothing.
+    """Apply a patch to the files of a clone, in memory.
 
     Args:
-        patch: ours.
+        patch: our patch.
         upstream: the clone, or any other copy of the repository's files.
 
     Returns:
@@ -226,13 +227,13 @@ def patch_clone(patch: Patch, upstream: Path) -> tuple[list[PatchedFile], list[s
         UserError: the clone's files are not those that the patch is for.
     """
     if not upstream.is_dir():
-        raise UserError(f"{upstream} is no folder. {_get_a_clone(patch)}")
+        raise UserError(f"{upstream} is not a folder. {_clone_command(patch)}")
     found, wrong, remarks = [], [], []
     for file in patch.files:
         try:
             before = _read(upstream / file.path)
         except FileNotFoundError:
-            wrong.append(f"{file.path} is not there{_seen_elsewhere(upstream, file.path)}")
+            wrong.append(f"{file.path} is not there{_moved_hint(upstream, file.path)}")
             continue
         except OSError as error:
             raise UserError(f"cannot read {upstream / file.path}: {error.strerror}") from error
@@ -241,37 +242,37 @@ def patch_clone(patch: Patch, upstream: Path) -> tuple[list[PatchedFile], list[s
             continue
         found.append(PatchedFile(file.path, before, patched(before, file.changes)))
         if _with_lf(before) != before:
-            remarks.append(f"{file.path} has CRLF line ends; apart from them it is the pinned file, and ours end alike")
-    commit = _commit_of(upstream)
+            remarks.append(f"{file.path} has CRLF line ends, and so will our lines; otherwise it is the pinned file")
+    commit = _checked_out_commit(upstream)
     if wrong:
-        raise UserError(_not_the_pinned_one(patch, upstream, wrong, commit))
+        raise UserError(_wrong_files_message(patch, upstream, wrong, commit))
     if commit not in (None, patch.commit):
         remarks.append(
-            f"{upstream} is at commit {commit[:12]}, not at {patch.commit[:12]}. The files that change are the same in "
-            "both; others may not be"
+            f"{upstream} is at commit {commit[:12]}, not at {patch.commit[:12]}. The patched files are the "
+            "same in both; others may differ"
         )
     return found, remarks
 
 
 def apply_patch(patch: Patch, upstream: Path, out: Path) -> list[str]:
-    """Writes a patched copy of a clone.
+    """Write a patched copy of a clone.
+
+    A signal that would end the process does so after the unfinished copy is deleted.
 
     Args:
-        patch: ours.
-        upstream: the clone; nothing in it changes.
-        out: a folder that does not exist yet, or is empty. It gets the clone's files, without `.git`.
+        patch: our patch.
+        upstream: the clone, which stays as it is.
+        out: a folder that is empty or does not exist yet. It receives the clone's files, without `.git`.
 
     Returns:
         Remarks for the user.
 
     Raises:
         UserError: the clone's files are not those that the patch is for, or `out` cannot be written.
-
-    A signal that ends the process does so once the unfinished copy is deleted.
     """
     found, remarks = patch_clone(patch, upstream)
     if out.resolve().is_relative_to(upstream.resolve()):
-        raise UserError(f"--out {out} is inside the clone {upstream}, which stays as it is. Choose a folder outside")
+        raise UserError(f"--out {out} is inside the clone {upstream}, which must not change. Choose a folder outside")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already, and is not overwritten. Choose another --out, or delete it")
@@ -294,7 +295,7 @@ def apply_patch(patch: Patch, upstream: Path, out: Path) -> list[str]:
 
 
 def is_patched_copy(patch: Patch, upstream: Path, copy: Path) -> bool:
-    """Whether a folder holds what `apply_patch()` writes, whatever else it holds.
+    """Return whether a folder holds the files that `apply_patch()` writes. It may hold others, too.
 
     Raises:
         UserError: the clone's files are not those that the patch is for, or something cannot be read.
@@ -302,7 +303,7 @@ def is_patched_copy(patch: Patch, upstream: Path, copy: Path) -> bool:
     contents = {file.path: file.after for file in patch_clone(patch, upstream)[0]}
     try:
         for folder, names, files_here in os.walk(upstream):
-            names[:] = [name for name in names if name not in _LEFT_OUT]
+            names[:] = [name for name in names if name not in _NOT_COPIED]
             for name in files_here:
                 if (Path(folder) / name).is_symlink():
                     continue
@@ -317,10 +318,10 @@ def is_patched_copy(patch: Patch, upstream: Path, copy: Path) -> bool:
 
 
 def check_packages(repository: str, names: Iterable[str]) -> None:
-    """Refuses what would not find the packages that it imports, as pip calls them.
+    """Check that the packages that a repository's code imports are installed; their names are those on PyPI.
 
     Raises:
-        UserError: one of them is not installed.
+        UserError: a package is missing.
     """
     missing = []
     for name in names:
@@ -333,14 +334,14 @@ def check_packages(repository: str, names: Iterable[str]) -> None:
 
 
 def diff_lines(file: PatchedFile) -> list[str]:
-    """The unified diff of a file, as `git apply` and `patch -p1` take it; every line with its end."""
+    """Return the unified diff of a file, as `git apply` and `patch -p1` take it. Every line has its line end."""
     before, after = (part.decode("utf-8").splitlines(keepends=True) for part in (file.before, file.after))
     lines = difflib.unified_diff(before, after, f"a/{file.path}", f"b/{file.path}")
     return [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines]
 
 
 def markdown_table() -> str:
-    """Every difference of the patched trainers from their upstreams, as it stands in patches/README.md."""
+    """Return the table of all our changes to the upstreams, as it stands in patches/README.md."""
     sections = []
     for method in patches():
         patch = load_patch(method)
@@ -364,16 +365,16 @@ def _with_lf(content: bytes) -> bytes:
     return content.replace(b"\r\n", b"\n")
 
 
-def _seen_elsewhere(upstream: Path, path: str) -> str:
-    """Where the clone has a file of that name instead, if it is the only one."""
+def _moved_hint(upstream: Path, path: str) -> str:
+    """Return a hint at a file of the same name elsewhere in the clone, if there is exactly one."""
     name = path.rpartition("/")[2]
     others = [found.relative_to(upstream).as_posix() for found in upstream.rglob(name)]
     return f" (but {others[0]} is: moved, or is --upstream not the top folder?)" if len(others) == 1 else ""
 
 
-def _commit_of(clone: Path) -> str | None:
-    """The commit that is checked out; None where git does not say, as in an unpacked archive."""
-    if not (clone / ".git").exists():  # else git would answer for a repository around it
+def _checked_out_commit(clone: Path) -> str | None:
+    """Return the commit that is checked out; None where git does not know, as in an unpacked archive."""
+    if not (clone / ".git").exists():  # git would answer for a repository around it
         return None
     try:
         done = subprocess.run(["git", "-C", clone, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -382,32 +383,32 @@ def _commit_of(clone: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def _not_the_pinned_one(patch: Patch, upstream: Path, wrong: list[str], commit: str | None) -> str:
+def _wrong_files_message(patch: Patch, upstream: Path, wrong: list[str], commit: str | None) -> str:
     message = f"{upstream} is not {patch.repository} at commit {patch.commit[:12]}: {', '.join(wrong)}."
     if commit is None:
-        return f"{message} {_get_a_clone(patch)}"
+        return f"{message} {_clone_command(patch)}"
     if commit == patch.commit:
         return (
-            f"{message} It has local changes. Put them aside with `git -C {upstream} stash`, or leave them and take a "
+            f"{message} It has local changes. Stash them with `git -C {upstream} stash`, or keep them and add a "
             f"second tree: git -C {upstream} worktree add OTHER {patch.commit}"
         )
-    return f"{message} It is at {commit[:12]}. Get the pinned one: git -C {upstream} checkout {patch.commit}"
+    return f"{message} It is at {commit[:12]}. Check out the pinned commit: git -C {upstream} checkout {patch.commit}"
 
 
-def _get_a_clone(patch: Patch) -> str:
+def _clone_command(patch: Patch) -> str:
     return f"Get a clone: git clone {patch.upstream} DIR && git -C DIR checkout {patch.commit}"
 
 
 class _Interrupted(BaseException):
-    """Unwinds the copying of files after a signal."""
+    """Stops the copying of files after a signal."""
 
 
 @contextmanager
 def _signals_deferred() -> Iterator[Callable[[], None]]:
-    """Holds back signals that would end the process, and sends them on at the end of the block.
+    """Defer signals that would end the process until the end of the block.
 
     Yields:
-        A function to call where the block may be left: it does so after a signal.
+        A function to call wherever the block may stop; after a signal it leaves the block.
     """
     received: list[int] = []
 
@@ -416,9 +417,9 @@ def _signals_deferred() -> Iterator[Callable[[], None]]:
             raise _Interrupted
 
     before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows no handlers in the others
+    if threading.current_thread() is threading.main_thread():  # other threads may not install handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 before[number] = signal.signal(number, lambda number, _: received.append(number))
     interrupted = False
     try:
@@ -435,15 +436,21 @@ def _signals_deferred() -> Iterator[Callable[[], None]]:
 
 
 def _read(path: Path) -> bytes:
-    """A regular file's content. OSError: it is something else, such as a named pipe, or cannot be read."""
+    """Return the content of a regular file. Raises OSError for anything else, such as a named pipe."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()
 
 
 def _copy_tree(source: Path, target: Path, contents: dict[Path, bytes], check: Callable[[], None]) -> None:
-    """Copies files, except `.git`; those in `contents` get that content instead of their own. `check` is called after
-    each file."""
+    """Copy a tree of files without `.git`, and make the copy writable.
+
+    Args:
+        source: folder to copy.
+        target: folder that receives the files; it exists.
+        contents: new contents of some files, by their path in `source`.
+        check: called after each file.
+    """
 
     def copy(file: str, to: str) -> None:
         if Path(file) in contents:
@@ -455,13 +462,13 @@ def _copy_tree(source: Path, target: Path, contents: dict[Path, bytes], check: C
             shutil.copy2(file, to)
         check()
 
-    ignored = shutil.ignore_patterns(*_LEFT_OUT)
+    ignored = shutil.ignore_patterns(*_NOT_COPIED)
     shutil.copytree(source, target, symlinks=True, ignore=ignored, copy_function=copy, dirs_exist_ok=True)
     _make_writable(target)
 
 
 def _make_writable(folder: Path) -> None:
-    """Lets the owner write a copy of a read-only clone. Folders first: what is in a closed one cannot be opened."""
+    """Give the owner write permission in a copy of a read-only clone. Folders first, or they could not be opened."""
     for inside, _, names in os.walk(folder):
         for path in (Path(inside), *(Path(inside) / name for name in names)):
             if not path.is_symlink():

@@ -1,9 +1,10 @@
-"""What the patched originals need besides `select()` and `rescue()`: more views of an image from the original's own
-transforms, random choices that are a step's own, strong views of chosen images, and what a network made on its way.
+"""Helpers that the patched originals import besides `select()` and `rescue()`.
 
-The lines in patches/ import this; it works as well in any trainer over a torchvision dataset.
+They sample more views of an image with the original's own transforms, seed the random choices of a step, make strong
+views of chosen images, and collect a module's outputs during a forward pass. They work in any trainer that reads a
+torchvision dataset.
 
-# k images that are rescued
+# k rescued images
 """
 
 import copy
@@ -27,27 +28,27 @@ Transform = Callable[[Any], Any]
 
 
 class Views:
-    """An image transform that gives a list of views: so many of the first transform, then of the second, and so on.
+    """Image transform that returns a list of views, transform after transform.
 
     Args:
-        groups: transforms of one image, each with the number of its views.
+        groups: transforms of one image, each with its number of views.
     """
 
     def __init__(self, *groups: tuple[Transform, int]) -> None:
         self.groups = groups
 
     def __call__(self, image: Any) -> list[Any]:
-        """The views, in order."""
+        """Return the views, in order."""
         return [transform(image) for transform, count in self.groups for _ in range(count)]
 
 
 def candidate_crops(transform: Any, num_global: int, num_local: int) -> Views:
-    """Candidates by the transforms of DINO's augmentation class, in the order of the crops that they may become.
+    """Return a transform that samples candidates for the crops of DINO's augmentation class, in the crops' order.
 
     Args:
-        transform: has `global_transfo1`, `global_transfo2` and `local_transfo`, as DINO's and iBOT's.
+        transform: an instance of DINO's or iBOT's class, with `global_transfo1`, `global_transfo2`, `local_transfo`.
         num_global: candidates for each of the two global crops.
-        num_local: candidates for the local crops, all together.
+        num_local: candidates for all local crops together.
     """
     counts = num_global, num_global, num_local
     transforms = transform.global_transfo1, transform.global_transfo2, transform.local_transfo
@@ -55,33 +56,35 @@ def candidate_crops(transform: Any, num_global: int, num_local: int) -> Views:
 
 
 def allow_plain_checkpoints() -> None:
-    """Lets `torch.load()` read checkpoints that hold arguments and NumPy's numbers besides tensors.
+    """Allow `torch.load()` to read checkpoints that hold command line arguments and NumPy numbers besides tensors.
 
-    DINO's and iBOT's do, and PyTorch after 2.5 refuses them. Nothing from a file is executed all the same.
+    DINO's and iBOT's checkpoints do, and PyTorch after 2.5 refuses them. Loading still executes nothing from the file.
     """
     torch.serialization.add_safe_globals(PLAIN_TYPES)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """What `select()` draws a step's combinations from: the same in all processes, after a resume, and in our trainers.
+    """Return the generator from which `select()` draws a step's combinations.
+
+    It is the same in all processes, after a resume, and in our trainers.
 
     Args:
-        seed: of the run, 0 or more.
+        seed: seed of the run, 0 or more.
         step: optimiser step, counted from 0.
     """
     return torch.Generator().manual_seed(mix(seed, step))
 
 
 class Rescuable(Dataset[tuple[Any, int]]):
-    """A dataset whose images can be asked for again, as strong views: it gives (views, index) for (views, label).
+    """Dataset that also makes strong views of its images. Its items are (views, index) in place of (views, label).
 
     Args:
         dataset: a torchvision dataset of Pillow images, with its transforms.
         size: height and width of a strong view, pixels.
-        crop_scale: area of its crop, as a fraction of the image's, (min, max).
-        interpolation: of its resize, as the original's.
-        seed: of the strong views, 0 or more.
-        normalized: by ImageNet's mean and standard deviation; otherwise in [0, 1].
+        crop_scale: area of a strong view's crop, as a fraction of the image's area, (min, max).
+        interpolation: interpolation of the resize; the original's.
+        seed: seed of the strong views, 0 or more.
+        normalized: normalise strong views by ImageNet's mean and standard deviation; otherwise they are in [0, 1].
     """
 
     def __init__(
@@ -112,11 +115,11 @@ class Rescuable(Dataset[tuple[Any, int]]):
         return {**self.__dict__, "_strong": None}  # threads do not travel to loader workers
 
     def strong_views(self, epoch: int, index: Tensor) -> Tensor:
-        """Strong views of images, made here and now by a few threads.
+        """Make strong views of images at once, in a few threads.
 
         Args:
-            epoch: or step; with the index it says what a view looks like.
-            index: [k] int64, of images of the dataset.
+            epoch: epoch or step; together with the index it determines a view.
+            index: indices of images in the dataset, [k] int64.
 
         Returns:
             [k, 3, size, size] float32 on the CPU.
@@ -136,7 +139,7 @@ class _Images:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = copy.copy(dataset)
-        # torchvision's own call the first of these, a VisionDataset of one's own the second
+        # torchvision's own datasets call the first of these, other subclasses of VisionDataset the second
         self.dataset.transform = self.dataset.transforms = None
 
     def __len__(self) -> int:
@@ -153,19 +156,19 @@ class _Images:
 
 
 class IndexedCollate:
-    """A collate function that makes a dict, and adds to it, as `index`, which images of a `Rescuable` these are."""
+    """Collate function that adds the images' indices in a `Rescuable` to the dict that another one returns."""
 
     def __init__(self, collate: Callable[[Any], Mapping[str, Any]]) -> None:
         self.collate = collate
 
     def __call__(self, samples: Sequence[tuple[Any, int]]) -> dict[str, Any]:
-        """What `collate` makes of the samples, and `index` [B] int64."""
+        """Return the dict of `collate`, with `index` [B] int64 added."""
         return {**self.collate(samples), "index": torch.tensor([index for _, index in samples])}
 
 
 @contextmanager
 def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a module makes while this is open, call by call, with gradient."""
+    """Collect a module's outputs inside the block, call by call, with gradient."""
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:

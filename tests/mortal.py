@@ -43,8 +43,8 @@ def _run(arguments: list[str], after: int, moment: float | str, log: Path) -> No
         else:
             patch.setattr(run, "save_checkpoint", _write_half)
 
-    def recording(self: Run, *loss: Any, **values: Any) -> None:
-        record(self, *loss, **values)
+    def recording(self: Run, **values: Any) -> None:
+        record(self, **values)
         if self.step + 1 == after:
             prepare()
 

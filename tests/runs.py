@@ -16,8 +16,8 @@ from rich.console import Console
 from hvp.common.config.resolving import read_yaml, resolve
 from hvp.common.config.sections import RunConfig
 from hvp.common.training.checkpoint import load_checkpoint
+from hvp.common.training.loading import Masks, build_loader, open_training_data
 from hvp.common.training.run import Run
-from hvp.common.training.session import Masks, build_loader, open_training_data
 from hvp.common.views import ViewBatch
 from hvp.methods import get_method, get_preset
 
@@ -94,10 +94,10 @@ def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> 
     """Call `act` while this step (counted from 1) is in progress, before it is recorded."""
     record = Run.record
 
-    def recording(run: Run, *loss: Any, **values: Any) -> None:
+    def recording(run: Run, **values: Any) -> None:
         if run.step + 1 == step:
             act()
-        record(run, *loss, **values)
+        record(run, **values)
 
     patch.setattr(Run, "record", recording)
 

@@ -57,9 +57,11 @@ from hvp.common.errors import Stopped
 from hvp.common.training import checkpoint, log, signals
 from hvp.common.training.checkpoint import load_checkpoint, save_checkpoint
 from hvp.common.training.distributed import World
+from hvp.common.training.folder import claimed
+from hvp.common.training.loading import build_loader, open_training_data
 from hvp.common.training.precision import Precision
-from hvp.common.training.run import Run, Stateful, claimed
-from hvp.common.training.session import build_loader, open_training_data
+from hvp.common.training.rescuing import Rescuer
+from hvp.common.training.run import Run
 from hvp.methods.simsiam.config import SimSiamConfig
 from tests.faults.commands import children
 from tests.mortal import run_until_killed
@@ -158,7 +160,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(whole, tmp_path):
     process = start("resume", out)
     said = process.communicate()[1]
     assert process.returncode == 0, said
-    assert "going on after step" in said
+    assert "continuing after step" in said
     assert_finished_like(out, whole)
 
 
@@ -185,9 +187,9 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(hvp, whole, monkeypatch
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         stopped, said = hvp(*QUICK, "--save-every", "0", "--out", "run")
     assert stopped == code
-    again = "; press again to stop without" if number == signal.SIGINT else ""
+    again = "; press again to stop without saving" if number == signal.SIGINT else ""
     assert "".join(acknowledged).strip() == f"{number.name}: stopping after this step, saving{again}"
-    assert f"{number.name}: stopped after step 3 of 10. Go on with: hvp resume run" in said
+    assert f"{number.name}: stopped after step 3 of 10. Continue with: hvp resume run" in said
     assert step_of(tmp_path / "run") == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert hvp("resume", "run")[0] == 0
@@ -265,7 +267,7 @@ def test_interrupts_at_any_moment_leave_no_traceback(whole, tmp_path, moment):
     out = tmp_path / "run"
     arguments = [*QUICK, "--epochs", "200", "--workers", "1", "--out", out]
     said = interrupt(*arguments, seconds=0.4 + 8 * choose.random(), again=choose.choice([None, 0.4 * choose.random()]))
-    assert said.count("SIGINT: stopping after this step, saving; press again to stop without") <= 1
+    assert said.count("SIGINT: stopping after this step, saving; press again to stop without saving") <= 1
     if (out / "last.pt").exists():
         step_of(out)
 
@@ -310,10 +312,10 @@ def test_the_previous_checkpoint_replaces_a_damaged_one(hvp, run, whole, damage)
     damage_checkpoint(last, damage)  # `gone` is a crash between the two renames of a save
     code, said = hvp("resume", run)
     assert code == 0
-    assert "going on after step 9 of 10" in said
+    assert "continuing after step 9 of 10" in said
     if damage != "gone":
         assert f"{last}: is " in said
-        assert f"Taking {run / 'previous.pt'} of step 9 instead" in said
+        assert f"Using {run / 'previous.pt'} of step 9 instead" in said
     assert_finished_like(run, whole)
     assert load_checkpoint(run / "previous.pt")["step"] == 9  # never replaced by the damaged one
 
@@ -324,9 +326,9 @@ def test_unreadable_checkpoints_are_named_and_kept(hvp, run):
     code, said = hvp("resume", run)
     assert code == 2
     for name in ("last.pt", "previous.pt"):
-        assert f"{run / name}: is truncated, or no checkpoint" in said
+        assert f"{run / name}: is truncated, or not a checkpoint" in said
         assert (run / name).read_bytes() == b"PK\x03\x04 half a file"
-    assert "No checkpoint of this run can be gone on from. Start over with hvp pretrain --overwrite" in said
+    assert "No checkpoint of this run can be resumed. Start over with hvp pretrain --overwrite" in said
     assert "weights_only" not in said
     shutil.copy(run / "last.pt", run / "epoch0001.pt")
     assert f"Copy {run / 'epoch0001.pt'} to {run / 'last.pt'}" in hvp("resume", run)[1]
@@ -456,12 +458,12 @@ def test_a_folder_removed_during_a_run(hvp, monkeypatch, tmp_path, moment, anew)
 
 
 def test_a_non_finite_loss_never_reaches_the_weights(hvp, monkeypatch, tmp_path):
-    check = Run.check
+    check = Run._check
 
-    def checking(self: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer, **values: float) -> float:
-        return check(self, loss * float("nan") if self.step == 3 else loss, optimizer, **values)
+    def checking(self: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+        return check(self, loss * float("nan") if self.step == 3 else loss, optimizer)
 
-    monkeypatch.setattr(Run, "check", checking)
+    monkeypatch.setattr(Run, "_check", checking)
     code, said = hvp(*QUICK, "--out", "run")
     assert code == 2
     assert re.search(r"step 4: the loss is nan, lr 0\.000\d+\. ", said)
@@ -548,7 +550,7 @@ def test_images_are_found_from_any_folder(hvp, on_images, monkeypatch):
     same = [*QUICK, "--epochs", "1", "--out", run, "--resume", "--data"]
     assert f"path: {images}\n" in (run / "config.yaml").read_text()
     assert load_checkpoint(run / "last.pt")["config"]["data"]["path"] == str(images)
-    assert "going on after step 2 of 2" in hvp("resume", run)[1]
+    assert "continuing after step 2 of 2" in hvp("resume", run)[1]
     (on_images / "link").symlink_to(images)
     assert hvp(*same, on_images / "link")[0] == 0
     (on_images / "file.yaml").write_text("data:\n  path: images\n")
@@ -655,7 +657,7 @@ def test_a_loader_worker_that_dies(hvp, whole, monkeypatch, tmp_path, step):
     assert code == 2
     assert "was killed by SIGKILL" in said
     assert step <= step_of(tmp_path / "run") < STEPS
-    assert f"Step {step_of(tmp_path / 'run')} is saved. Go on with: hvp resume run" in said
+    assert f"Step {step_of(tmp_path / 'run')} is saved. Continue with: hvp resume run" in said
     assert hvp("resume", "run", "--workers", "0")[0] == 0
     assert_finished_like(tmp_path / "run", whole)
 
@@ -694,21 +696,26 @@ def _hang_in_one(out: Path, world: World, report: Report) -> None:
 
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters())
-    parts: dict[str, Stateful] = {"layer": layer, "optimizer": optimizer, "precision": Precision("fp32", CPU)}
+    parts: dict[str, Any] = {"layer": layer, "optimizer": optimizer}
+    precision, console = Precision("fp32", CPU), Console(quiet=True)
     changes = {"data.path": "shapes", "data.shapes.train": 40, "data.workers": 1, "train.epochs": 2}
     config = tiny(SimSiamConfig, "simsiam", SMALL, changes, train__device="cpu")
+    rescuer = Rescuer(config, layer, None, world, CPU)  # type: ignore[arg-type]
     source = open_training_data(config)
     with (
         closing(build_loader(config, source, CPU, world)) as loader,
         claimed(out, world, resume=False, overwrite=False) as claim,
-        Run("simsiam", config, out, claim, loader, parts, CPU, Console(quiet=True), world) as run,
+        Run("simsiam", config, out, claim, loader, parts, layer, precision, rescuer, console, world) as run,
     ):
         try:
             for epoch in run.epochs:
-                for step, _ in run.steps(epoch):
+                for step, (part,) in run.steps(epoch):
                     if step == 1:
                         hang()
-                    run.record(run.check(torch.tensor(0.5), optimizer))
+                    run.views(part)
+                    run.backward(run.model(torch.ones(1, 1)).mean())
+                    run.optimize(optimizer)
+                    run.record()
         except Stopped as stopped:
             report(str(stopped))
             report(run.step)

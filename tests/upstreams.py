@@ -1,5 +1,7 @@
-"""Clones of the original trainers, where the environment variable HVP_UPSTREAMS names the folder that holds them: one
-folder each, called like the method or like the repository."""
+"""Clones of the original trainers, in the folder that the environment variable HVP_UPSTREAMS names.
+
+Each clone has the name of its method or of its repository.
+"""
 
 import os
 from pathlib import Path
@@ -10,17 +12,22 @@ from hvp.patches.patching import Patch
 
 
 def clone_of(patch: Patch) -> Path:
-    """The clone; the test is skipped where there is none."""
+    """Return the clone of a patch's original. Skips the test where there is none."""
     return clone_at(patch.repository, patch.method)
 
 
 def clone_at(repository: str, *names: str) -> Path:
-    """The clone of a repository, in a folder of its name or of one of the given ones; skips as above."""
+    """Return the clone of a repository, in a folder of its name or of one of the given names. Skips as above."""
+    owner, name = repository.split("/")
+    return clone_in(*names, name, f"{owner}+{name}")
+
+
+def clone_in(*folders: str) -> Path:
+    """Return the first of these folders of clones that exists. Skips as above."""
     top = os.environ.get("HVP_UPSTREAMS")
     if not top:
         pytest.skip("HVP_UPSTREAMS names no folder of clones")
-    owner, name = repository.split("/")
-    for folder in (*names, name, f"{owner}+{name}"):
-        if (Path(top) / folder).is_dir():
-            return Path(top) / folder
-    pytest.skip(f"no clone of {repository} in {top}")
+    for folder in folders:
+        if (path := Path(top).resolve() / folder).is_dir():
+            return path
+    pytest.skip(f"{top} has none of {', '.join(folders)}")

@@ -1,9 +1,26 @@
-"""The original trainers: our patches for them, and runs of the patched ones.
+"""Our trainers beside the patched originals, on the same numbers.
 
-patching.py     a patch, applied to the user's own clone; `hvp patch list|check|apply|diff`
-original.py     what `methods/*/original.py` says of an original: its flags, and what it is compared on
-job.py          a configuration of ours as an original's command; `hvp pretrain --engine upstream`
-comparison.py   an original and our trainer on the same numbers; `hvp patch compare --upstream`
-released.py     the selection in HVP's authors' code and ours on the same outputs; `hvp patch compare --hvp-code`
-on_cpu.py       an original's script without what a small machine has not; xformers_on_cpu.py is xFormers for it
+comparison.py       train both on the CPU, from the same weights and on the same batches
+harness.py          the settings of a comparison; X.py holds those of method X
+on_cpu.py           run an original's script on the CPU, with stand-ins for what a small machine lacks
+xformers_on_cpu.py  the stand-in for xFormers
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from hvp.patches.patching import find_patch
+
+if TYPE_CHECKING:
+    from hvp.benchmarks.originals.harness import Harness
+
+
+def get_harness(method: str) -> "Harness":
+    """Return the settings of a comparison with a method's original.
+
+    Raises:
+        UserError: there is no patch for the method.
+    """
+    find_patch(method)
+    harness: Harness = import_module(f"hvp.benchmarks.originals.{method}").HARNESS
+    return harness

@@ -1,4 +1,7 @@
-"""python -m hvp.benchmarks.originals METHOD: our trainer beside the original, our selection beside the authors'."""
+"""Compare our trainer with the patched original, or our selection with HVP's authors':
+
+python -m hvp.benchmarks.originals METHOD --upstream DIR | --hvp-code DIR
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from hvp.benchmarks.originals import get_harness
 from hvp.benchmarks.originals.comparison import LOSS_TOLERANCE, LR_TOLERANCE, PARAMETER_TOLERANCE, compare
+from hvp.benchmarks.originals.harness import Harness
 from hvp.benchmarks.originals.on_cpu import SUBSTITUTED
 from hvp.benchmarks.released import get_released
 from hvp.benchmarks.released.selection import NOTES, REPOSITORY, TOLERANCE, Released, compare_selection
@@ -14,15 +19,12 @@ from hvp.cli.main import reported
 from hvp.cli.output import result_console
 from hvp.common.errors import UserError
 from hvp.methods import get_method
-from hvp.patches import get_original
-from hvp.patches.original import Original
-from hvp.patches.patching import Patch, load_patch
-
-MethodArgument = Annotated[str, typer.Argument(help="The method.", show_default=False)]
+from hvp.patches import get_adapter
+from hvp.patches.patching import load_patch
 
 
 def main(
-    method: MethodArgument,
+    method: Annotated[str, typer.Argument(help="The method.", show_default=False)],
     upstream: Annotated[
         Path | None, typer.Option(help="Your clone of the original repository.", show_default=False)
     ] = None,
@@ -30,25 +32,24 @@ def main(
         Path | None, typer.Option(help="Your clone of automl/hvp, HVP's authors' code.", show_default=False)
     ] = None,
 ) -> None:
-    """Compare with the original trainer, or with HVP's authors' code, or both. On the CPU, at a tiny size.
+    """Compare with the original trainer, with HVP's authors' code, or with both. On the CPU, at a tiny size.
 
     --upstream trains the patched original and our trainer side by side, from the same weights, on the same batches, in
     a minute or two. --hvp-code lets the selection of HVP's authors' code and ours choose from the same network outputs,
     in seconds. Exit code 1 if either differs by more than rounding.
     """
-
     if upstream is None and hvp_code is None:
         raise UserError("nothing to compare with. Give --upstream DIR, --hvp-code DIR, or both")
-    original = upstream and (get_original(method), load_patch(method), upstream)
-    released = hvp_code and (get_released(method), hvp_code)
-    agree = [_compare_selection(method, *released)] if released else []
-    agree += [_compare_training(method, *original)] if original else []
+    harness = get_harness(method) if upstream else None
+    released = get_released(method) if hvp_code else None
+    agree = [_compare_selection(method, released, hvp_code)] if released and hvp_code else []
+    agree += [_compare_training(method, harness, upstream)] if harness and upstream else []
     if not all(agree):
         raise typer.Exit(1)
 
 
-def _compare_selection(method: str, released: "Released", clone: Path) -> bool:
-
+def _compare_selection(method: str, released: Released, clone: Path) -> bool:
+    """Compare the selections, print the result, and return whether they agree."""
     found = compare_selection(released, get_method(method), clone)
     print(
         f"{method}: our selection and that of {REPOSITORY} at {released.commit[:7]}, branch {released.branch}: "
@@ -58,17 +59,18 @@ def _compare_selection(method: str, released: "Released", clone: Path) -> bool:
     for name, part in found.items():
         table.add_row(name, *map(str, (part.images, part.equal, part.ties, part.close)), f"{part.loss:.1e}")
     result_console().print(table)
-    print(f"Tied: other views were chosen, whose loss is the same up to rounding, {TOLERANCE:g}.")
-    print("Close: so is that of the two best combinations, whichever was chosen.")
-    print("There:")
+    print(f"Tied: the two chose different views, whose losses are the same up to rounding, {TOLERANCE:g}.")
+    print("Close: the two best combinations have the same loss up to rounding, whichever was chosen.")
+    print("In the released code:")
     for line in (*NOTES, *released.notes):
         print(f"  {line}")
     return all(part.agrees for part in found.values())
 
 
-def _compare_training(method: str, original: "Original", patch: "Patch", upstream: Path) -> bool:
-
-    found = compare(get_method(method), original, patch, upstream)
+def _compare_training(method: str, harness: Harness, upstream: Path) -> bool:
+    """Compare the trainers, print the result, and return whether they agree."""
+    patch = load_patch(method)
+    found = compare(get_method(method), get_adapter(method), harness, patch, upstream)
     brings = " and ".join(patch.brings)
     print(f"{method}: {found.steps} steps of ours and of {patch.repository} with our patch, both with {brings}.")
     table = Table("", "largest difference", "rounding is up to", box=None)
@@ -79,9 +81,9 @@ def _compare_training(method: str, original: "Original", patch: "Patch", upstrea
     if found.parameters:
         print(f"The tensor that differs most is {found.worst}.")
     same = "the same losses and tensors, bit for bit" if found.untouched else "NOT the same losses and tensors"
-    print(f"With our flags left out, the patched original and the untouched one: {same}.")
+    print(f"Without our flags, the patched and the untouched original have {same}.")
     print("In the original, at run time:")
-    for line in (*SUBSTITUTED, *original.notes):
+    for line in (*SUBSTITUTED, *harness.notes):
         print(f"  {line}")
     return found.agrees
 

@@ -1,9 +1,10 @@
-"""Runs an original trainer's script on the CPU, in one process, with stand-ins for what a small machine has not:
+"""Run an original trainer's script on the CPU, in one process, with stand-ins for what a small machine lacks:
 
     python -m hvp.benchmarks.originals.on_cpu SCRIPT [ARGUMENTS]
 
-SUBSTITUTED lists them. Where the environment variable HVP_GIVEN names a file of `Given`, the script also trains on the
-weights and batches in it, and what it does goes to the file that HVP_TAKEN names. `hvp patch compare` does this.
+SUBSTITUTED lists the stand-ins. If the environment variable HVP_GIVEN names a file that holds a `Given`, the script
+trains on its weights and batches, and the file that HVP_TAKEN names receives the result, a `Taken`. comparison.py uses
+both.
 """
 
 import importlib
@@ -31,55 +32,61 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SUBSTITUTED = (
     "CUDA calls do nothing: .cuda(), .to('cuda'), device='cuda', set_device(), synchronize(); there is one device",
-    "NCCL is Gloo, in a group of one; DistributedDataParallel, FSDP and synchronised batch norm leave the network as "
-    "it is",
+    "NCCL is Gloo, in a group of one; DistributedDataParallel, FSDP and synchronised batch norm change nothing",
     "mixed precision is off",
-    "the first weights and all batches, normalised, are those of our trainer",
-    "torch.hub.list() is empty, so that no network is asked",
+    "the initial weights and all batches, normalised, are those of our trainer",
+    "torch.hub.list() is empty, so nothing is downloaded",
 )
-"""What differs from a run of the script on a GPU."""
+"""Differences from a run of the script on a GPU."""
 
 PACKAGES = ("tensorboardX", "sklearn", "munkres", "omegaconf", "fvcore", "xformers", "timm.models.layers.helpers")
-"""Stood in for where they are missing; none of them takes part in a training step but DINOv2's."""
+"""Packages that get a stand-in where they are missing. Only DINOv2's take part in a training step."""
+
+
+@dataclass(frozen=True)
+class Substitutes:
+    """Parts of an original to replace, by dotted import path. Ours are named by theirs, as `module.function`."""
+
+    functions: dict[str, str] = field(default_factory=dict)
+    """Replacements of the original's functions and classes, for example for sizes that have no flag. A replacement
+    receives the original's function as its first argument."""
+
+    packages: dict[str, str] = field(default_factory=dict)
+    """Replacements of packages that the original imports, whether or not they are installed."""
+
+    learner: str | None = None
+    """Function that receives the network to train as `model`; None: DistributedDataParallel."""
 
 
 @dataclass
 class Given:
-    """What the script is to train on."""
+    """Weights and batches for the script to train on."""
 
     weights: dict[str, Tensor]
-    """State dict of the network that learns, under the original's names."""
+    """State dict of the network to train, under the original's names."""
 
     batches: list[list[Any]]
-    """What the loader gives, by epoch and step."""
+    """Batches of the loader, by epoch and step."""
 
-    replaced: dict[str, str] = field(default_factory=dict)
-    """Functions of the original's, by `module.function`, and what is called instead, which gets the original's function
-    as its first argument: for sizes that there is no flag for."""
-
-    learner: str | None = None
-    """What gets the network that learns, as `model`, by `module.function`; None: DistributedDataParallel."""
-
-    packages: dict[str, str] = field(default_factory=dict)
-    """Packages that it imports, and the module that stands in for each, whether or not it is there."""
+    substitutes: Substitutes = Substitutes()
 
 
 @dataclass
 class Taken:
-    """What the script did."""
+    """Record of the script's training."""
 
     losses: list[float] = field(default_factory=list)
-    """Of every step."""
+    """Loss of every step."""
 
     lrs: list[float] = field(default_factory=list)
     """Learning rate of the first parameter group in every step, before a multiplier of its own."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
-    """The last that it saved."""
+    """The last checkpoint that the script saved."""
 
 
 class StandIns:
-    """Finds the packages that nobody before it has found."""
+    """Import finder of last resort: makes a stand-in for each of PACKAGES that is missing."""
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         if any(name == package or name.startswith(package + ".") for package in PACKAGES):
@@ -93,7 +100,7 @@ class StandIns:
 
 
 class Alone(nn.Module):
-    """DistributedDataParallel of one process."""
+    """Stand-in for DistributedDataParallel in one process."""
 
     weights: dict[str, Tensor] | None = None
 
@@ -108,10 +115,10 @@ class Alone(nn.Module):
 
 
 class Unsharded(nn.Module):
-    """FullyShardedDataParallel of one process: all parameters are whole, and in their own precision."""
+    """Stand-in for FullyShardedDataParallel in one process: all parameters stay whole, in their own precision."""
 
     sharding_strategy = fsdp.ShardingStrategy.NO_SHARD
-    _streams = None  # which PyTorch 2.0 had, and DINOv2's untouched original hands from one to the other
+    _streams = None  # an attribute of PyTorch 2.0 that DINOv2's untouched original copies between networks
 
     def __init__(self, module: nn.Module, **_: object) -> None:
         super().__init__()
@@ -131,7 +138,7 @@ class Unsharded(nn.Module):
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """What a process holds."""
+        """Parameters that this process holds: all of them."""
         return list(self.parameters())
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -147,7 +154,7 @@ class Unsharded(nn.Module):
 
 
 class GivenLoader:
-    """A DataLoader that gives the given batches, an epoch at a time."""
+    """Stand-in for a DataLoader, which yields the given batches, epoch by epoch."""
 
     batches: Iterator[list[Any]]
     num_steps = 0
@@ -163,14 +170,14 @@ class GivenLoader:
 
 
 def substitute() -> None:
-    """Puts the stand-ins for CUDA, NCCL and missing packages in place."""
+    """Install the stand-ins for CUDA, NCCL and missing packages."""
     sys.meta_path.append(StandIns())
     tensor = torch.tensor
     stand_ins: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
         (torch, "tensor", lambda content, device=None, **named: tensor(content, **named)),
         (nn.Module, "cuda", lambda module, *_, **__: module),
-        (nn.Module, "to", staying(nn.Module.to)),
+        (nn.Module, "to", keep_on_cpu(nn.Module.to)),
         (torch.cuda, "set_device", lambda *_: None),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "device_count", lambda: 1),
@@ -188,43 +195,43 @@ def substitute() -> None:
         setattr(owner, name, stand_in)
 
 
-def staying(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`nn.Module.to` for one device: what goes to CUDA stays where it is."""
+def keep_on_cpu(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Wrap `nn.Module.to` so that a move to CUDA does nothing."""
     return lambda module, *where, **named: module if "cuda" in str(where[:1]) else to(module, *where, **named)
 
 
 def train_on(given: Given) -> Taken:
-    """Lets the script train on what is given; what it does is written down in the result."""
+    """Make the script train on the given weights and batches. The result fills while it runs."""
     taken = Taken()
     backward = torch.Tensor.backward
 
-    def see_loss(loss: Tensor, *inputs: Any, **named: Any) -> None:
+    def record_loss(loss: Tensor, *inputs: Any, **named: Any) -> None:
         taken.losses.append(loss.item())
         backward(loss, *inputs, **named)
 
     Alone.weights = given.weights
     GivenLoader.batches, GivenLoader.num_steps = iter(given.batches), len(given.batches[0])
     torch.utils.data.DataLoader = GivenLoader  # type: ignore[assignment,misc]
-    torch.Tensor.backward = see_loss  # type: ignore[assignment]
+    torch.Tensor.backward = record_loss  # type: ignore[assignment]
     torch.save = lambda content, *_, **__: vars(taken).update(checkpoint=content)
 
-    def see_lr(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def record_lr(optimizer: torch.optim.Optimizer, *_: object) -> None:
         first = optimizer.param_groups[0]
         taken.lrs.append(float(first["lr"]) / first.get("lr_multiplier", 1))
 
-    register_optimizer_step_pre_hook(see_lr)
-    for package, module in given.packages.items():
+    register_optimizer_step_pre_hook(record_lr)
+    for package, module in given.substitutes.packages.items():
         sys.modules[package] = importlib.import_module(module)
-    for name, stand_in in given.replaced.items():
+    for name, stand_in in given.substitutes.functions.items():
         home, ours = stand_in.rsplit(".", 1)
         _replace(name, getattr(importlib.import_module(home), ours))
-    if given.learner is not None:
-        _replace(given.learner, partial(_with_weights, given.weights))
+    if given.substitutes.learner is not None:
+        _replace(given.substitutes.learner, partial(_with_weights, given.weights))
     return taken
 
 
 def _replace(name: str, function: Callable[..., Any]) -> None:
-    """Puts a function in the place of the original's `module.function`, which it gets as its first argument."""
+    """Replace the original's `module.function`, which the replacement receives as its first argument."""
     owner, attribute = name.rsplit(".", 1)
     module = importlib.import_module(owner)
     setattr(module, attribute, partial(function, getattr(module, attribute, None)))
@@ -244,17 +251,18 @@ def main() -> None:
     if "HVP_GIVEN" not in os.environ:
         runpy.run_path(str(script), run_name="__main__")
         return
-    taken = train_on(Given(**torch.load(os.environ["HVP_GIVEN"])))
+    given = torch.load(os.environ["HVP_GIVEN"])
+    taken = train_on(Given(**{**given, "substitutes": Substitutes(**given["substitutes"])}))
     runpy.run_path(str(script), run_name="__main__")
-    states = {name: state for name, state in taken.checkpoint.items() if _is_state(state)}
+    states = {name: state for name, state in taken.checkpoint.items() if _is_state_dict(state)}
     save({**vars(taken), "checkpoint": states}, os.environ["HVP_TAKEN"])
 
 
-def _is_state(value: Any) -> bool:
+def _is_state_dict(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 if __name__ == "__main__":
-    from hvp.benchmarks.originals import on_cpu  # the module that others import, and not a second one called __main__
+    from hvp.benchmarks.originals import on_cpu  # the module that others import, not a second copy called __main__
 
     on_cpu.main()

@@ -1,6 +1,7 @@
-"""Stands in for `xformers.ops` where there is no GPU: what DINOv2's networks call of it, computed block by block.
+"""Stand-in for `xformers.ops` without a GPU: the functions that DINOv2's networks call, computed block by block.
 
-Sequences of several lengths run as one, with no attention between them: `BlockDiagonalMask` says where each begins.
+Sequences of several lengths are concatenated into one, with no attention between them. `BlockDiagonalMask` holds their
+boundaries.
 
 # T tokens of all sequences together, n sequences of L tokens each, H heads, d width of a head, D width
 
@@ -19,41 +20,41 @@ from torch import Tensor
 
 
 class BlockDiagonalMask:
-    """Each of the sequences that stand in one row attends to itself alone.
+    """Mask under which each of several concatenated sequences attends only to itself.
 
     Args:
-        lengths: of the sequences, in tokens.
+        lengths: lengths of the sequences, in tokens.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
-        self._batch_sizes: Sequence[int] | None = None  # the original sets it: sequences to split off at a time
+        self._batch_sizes: Sequence[int] | None = None  # set by the original: sequences per split
 
     @classmethod
     def from_seqlens(cls, lengths: Sequence[int]) -> BlockDiagonalMask:
-        """The mask of sequences of these lengths."""
+        """Return the mask for sequences of these lengths."""
         return cls(lengths)
 
     @classmethod
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple[BlockDiagonalMask, Tensor]:
-        """The mask of all sequences of some batches [n, L, ...], and these in one row, [1, T, ...]."""
+        """Return the mask for all sequences of several batches [n, L, ...], and their concatenation [1, T, ...]."""
         mask = cls([batch.shape[1] for batch in tensors for _ in range(len(batch))])
         mask._batch_sizes = [len(batch) for batch in tensors]
         return mask, torch.cat([batch.flatten(0, 1) for batch in tensors])[None]
 
     def split(self, row: Tensor) -> list[Tensor]:
-        """A row [1, T, ...] as batches again, each [n, L, ...]; or each sequence alone where no batch sizes are known.
+        """Split a row [1, T, ...] into its batches, [n, L, ...] each; into sequences where no batch sizes are known.
 
         Raises:
-            ValueError: the row has another number of tokens, or a batch's sequences are not equally long.
+            ValueError: the row has another number of tokens, or the sequences of a batch differ in length.
         """
         sizes = self._batch_sizes or [1] * len(self.lengths)
         ends = list(accumulate(sizes))
         groups = [self.lengths[end - size : end] for size, end in zip(sizes, ends, strict=True)]
         if ends[-1:] != [len(self.lengths)] or any(len(set(group)) != 1 for group in groups):
-            raise ValueError(f"sequences of {self.lengths} tokens are no batches of {list(sizes)}")
+            raise ValueError(f"sequences of {self.lengths} tokens do not form batches of {list(sizes)}")
         if row.shape[:2] != (1, sum(self.lengths)):
-            raise ValueError(f"{list(row.shape)} is no row of {sum(self.lengths)} tokens")
+            raise ValueError(f"{list(row.shape)} is not a row of {sum(self.lengths)} tokens")
         parts = row[0].split([sum(group) for group in groups])
         return [part.unflatten(0, (len(group), -1)) for part, group in zip(parts, groups, strict=True)]
 
@@ -64,7 +65,7 @@ fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
 def memory_efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, of tensors [n, L, H, d]; under a mask of a row [1, T, H, d]."""
+    """Return softmax(q k^T / sqrt(d)) v for tensors [n, L, H, d], or [1, T, H, d] under a mask."""
     if attn_bias is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [n, H, L, d]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -73,17 +74,17 @@ def memory_efficient_attention(
 
 
 def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """The slices along a dimension."""
+    """Return the slices along a dimension."""
     return torch.unbind(x, dim)
 
 
 def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """The chosen rows of some tensors [n, D], one after the other, flat."""
+    """Concatenate chosen rows of several tensors [n, D], flattened."""
     return torch.cat([source[index].flatten() for source, index in zip(sources, indices, strict=True)])
 
 
 def scaled_index_add(
     input: Tensor, index: Tensor, source: Tensor, scaling: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """`input` [n, L, D] with alpha * scaling [D] * source [m, L, D] added to the rows that `index` [m] names."""
+    """Add alpha * scaling [D] * source [m, L, D] to the rows of `input` [n, L, D] that `index` [m] names."""
     return input.index_add(0, index, source if scaling is None else source * scaling, alpha=alpha)

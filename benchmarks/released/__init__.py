@@ -1,4 +1,4 @@
-"""The selection in the code that HVP's authors released, beside ours."""
+"""The selection in the code that HVP's authors released, beside ours: selection.py, and one file per method."""
 
 from importlib import import_module
 from importlib.resources import files
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def get_released(name: str) -> "Released":
-    """Return a method's selection in the released code.
+    """Return the settings of a comparison with the released selection of a method.
 
     Raises:
         UserError: the authors released none for this method.

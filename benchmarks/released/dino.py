@@ -1,4 +1,4 @@
-"""DINO's selection in the code that HVP's authors released, beside ours.
+"""Comparison of our DINO selection with the one that HVP's authors released.
 
 # B images, G global and V candidate crops in all, K prototypes
 """
@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from hvp.benchmarks.originals.harness import normalized_views
 from hvp.benchmarks.released.selection import (
     Choices,
     Network,
@@ -27,14 +28,13 @@ from hvp.common.views import ViewBatch
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.multi_crop import MultiCropWrapper
 from hvp.methods.dino.score import pair_losses as score
-from hvp.patches.original import normalized_views
 
 NUM_GLOBAL, NUM_LOCAL, KEPT_LOCAL = 4, 16, 8
 NUM_VIEWS = NUM_GLOBAL + NUM_LOCAL
 OUT_DIM = 1024
 COMPARISONS = 128
 EPOCH = 5
-TEMPERATURES: dict[str, Any] = {  # in its warm-up
+TEMPERATURES: dict[str, Any] = {  # EPOCH is in their warm-up
     "warmup_teacher_temp": 0.04,
     "teacher_temp": 0.07,
     "warmup_teacher_temp_epochs": 10,
@@ -43,13 +43,13 @@ TEMPERATURES: dict[str, Any] = {  # in its warm-up
 
 
 def random(generator: torch.Generator) -> Outputs:
-    """Logits of student [V, B, K] and teacher [G, B, K], and a centre [1, K]."""
+    """Draw logits of student [V, B, K] and teacher [G, B, K], and a centre [1, K]."""
     student, teacher = (random_outputs(views, generator, OUT_DIM) for views in (NUM_VIEWS, NUM_GLOBAL))
     return {"student": student, "teacher": teacher, "center": torch.randn(1, OUT_DIM, generator=generator) / 10}
 
 
 def network(student: MultiCropWrapper, teacher: MultiCropWrapper, _: DINOLoss, batch: ViewBatch) -> Outputs:
-    """The same of networks; the centre is the mean of the teacher's."""
+    """Return the logits of networks; the centre is the mean of the teacher's logits."""
     views = normalized_views(batch)
     crops = [torch.cat(views[:NUM_GLOBAL]), torch.cat(views[NUM_GLOBAL:])]
     logits = teacher(crops[:1])[0].unflatten(0, (NUM_GLOBAL, -1))
@@ -61,7 +61,7 @@ def network(student: MultiCropWrapper, teacher: MultiCropWrapper, _: DINOLoss, b
 
 
 def theirs(outputs: Outputs) -> Choices:
-    """What the released code selects, of combinations that it draws."""
+    """Return the choices of the released code, among combinations that it draws."""
     pretrain = import_module("pretrain")
     student, teacher = outputs["student"], outputs["teacher"]
     criterion = import_module("utils.dino").DINOLoss(student.shape[2], 2 + KEPT_LOCAL, **TEMPERATURES)
@@ -81,8 +81,8 @@ def theirs(outputs: Outputs) -> Choices:
 
 
 def pair_losses(outputs: Outputs) -> Tensor:
-    """Ours. The networks are stand-ins that give logits, and the last layer leaves them as they are."""
-    copied: Callable[[Tensor], Tensor] = torch.clone  # what it makes is overwritten
+    """Return our pair-loss matrix. The networks are stand-ins that return logits, which the last layer passes on."""
+    copied: Callable[[Tensor], Tensor] = torch.clone  # its result is overwritten
     student: Any = SimpleNamespace(
         embed=lambda _: outputs["student"].flatten(0, 1),
         head=SimpleNamespace(last_layer=SimpleNamespace(frozen=lambda: copied)),
@@ -98,11 +98,11 @@ def pair_losses(outputs: Outputs) -> Tensor:
 RELEASED = Released(
     branch="dino",
     commit="c1c435fe6fdb1703c5a87887970cf856d2172910",
-    function="pretrain.hvs, of what pretrain.index_generator draws",
+    function="pretrain.hvs, on the combinations of pretrain.index_generator",
     slots=Slots((Group((0, 2), 1), Group((1, 3), 1), Group(tuple(range(NUM_GLOBAL, NUM_VIEWS)), KEPT_LOCAL))),
     random=random,
     network=network,
-    compared={
+    values={
         "model.arch": "vit_micro",
         "model.patch_size": 8,
         "model.out_dim": 128,
@@ -118,7 +118,7 @@ RELEASED = Released(
     unit=1 / (2 * (1 + KEPT_LOCAL)),
     notes=(
         f"its score is the sum over {2 * (1 + KEPT_LOCAL)} pairs, our loss the mean",
-        f"it is told to compare {COMPARISONS} combinations; as shipped it compares none, which selects nothing",
-        "it selects in half precision on a GPU, whatever its flags say",
+        f"it is set to compare {COMPARISONS} combinations; as shipped it compares none, and so selects nothing",
+        "it selects in half precision on a GPU, whatever its flags",
     ),
 )

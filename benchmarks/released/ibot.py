@@ -1,4 +1,4 @@
-"""iBOT's selection in the code that HVP's authors released, beside ours.
+"""Comparison of our iBOT selection with the one that HVP's authors released.
 
 # B images, G global and V candidate crops in all, N patches of a global crop, K and K2 prototypes ([CLS] and patches)
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp.benchmarks.originals.harness import normalized_views
 from hvp.benchmarks.released.selection import (
     BATCH_SIZE,
     Choices,
@@ -26,7 +27,6 @@ from hvp.methods.ibot.head import MultiCropWrapper
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.main_ibot import build_masks
 from hvp.methods.ibot.score import loss_matrix
-from hvp.patches.original import normalized_views
 
 NUM_GLOBAL, NUM_LOCAL = 4, 6
 NUM_VIEWS = NUM_GLOBAL + NUM_LOCAL
@@ -38,8 +38,8 @@ WEIGHTS: dict[str, Any] = {"lambda1": 1.0, "lambda2": 0.5}
 
 
 def random(generator: torch.Generator) -> Outputs:
-    """[CLS] logits of student [V, B, K] and teacher [G, B, K], patch logits [G, B, N, K2] of both, masks [G, B, h, w]
-    and the centres [1, K] and [1, 1, K2]. A quarter of the global crops has no masked patch."""
+    """Draw [CLS] logits of student [V, B, K] and teacher [G, B, K], patch logits [G, B, N, K2] of both, masks
+    [G, B, h, w], and the centres [1, K] and [1, 1, K2]. A quarter of the global crops has no masked patch."""
     ratios = torch.rand(NUM_GLOBAL, BATCH_SIZE, 1, 1, generator=generator)
     ratios = torch.where(ratios < 0.25, 0.0, ratios / 2)
     shape = SIDE**2, PATCH_OUT_DIM
@@ -55,7 +55,7 @@ def random(generator: torch.Generator) -> Outputs:
 
 
 def network(student: MultiCropWrapper, teacher: MultiCropWrapper, _: iBOTLoss, batch: ViewBatch) -> Outputs:
-    """The same of networks; the student's patches are 0 where no mask is, and the centres are the teacher's means."""
+    """Return the same outputs of networks. Unmasked patches of the student are 0; centres are the teacher's means."""
     assert batch.masks is not None
     views, masks = normalized_views(batch), batch.masks.flatten(2).flatten(0, 1)
     crops, split = torch.cat(views[:NUM_GLOBAL]), (NUM_GLOBAL, -1)
@@ -79,7 +79,7 @@ def network(student: MultiCropWrapper, teacher: MultiCropWrapper, _: iBOTLoss, b
 
 
 def theirs(outputs: Outputs) -> Choices:
-    """What the released code selects."""
+    """Return the choices of the released code."""
     main_ibot = import_module("main_ibot")
     args = SimpleNamespace(
         use_hvs=True,
@@ -97,29 +97,29 @@ def theirs(outputs: Outputs) -> Choices:
     scores: list[Tensor] = []
     hvs = loss.hvs
 
-    def see_score(*inputs: Any) -> tuple[Tensor, Tensor]:
+    def record_score(*inputs: Any) -> tuple[Tensor, Tensor]:
         score, selected = hvs(*inputs)
         scores.append(score)
         return score, selected
 
-    loss.hvs = see_score
+    loss.hvs = record_score
     teacher = Network(outputs["teacher_cls"], outputs["teacher_patch"])
     student: Any = Network(outputs["student_cls"], outputs["student_patch"])
     student.module = SimpleNamespace(backbone=SimpleNamespace())
     batch = outputs["masks"].shape[1]
     images = marked_images(NUM_GLOBAL, batch, size=2) + marked_images(NUM_LOCAL, batch, size=1, first=NUM_GLOBAL)
-    # Its loader makes masks of all crops, and reads those of the global ones.
+    # Its loader makes masks for all crops; the masks of local crops are not read.
     masks = [*outputs["masks"], *(torch.zeros_like(outputs["masks"][0]) for _ in range(NUM_LOCAL))]
     out, out_masks = main_ibot.hard_view_selection(teacher, student, loss, images, masks, EPOCH, args)
 
     index = views_in(out)
     own = outputs["masks"][index[:, :2].T.clamp(0, NUM_GLOBAL - 1), torch.arange(batch)]  # [2, B, h, w]
-    carried = (own == torch.stack(out_masks)).flatten(2).all(dim=2).all(dim=0)
-    return Choices(torch.where(carried[:, None], index, -1), scores[0])
+    right_masks = (own == torch.stack(out_masks)).flatten(2).all(dim=2).all(dim=0)
+    return Choices(torch.where(right_masks[:, None], index, -1), scores[0])
 
 
 def pair_losses(outputs: Outputs) -> Tensor:
-    """Ours."""
+    """Return our pair-loss matrix."""
     dims = outputs["teacher_cls"].shape[-1], outputs["teacher_patch"].shape[-1]
     loss = iBOTLoss(*dims, 2 + NUM_LOCAL, *CLS_TEMPS, *PATCH_TEMPS, WARMUP_EPOCHS, EPOCHS, **WEIGHTS)
     loss.center.copy_(outputs["center"])
@@ -138,7 +138,7 @@ RELEASED = Released(
     ),
     random=random,
     network=network,
-    compared={
+    values={
         "model.arch": "vit_micro",
         "model.patch_size": 8,
         "model.out_dim": 128,
@@ -158,8 +158,8 @@ RELEASED = Released(
     pair_losses=pair_losses,
     unit=1.0,
     notes=(
-        f"all {NUM_LOCAL} local crops are kept: it can only select global ones",
-        "it selects in half precision on a GPU, whatever its flags say",
+        f"all {NUM_LOCAL} local crops are kept, because it can only select global ones",
+        "it selects in half precision on a GPU, whatever its flags",
     ),
     masks=build_masks,
 )

@@ -1,9 +1,9 @@
-"""The code that HVP's authors released, automl/hvp, beside ours: which views both select from the same network outputs.
+"""Compare our selection with that of automl/hvp, the code that HVP's authors released, on the same network outputs.
+
+`python -m hvp.benchmarks.originals METHOD --hvp-code DIR` prints the comparison. The released code runs in a process of
+its own, because its modules have names such as `data`, `models` and `utils`:
 
     python -m hvp.benchmarks.released.selection FOLDER FUNCTION GIVEN TAKEN
-
-runs the released code alone, in a process of its own, as its modules are called `data`, `models`, `utils`.
-`hvp patch compare --hvp-code` does this.
 
 # B images, V candidate views, T of them targets, S slots of a combination, C combinations
 """
@@ -25,118 +25,117 @@ import torch
 from torch import Tensor
 
 from hvp.benchmarks.originals.comparison import Trainer
+from hvp.benchmarks.originals.harness import comparison_config
 from hvp.benchmarks.originals.on_cpu import substitute
-from hvp.common.config.resolving import resolve
 from hvp.common.errors import UserError
 from hvp.common.hardviews import Slots, combination_losses, select
-from hvp.common.training.run import seeded
-from hvp.common.training.session import Masks, build_loader, open_training_data
-from hvp.patches.original import COMPARED
+from hvp.common.training.loading import Masks, build_loader, open_training_data
+from hvp.common.training.session import seeded
 
 REPOSITORY = "automl/hvp"
 URL = f"https://github.com/{REPOSITORY}"
 
 TOLERANCE = 5e-6
-"""Difference of an image's loss up to which rounding explains it, in units of the loss where that is above 1."""
+"""Largest difference of an image's loss that rounding explains, relative to the loss where that is above 1."""
 
 NOTES = (
-    "the networks are stand-ins that give these outputs, in float32 and on the CPU",
-    "which views it selects is read off the images that it returns",
+    "the networks are stand-ins that return these outputs, in float32 and on the CPU",
+    "the views that it selects are recognised in the images that it returns",
 )
-"""What holds of every comparison."""
+"""Caveats of every comparison."""
 
 NUM_BATCHES = 8
-"""Of random outputs."""
+"""Number of batches of random outputs."""
 
 BATCH_SIZE = 32
 
 Outputs = Mapping[str, Tensor]
-"""What networks made of a batch of candidates, by name."""
+"""Outputs of networks for a batch of candidates, by name."""
 
 
 class Choices(NamedTuple):
-    """What the released code selects."""
+    """Views that the released code selected."""
 
     views: Tensor
-    """[B, S] int64: which view fills each slot of each image; -1 where its results contradict each other."""
+    """Index of the view in each slot of each image, [B, S] int64; -1 where the results contradict each other."""
 
     score: Tensor
-    """[B] float32: its score of them."""
+    """Score of the selected combination, [B] float32."""
 
     combinations: Tensor | None = None
-    """[C, S] int64, if it drew those that it compares."""
+    """Combinations that it drew and compared, [C, S] int64; None: all."""
 
 
 @dataclass(frozen=True)
 class Released:
-    """A method's selection in the released code, and how both are given the same outputs."""
+    """Settings of a comparison with a method's selection in the released code."""
 
     branch: str
     commit: str
     function: str
-    """What selects there, for the reader."""
+    """Name of the function that selects, for the reader."""
 
     slots: Slots
-    """What it selects from: its number and order of views."""
+    """Slots to fill, for its number and order of views."""
 
     random: Callable[[torch.Generator], Outputs]
-    """random(generator): outputs for BATCH_SIZE images that no network made."""
+    """random(generator): random outputs for BATCH_SIZE images."""
 
     network: Callable[..., Outputs]
-    """network(*modules, batch): what the modules of our trainer make of a batch."""
+    """network(*modules, batch): outputs of our trainer's modules for a batch."""
 
-    compared: Mapping[str, Any]
-    """The configuration of those, as far as it differs from COMPARED; by dotted key."""
+    values: Mapping[str, Any]
+    """Configuration values of those modules and batches, besides SHARED_VALUES; by dotted key."""
 
     theirs: Callable[[Outputs], Choices]
-    """What the released code selects. Runs where its modules can be imported."""
+    """theirs(outputs): choices of the released code. Runs where its modules can be imported."""
 
     pair_losses: Callable[[Outputs], Tensor]
-    """Ours: [B, T, V]."""
+    """pair_losses(outputs): our pair-loss matrix, [B, T, V]."""
 
     unit: float
-    """A loss of ours in units of its score."""
+    """Factor from its score to our loss."""
 
     notes: tuple[str, ...]
-    """What it does otherwise, and what is not compared."""
+    """Differences from our selection, and limits of the comparison."""
 
     masks: Callable[[Any], Masks] | None = None
-    """masks(config): what our loader draws besides views."""
+    """masks(config): the masks that our loader draws besides views."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far both selections agree on some batches."""
+    """Agreement of the two selections on several batches."""
 
     images: int
     equal: int
-    """Images for which both chose the same views."""
+    """Number of images for which both chose the same views."""
 
     ties: int
-    """Images for which the released code chose others, whose loss is the same up to rounding."""
+    """Number of images for which the two chose different views, with the same loss up to rounding."""
 
     close: int
-    """Images whose two best combinations have the same loss up to rounding, whatever was chosen."""
+    """Number of images whose two best combinations have the same loss up to rounding, whichever was chosen."""
 
     loss: float
-    """The largest difference of the chosen combination's loss, in units of the loss where that is above 1."""
+    """Largest difference of the chosen combination's loss, relative to the loss where that is above 1."""
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the differences."""
+        """Rounding explains the differences."""
         return self.equal + self.ties == self.images and self.loss <= TOLERANCE
 
 
 def compare_selection(released: Released, ours: Trainer, clone: Path) -> dict[str, Agreement]:
-    """Lets the released code and ours select views, from outputs in float32 on the CPU.
+    """Compare the views that the released code and ours select from the same outputs, in float32 on the CPU.
 
     Args:
-        released: how it is run.
+        released: settings of the comparison.
         ours: our trainer, whose networks make some of the outputs.
-        clone: of automl/hvp, at any commit; nothing in it changes.
+        clone: clone of automl/hvp, at any commit; it stays as it is.
 
     Returns:
-        An agreement for random outputs, and one for those of a network; by a name for the reader.
+        The agreement on random outputs and on a network's outputs, by a name for the reader.
 
     Raises:
         UserError: the clone lacks the commit, or the released code ended with an error.
@@ -155,14 +154,14 @@ def compare_selection(released: Released, ours: Trainer, clone: Path) -> dict[st
 
 
 def check_out(released: Released, clone: Path, out: Path) -> None:
-    """Writes the files of the pinned commit to a new folder, from the clone's objects.
+    """Write the files of the pinned commit to a new folder, from the clone's objects.
 
     Raises:
-        UserError: the clone does not have it.
+        UserError: the clone does not have the commit.
     """
     get = f"git clone {URL} DIR && git -C DIR fetch origin {released.branch}"
     if not clone.is_dir():
-        raise UserError(f"{clone} is no folder. Get a clone: {get}")
+        raise UserError(f"{clone} is not a folder. Get a clone: {get}")
     try:
         found = subprocess.run(["git", "-C", clone, "rev-parse", "--absolute-git-dir"], capture_output=True, text=True)
         if found.returncode:
@@ -177,7 +176,7 @@ def check_out(released: Released, clone: Path, out: Path) -> None:
             )
         archive = subprocess.run([*git, "archive", "--format=tar", released.commit], capture_output=True)
     except OSError as error:
-        raise UserError(f"cannot start git, which reads {clone}: {error.strerror}") from error
+        raise UserError(f"cannot start git to read {clone}: {error.strerror}") from error
     if archive.returncode:
         raise UserError(f"cannot read {clone}: {archive.stderr.decode(errors='replace').strip()}")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
@@ -185,9 +184,9 @@ def check_out(released: Released, clone: Path, out: Path) -> None:
 
 
 def _network_outputs(released: Released, ours: Trainer) -> list[Outputs]:
-    """Of a network with its first weights, on generated images."""
-    values = {"train.batch_size": BATCH_SIZE, "data.shapes.train": 2 * BATCH_SIZE, **released.compared}
-    config = resolve(ours.config, [("comparison", {**COMPARED, **values})]).config
+    """Return outputs of a network with its initial weights, on generated images."""
+    sizes = {"train.batch_size": BATCH_SIZE, "data.shapes.train": 2 * BATCH_SIZE}
+    config = comparison_config(ours.config, {**sizes, **released.values})
     device = torch.device("cpu")
     with seeded(config.train.seed, device):
         modules = ours.build_modules(config, device)
@@ -201,6 +200,7 @@ def _network_outputs(released: Released, ours: Trainer) -> list[Outputs]:
 
 
 def _run_released(released: Released, batches: Sequence[Outputs], work: Path) -> list[Choices]:
+    """Return the choices of the released code, which runs in a process of its own."""
     torch.save([dict(batch) for batch in batches], work / "given.pt")
     function = f"{released.theirs.__module__}:{released.theirs.__name__}"
     files = [str(work / name) for name in ("given.pt", "taken.pt")]
@@ -208,11 +208,12 @@ def _run_released(released: Released, batches: Sequence[Outputs], work: Path) ->
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"the released code ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        raise UserError(f"the released code exited with code {done.returncode}:\n{done.stderr[-2000:]}")
     return [Choices(*chosen) for chosen in torch.load(work / "taken.pt")]
 
 
 def _agreement(released: Released, batches: Sequence[Outputs], chosen: Sequence[Choices]) -> Agreement:
+    """Compare our choices with those of the released code."""
     slots, counts, differences = released.slots, torch.zeros(4, dtype=torch.int64), []
     for outputs, theirs in zip(batches, chosen, strict=True):
         pair_loss = released.pair_losses(outputs)
@@ -222,11 +223,11 @@ def _agreement(released: Released, batches: Sequence[Outputs], chosen: Sequence[
         rounding = TOLERANCE * size
         differences.append((theirs.score * released.unit - ours.loss).abs() / size)
 
-        equal = (_in_order(ours.index, slots) == _in_order(theirs.views, slots)).all(dim=1)
+        equal = (_sorted_in_groups(ours.index, slots) == _sorted_in_groups(theirs.views, slots)).all(dim=1)
         known = (theirs.views >= 0).all(dim=1)
         loss = combination_losses(pair_loss, theirs.views.clamp(min=0)[:, None], slots)[:, 0]
         ties = ~equal & known & (loss >= ours.loss - rounding)
-        different = _in_order(compared, slots).unique(dim=0)
+        different = _sorted_in_groups(compared, slots).unique(dim=0)
         best, second = combination_losses(pair_loss, different, slots).topk(2).values.unbind(1)
         close = best - second <= rounding
         counts += torch.tensor([len(equal), equal.sum(), ties.sum(), close.sum()])
@@ -234,27 +235,27 @@ def _agreement(released: Released, batches: Sequence[Outputs], chosen: Sequence[
     return Agreement(images, num_equal, num_ties, num_close, loss=float(torch.cat(differences).max()))
 
 
-def _in_order(index: Tensor, slots: Slots) -> Tensor:
-    """Combinations [n, S] with the views of a group in order: which of its slots they fill is no matter."""
+def _sorted_in_groups(index: Tensor, slots: Slots) -> Tensor:
+    """Sort combinations [n, S] inside each group, whose slots are interchangeable."""
     parts = index.split([group.kept for group in slots.groups], dim=1)
     return torch.cat([part.sort(dim=1).values for part in parts], dim=1)
 
 
 def marked_images(num_views: int, batch: int, size: int, first: int = 0) -> list[Tensor]:
-    """Images [B, 1, size, size], one tensor a view, whose every pixel says which they are: view * B + image.
+    """Make images [B, 1, size, size], one tensor per view, whose pixels all hold the number view * B + image.
 
     Args:
-        num_views: how many views.
+        num_views: number of views.
         batch: B.
         size: height and width, pixels.
-        first: the number of the first view.
+        first: number of the first view.
     """
     marks = (first * batch + torch.arange(num_views * batch)).float().unflatten(0, (num_views, batch))
     return list(marks[:, :, None, None, None].expand(-1, -1, 1, size, size))
 
 
 def views_in(images: Sequence[Tensor]) -> Tensor:
-    """Which views marked images are: [B, S] int64, -1 where one is another image's, or mixed from several."""
+    """Return the views that marked images are, [B, S] int64; -1 for a view of another image, or a mix of several."""
     marks = torch.stack(list(marks_of(images)), dim=1)  # [B, S]
     batch = len(marks)
     own = (marks % batch == torch.arange(batch)[:, None]) & (marks >= 0)
@@ -262,16 +263,17 @@ def views_in(images: Sequence[Tensor]) -> Tensor:
 
 
 def marks_of(images: Sequence[Tensor]) -> list[Tensor]:
-    """The marks of images, [B] int64 each; -1 of one whose pixels differ."""
+    """Return the numbers in marked images, [B] int64 per tensor; -1 for an image whose pixels differ."""
     flat = [view.flatten(1) for view in images]
     return [torch.where((view == view[:, :1]).all(dim=1), view[:, 0], -1).long() for view in flat]
 
 
 class Network:
-    """Stands in for a network: gives the rows of tables that belong to the marked images it is called with.
+    """Stand-in for a network: returns the rows of tables that belong to the marked images it receives.
 
     Args:
-        tables: [n, B, ...] each, n views. Of images beyond a table's it gives nothing.
+        tables: outputs [n, B, ...], one table or several, for n views each. A table is left out of the result where an
+            image is beyond its views.
     """
 
     device = torch.device("cpu")
@@ -280,7 +282,7 @@ class Network:
         self.tables = [table.flatten(0, 1) for table in tables]
 
     def __call__(self, images: Tensor | Sequence[Tensor], mask: object = None) -> Any:
-        """A tensor of one table; a tuple of several."""
+        """Return a tensor for one table, a tuple for several."""
         rows = torch.cat(marks_of([images] if isinstance(images, Tensor) else images))
         if len(self.tables) == 1:
             return self.tables[0][rows]
@@ -288,14 +290,14 @@ class Network:
 
 
 def agreed(index: Tensor, *others: Tensor) -> Tensor:
-    """`index` where all others are the same, and -1 elsewhere."""
+    """Return `index` where all others are equal to it, and -1 elsewhere."""
     for other in others:
         index = torch.where(index == other.long(), index, -1)
     return index
 
 
 def random_outputs(num_views: int, generator: torch.Generator, *shape: int) -> Tensor:
-    """Normally distributed outputs [num_views, BATCH_SIZE, *shape]; those of an image resemble each other."""
+    """Draw normal outputs [num_views, BATCH_SIZE, *shape]; the views of an image resemble each other."""
     image = torch.randn(BATCH_SIZE, *shape, generator=generator)
     return (image + torch.randn(num_views, BATCH_SIZE, *shape, generator=generator)) / 2**0.5
 
@@ -305,7 +307,7 @@ def main() -> None:
     owner, name = function.split(":")
     theirs = getattr(importlib.import_module(owner), name)
     substitute()
-    random.seed(0)  # of what it draws itself
+    random.seed(0)  # for the numbers that the released code draws
     sys.path.insert(0, folder)
     torch.save([tuple(theirs(outputs)) for outputs in torch.load(given)], taken)
 

@@ -1,4 +1,4 @@
-"""SimCLR's selection in the code that HVP's authors released, beside ours.
+"""Comparison of our SimCLR selection with the one that HVP's authors released.
 
 # B images, D embedding dim
 """
@@ -8,6 +8,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from hvp.benchmarks.originals.harness import normalized_views
 from hvp.benchmarks.released.selection import (
     Choices,
     Network,
@@ -22,7 +23,6 @@ from hvp.common.hardviews import Slots
 from hvp.common.views import ViewBatch
 from hvp.methods.simclr.model import SimCLR
 from hvp.methods.simclr.score import pair_nt_xent
-from hvp.patches.original import normalized_views
 
 NUM_VIEWS = 4
 DIM = 128
@@ -30,18 +30,18 @@ TEMPERATURE = 0.1
 
 
 def random(generator: torch.Generator) -> Outputs:
-    """Projections, [4, B, D]."""
+    """Draw projections, [4, B, D]."""
     return {"z": random_outputs(NUM_VIEWS, generator, DIM)}
 
 
 def network(model: SimCLR, batch: ViewBatch) -> Outputs:
-    """The same of a model."""
+    """Return the projections of a model."""
     z = model(torch.cat(normalized_views(batch))).projection
     return {"z": z.unflatten(0, (NUM_VIEWS, -1))}
 
 
 def theirs(outputs: Outputs) -> Choices:
-    """What the released code selects."""
+    """Return the choices of the released code."""
     images = marked_images(NUM_VIEWS, outputs["z"].shape[1], size=1)
     criterion = import_module("losses").NTXentLoss(TEMPERATURE)
     out, selection, score = import_module("hvs").adversarial_crop_selection(images, Network(outputs["z"]), criterion)
@@ -49,7 +49,7 @@ def theirs(outputs: Outputs) -> Choices:
 
 
 def pair_losses(outputs: Outputs) -> Tensor:
-    """Ours."""
+    """Return our pair-loss matrix."""
     return pair_nt_xent(outputs["z"], TEMPERATURE)
 
 
@@ -60,12 +60,12 @@ RELEASED = Released(
     slots=Slots.from_counts((NUM_VIEWS,), (2,)),
     random=random,
     network=network,
-    compared={"model.arch": "convnet_micro", "optim.warmup_epochs": 1, "views.crop_size": 32},
+    values={"model.arch": "convnet_micro", "optim.warmup_epochs": 1, "views.crop_size": 32},
     theirs=theirs,
     pair_losses=pair_losses,
     unit=0.5,
     notes=(
         "its score is the sum over both orders of a pair, our loss the mean",
-        "it selects in half precision on a GPU, whatever its flags say",
+        "it selects in half precision on a GPU, whatever its flags",
     ),
 )

@@ -1,4 +1,4 @@
-"""SimSiam's selection in the code that HVP's authors released, beside ours.
+"""Comparison of our SimSiam selection with the one that HVP's authors released.
 
 # B images, D projection dim
 """
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from hvp.benchmarks.originals.harness import normalized_views
 from hvp.benchmarks.released.selection import (
     Choices,
     Network,
@@ -23,25 +24,24 @@ from hvp.common.hardviews import Slots
 from hvp.common.views import ViewBatch
 from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.score import negative_cosines
-from hvp.patches.original import normalized_views
 
 NUM_VIEWS = 4
 DIM = 256
 
 
 def random(generator: torch.Generator) -> Outputs:
-    """Predictions and projections, [4, B, D] each."""
+    """Draw predictions and projections, [4, B, D] each."""
     return {"p": random_outputs(NUM_VIEWS, generator, DIM), "z": random_outputs(NUM_VIEWS, generator, DIM)}
 
 
 def network(model: SimSiam, batch: ViewBatch) -> Outputs:
-    """The same of a model."""
+    """Return the predictions and projections of a model."""
     p, z = model.single_forward(torch.cat(normalized_views(batch)))
     return {"p": p.unflatten(0, (NUM_VIEWS, -1)), "z": z.unflatten(0, (NUM_VIEWS, -1))}
 
 
 def theirs(outputs: Outputs) -> Choices:
-    """What the released code selects."""
+    """Return the choices of the released code."""
     images = marked_images(NUM_VIEWS, outputs["p"].shape[1], size=1)
     model = SimpleNamespace(module=SimpleNamespace(single_forward=Network(outputs["p"], outputs["z"])))
     *out, selected, score = import_module("select_crops").select_crops_cross(images, model, None)
@@ -49,7 +49,7 @@ def theirs(outputs: Outputs) -> Choices:
 
 
 def pair_losses(outputs: Outputs) -> Tensor:
-    """Ours."""
+    """Return our pair-loss matrix."""
     return negative_cosines(outputs["p"], outputs["z"])
 
 
@@ -60,7 +60,7 @@ RELEASED = Released(
     slots=Slots.from_counts((NUM_VIEWS,), (2,)),
     random=random,
     network=network,
-    compared={"model.arch": "convnet_micro", "model.dim": 64, "model.pred_dim": 16, "views.crop_size": 32},
+    values={"model.arch": "convnet_micro", "model.dim": 64, "model.pred_dim": 16, "views.crop_size": 32},
     theirs=theirs,
     pair_losses=pair_losses,
     unit=-1.0,

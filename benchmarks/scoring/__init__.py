@@ -1,0 +1,1 @@
+"""Scoring and selecting of each method, `scoring_rows()`, against the procedure as its paper describes it."""

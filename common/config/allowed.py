@@ -1,10 +1,9 @@
-"""The values that a configuration's field takes, in words."""
+"""Descriptions of the values that a configuration field takes."""
 
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic.fields import FieldInfo
 
 
@@ -18,20 +17,6 @@ def is_list(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple
 
 
-def number_limits(field: FieldInfo) -> list[float]:
-    """The ends of the range that a field's numbers are in, allowed or just not; empty where it takes none."""
-    return list(_number_limits(field.annotation, field.metadata))
-
-
-def _number_limits(annotation: Any, metadata: Any) -> Iterator[float]:
-    yield from (limit for name, limit in _bounds(metadata).items() if name in ("ge", "gt", "le", "lt"))
-    if get_origin(annotation) is Annotated:
-        yield from _number_limits(get_args(annotation)[0], get_args(annotation)[1:])
-    elif get_origin(annotation) is not Literal:
-        for each in get_args(annotation):
-            yield from _number_limits(each, ())
-
-
 def _words(annotation: Any, bounds: dict[str, Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -42,10 +27,10 @@ def _words(annotation: Any, bounds: dict[str, Any]) -> str:
     if origin is Literal:
         return str(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        what = _words(arguments[0], {}).replace("number", "numbers", 1)
+        noun = _words(arguments[0], {}).replace("number", "numbers", 1)
         if arguments[-1] is not Ellipsis:
-            return f"two {what}, the smaller one first"
-        return f"a list of {bounds['least']} to {bounds['most']} {what}"
+            return f"two {noun}, the smaller one first"
+        return f"a list of {bounds['min_length']} to {bounds['max_length']} {noun}"
     if annotation in (int, float):
         return ("whole number" if annotation is int else "number") + _range(bounds)
     return {bool: "true or false", str: "text"}[annotation]
@@ -65,21 +50,9 @@ def _number(number: float) -> str:
 
 
 def _bounds(metadata: Any) -> dict[str, Any]:
-    """Limits of a number (ge, gt, le, lt) and of a list's length (least, most)."""
-    names = {
-        annotated_types.Ge: "ge",
-        annotated_types.Gt: "gt",
-        annotated_types.Le: "le",
-        annotated_types.Lt: "lt",
-        annotated_types.MinLen: "least",
-        annotated_types.MaxLen: "most",
-    }
-    attributes = {"least": "min_length", "most": "max_length"}
-    found = {}
-    for limit in _flat(metadata):
-        if name := names.get(type(limit)):
-            found[name] = getattr(limit, attributes.get(name, name))
-    return found
+    """Limits of a number (ge, gt, le, lt) and of a list's length (min_length, max_length)."""
+    names = ("ge", "gt", "le", "lt", "min_length", "max_length")
+    return {name: getattr(limit, name) for limit in _flat(metadata) for name in names if hasattr(limit, name)}
 
 
 def _flat(metadata: Any) -> Iterator[Any]:

@@ -1,14 +1,14 @@
-"""Typed configuration: where values come from, and what is said when one is wrong.
+"""Typed configuration: reading, merging and checking values.
 
 A method's configuration is a tree of `Section`s. Values are merged in the order defaults < preset < configuration file
-< flags and `--set`; every value remembers where it came from, so that `--dry-run` and error messages can say it.
+< flags and `--set`. The source of every value is kept for `--dry-run` and error messages.
 """
 
 import difflib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,7 +22,7 @@ from hvp.common.errors import UserError
 
 
 class Section(BaseModel):
-    """A group of configuration values; the string below a field is its documentation."""
+    """A group of configuration values; the string below a field is its help text."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -35,8 +35,8 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-# Every number has a range that can work. The bounds are generous: they stop what is mistyped or hopeless, such as a
-# crop of 10^25 pixels, before anything is built from it. `hvp.common.training.footprint` looks at their products.
+# Every number has a range. The bounds are generous: they stop mistyped or hopeless values, such as a crop of 10^25
+# pixels, before anything is built from them. `hvp.common.training.footprint` checks their products.
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only, so a tuple must accept one; its items stay strictly typed.
 FractionRange = Annotated[tuple[Fraction, Fraction], Field(strict=False), AfterValidator(_ascending)]
@@ -52,14 +52,14 @@ LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
 Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
 Every = Annotated[int, Field(ge=1, le=10**9)]
-"""Steps between two things that happen."""
+"""Steps between two occurrences of an event."""
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A configuration value and where it came from, for example `preset vits16-100ep` or `--epochs`."""
+    """A configuration value and its source, for example `preset vits16-100ep` or `--epochs`."""
 
     value: Any
     source: str
@@ -73,30 +73,30 @@ class Resolved:
     """The method's configuration object."""
 
     sources: dict[str, str]
-    """Where the value of each dotted key came from."""
+    """Source of each dotted key's value; keys with their default value are missing."""
 
     def values(self) -> Iterator[tuple[str, Any, str]]:
-        """(dotted key, value, source) of every value."""
+        """Yield (dotted key, value, source) for every value."""
         for key, value in flatten(self.config.model_dump(mode="json")).items():
             yield key, value, self.sources.get(key, "default")
 
 
 MAX_CHARACTERS = 100_000
-"""Length of a configuration file; the longest presets have 4000."""
+"""Longest configuration file, characters; the longest presets have 4000."""
 
 MAX_DEPTH = 16
-"""Levels of nesting in a configuration; its own keys have 3."""
+"""Deepest nesting of a configuration, levels; its own keys have 3."""
 
 
-class _NotRead(yaml.MarkedYAMLError):
+class _Refused(yaml.MarkedYAMLError):
     """Valid YAML that no configuration needs."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number, and a key given twice is an error.
+    """YAML loader that reads `1e-6` as a number and refuses duplicate keys.
 
-    Whatever lets a short text stand for a large or endless value, or for anything but text, numbers, lists and
-    mappings, is refused: aliases, tags, deep nesting. No configuration needs them.
+    It also refuses aliases, tags and deep nesting, which no configuration needs: with them a short text can stand for
+    a huge or endless value, or for something other than text, numbers, lists and mappings.
     """
 
     _depth = 0
@@ -105,13 +105,13 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()
         problem = None
         if isinstance(event, yaml.AliasEvent):
-            problem = f"*{event.anchor:.40} refers to another value, which is not read here. Write the value out"
+            problem = f"the alias *{event.anchor:.40} is not supported here. Write the value out"
         elif event.tag is not None:
-            problem = f"the tag {event.tag:.60} is not read here. Write the value without it"
+            problem = f"the tag {event.tag:.60} is not supported here. Write the value without it"
         elif self._depth == MAX_DEPTH:
-            problem = f"nested more than {MAX_DEPTH} levels deep, so it is no configuration"
+            problem = f"nested more than {MAX_DEPTH} levels deep, so it is not a configuration"
         if problem:
-            raise _NotRead(None, None, problem, event.start_mark)
+            raise _Refused(None, None, problem, event.start_mark)
         self._depth += 1
         try:
             return super().compose_node(parent, index)
@@ -136,18 +136,18 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path | Traversable) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is not a regular file, is longer than any configuration, is not valid YAML,
-            or holds no mapping.
+        UserError: the file cannot be read, is not a regular file, is longer than MAX_CHARACTERS, is not valid YAML, or
+            does not hold a mapping.
     """
     try:
         text = _read_regular(path) if isinstance(path, Path) else path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a path that cannot be one
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{path}: is longer than {MAX_CHARACTERS} characters, so it is no configuration")
+        raise UserError(f"{path}: is longer than {MAX_CHARACTERS} characters, so it is not a configuration")
     content = _load(text, str(path))
     if content is None:
         return {}
@@ -157,17 +157,17 @@ def read_yaml(path: Path | Traversable) -> dict[str, Any]:
 
 
 def _read_regular(path: Path) -> str:
-    """The beginning of a regular file, enough to see that it is too long. A pipe may never end, or never begin."""
-    # O_NONBLOCK, as opening a pipe would wait for somebody who writes to it
+    """Read the beginning of a regular file, enough to see that it is too long. A pipe might never end, or begin."""
+    # O_NONBLOCK: opening a pipe would wait for a writer
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError(f"{path}: is not a regular file. Write the values into one, and name it")
+            raise UserError(f"{path}: is not a regular file. Write the values to a regular file")
         content = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 has at most 4 bytes a character
     return content.decode("utf-8", errors="ignore" if len(content) > 4 * MAX_CHARACTERS else "strict")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`a.b=c` as a dotted key and a value, read as YAML.
+    """Split `a.b=c` into a dotted key and a value, which is read as YAML.
 
     Raises:
         UserError: there is no `=`, or the value is not valid YAML.
@@ -179,13 +179,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}. Empty mappings vanish.
+    """Turn {"a": {"b": 1}} into {"a.b": 1}. Empty mappings vanish.
 
     Raises:
-        UserError: a mapping that is nested deeper than any configuration, as one that contains itself is.
+        UserError: the mapping is nested more than MAX_DEPTH levels deep, for example because it contains itself.
     """
     if prefix.count(".") > MAX_DEPTH:
-        raise UserError(f"{prefix:.40}...: nested more than {MAX_DEPTH} levels deep, so it is no configuration")
+        raise UserError(f"{prefix:.40}...: nested more than {MAX_DEPTH} levels deep, so it is not a configuration")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -195,16 +195,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resolve(config_class: type[ConfigT], layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:
-    """Merges layers of values over the defaults and checks the result.
+def resolve(config_class: type[ConfigT], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """Merge layers of values over the defaults and check the result.
 
     Args:
         config_class: the method's configuration.
-        layers: (source, nested or dotted values), the later ones win. The source stands in messages.
+        layers: (source, nested or dotted values); later layers win. Messages name the source.
 
     Raises:
-        UserError: an unknown key, a wrong type or a value that is not allowed; the message names every such key, where
-            it came from, what is allowed, and the nearest match.
+        UserError: a key is unknown, or a value has the wrong type or is not allowed. The message names every such key,
+            its source, the allowed values, and the nearest match.
     """
     values: dict[str, Value] = {}
     for source, layer in layers:
@@ -215,14 +215,14 @@ def resolve(config_class: type[ConfigT], layers: list[tuple[str, Mapping[str, An
     try:
         config = config_class.model_validate(tree)
     except ValidationError as error:
-        problems += dict.fromkeys(_invalid(details, values, known) for details in error.errors())  # each once
+        problems += dict.fromkeys(_invalid(details, values, known) for details in error.errors())  # no duplicates
     if problems:
         raise UserError("\n".join(problems))
     return Resolved(config, {key: value.source for key, value in values.items()})
 
 
 def leaf_keys(config_class: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a configuration with its pydantic field."""
+    """Map every dotted key of a configuration to its pydantic field."""
     keys: dict[str, Any] = {}
     for name, field in config_class.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -233,25 +233,25 @@ def leaf_keys(config_class: type[BaseModel], prefix: str = "") -> dict[str, Any]
 
 
 def to_yaml(config: Section) -> str:
-    """The whole configuration as YAML, readable by `--config`."""
+    """Write the whole configuration as YAML, readable by `--config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """` Did you mean X?`, or nothing when nothing is near."""
+    """Return ` Did you mean X?`, or an empty string if no known word is close."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
 def chosen_keys(key: str | None, known: Mapping[str, Any]) -> list[str]:
-    """The keys that a key or a section's name stands for, all of them where there is none.
+    """Return the keys that a key or a section name selects; None selects all.
 
     Raises:
-        UserError: there is no such key, and no such section.
+        UserError: there is no such key or section.
     """
     chosen = [name for name in known if key is None or name == key or name.startswith(f"{key}.")]
     if key is not None and not chosen:
-        raise UserError(f"unknown key {key}.{_instead(key, known)}")
+        raise UserError(f"unknown key {key}.{_suggestion(key, known)}")
     return chosen
 
 
@@ -263,36 +263,27 @@ OTHER_NAMES = {
     "num_workers": "workers",
     "num_epochs": "epochs",
 }
-"""Names that people bring from elsewhere, and ours."""
+"""Common names elsewhere, and ours."""
 
 
-def nearest_key(key: str, known: Mapping[str, Any]) -> str:
-    """` Did you mean X?` for a key that is none, or nothing when nothing is near: a slip of the keys, a name from
-    elsewhere, a key of another section, or keys of the same section that have all the words of this one."""
+def _suggestion(key: str, known: Mapping[str, Any]) -> str:
+    """Suggest keys for an unknown one: the nearest, or else all keys of its section, or else all sections."""
     section, _, name = key.rpartition(".")
     inside = [each for each in known if each.rpartition(".")[0] == section]
     wanted = OTHER_NAMES.get(name, name)
     words = set(name.split("_"))
-    ways = (
-        [each for each in inside if each.rpartition(".")[2] == wanted],
-        difflib.get_close_matches(key, list(known), n=1, cutoff=0.85),
-        [each for each in known if each.rpartition(".")[2] == wanted][:1],
-        [each for each in inside if words <= set(each.rpartition(".")[2].split("_"))][:3],
+    candidates = (
+        [each for each in inside if each.rpartition(".")[2] == wanted],  # a name from elsewhere
+        difflib.get_close_matches(key, list(known), n=1, cutoff=0.85),  # a typing error
+        [each for each in known if each.rpartition(".")[2] == wanted][:1],  # a key of another section
+        [each for each in inside if words <= set(each.rpartition(".")[2].split("_"))][:3],  # part of a name
         difflib.get_close_matches(key, list(known), n=1, cutoff=0.6),
     )
-    found = next((way for way in ways if way), [])
-    return f" Did you mean {' or '.join(found)}?" if found else ""
-
-
-def _instead(key: str, known: Mapping[str, Any]) -> str:
-    """Suggest keys for an unknown one: the nearest, or those that there are."""
-    if hint := nearest_key(key, known):
-        return hint
-    section = key.rpartition(".")[0]
-    inside = [name for name in known if name.rpartition(".")[0] == section]
+    if found := next(filter(None, candidates), None):
+        return f" Did you mean {' or '.join(found)}?"
     if inside:
         return f" Known there: {', '.join(inside)}."
-    return f" Sections: {', '.join(sorted({name.rpartition('.')[0] for name in known}))}."
+    return f" Sections: {', '.join(sorted({each.rpartition('.')[0] for each in known}))}."
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,13 +302,13 @@ def _unknown(key: str, source: str, known: Mapping[str, Any]) -> str:
     if key in sections:
         inside = ", ".join(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
         return f"{source}: {key} is a section and takes no value itself; its keys are {inside}"
-    return f"{source}: unknown key {key}.{_instead(key, known)}"
+    return f"{source}: unknown key {key}.{_suggestion(key, known)}"
 
 
 def _invalid(details: Any, values: Mapping[str, Value], known: Mapping[str, Any]) -> str:
-    """One sentence for one of pydantic's errors."""
+    """Turn one of pydantic's errors into one sentence."""
     location = [str(part) for part in details["loc"]]
-    # a location goes on inside a list or a union; the key is its longest known beginning
+    # a location continues inside a list or a union; the key is its longest known prefix
     key = next((k for n in range(len(location), 0, -1) if (k := ".".join(location[:n])) in values), ".".join(location))
     if details["type"] == "value_error":
         message = str(details["ctx"]["error"])
@@ -336,13 +327,13 @@ def _invalid(details: Any, values: Mapping[str, Value], known: Mapping[str, Any]
 
 
 def _load(text: str, where: str) -> Any:
-    """The value in a YAML text; `where` opens the message of a UserError."""
+    """Read the value in a YAML text; `where` begins the message of a UserError."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, error.problem or error.context
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        invalid = "" if isinstance(error, _NotRead) else "is not valid YAML: "
+        invalid = "" if isinstance(error, _Refused) else "is not valid YAML: "
         raise UserError(f"{where}: {invalid}{problem}{place}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date, or a number of 5000 digits
         reason = re.sub(r"\s+", " ", str(error)).strip()
@@ -350,7 +341,7 @@ def _load(text: str, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, at most 80 characters of it."""
+    """Format a value for a message, in at most 80 characters."""
     try:
         text = "null" if value is None else repr(value)
     except ValueError:  # Python does not print an integer of more than 4300 digits

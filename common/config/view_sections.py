@@ -1,7 +1,7 @@
-"""The configuration sections of views: multi-crop (DINO and its kin), and two views of one distribution (SimSiam and
-its kin).
+"""Configuration sections of views: multi-crop (DINO, iBOT, DINOv2), and two views of one distribution (SimSiam,
+SimCLR).
 
-A method whose defaults differ declares those fields again.
+A method with other defaults redeclares those fields.
 """
 
 from abc import ABC
@@ -17,30 +17,30 @@ from hvp.common.views import ViewSlot, ViewTransform
 
 
 class ColorConfig(Section):
-    """What happens to the colours of every view."""
+    """Colour augmentation of every view."""
 
     jitter: Fraction = 0.8
     """Probability of colour jitter."""
 
     brightness: Fraction = 0.4
-    """Jitter's brightness factor is drawn from 1 +- this."""
+    """Strength of the brightness jitter: the factor is drawn from 1 +- this."""
 
     contrast: Fraction = 0.4
-    """Jitter's contrast factor is drawn from 1 +- this."""
+    """Strength of the contrast jitter: the factor is drawn from 1 +- this."""
 
     saturation: Fraction = 0.2
-    """Jitter's saturation factor is drawn from 1 +- this."""
+    """Strength of the saturation jitter: the factor is drawn from 1 +- this."""
 
     hue: float = Field(0.1, ge=0, le=0.5)
-    """Jitter's hue shift is drawn from +- this, as a fraction of the circle."""
+    """Strength of the hue jitter: the shift is drawn from +- this, as a fraction of the colour circle."""
 
     grayscale: Fraction = 0.2
-    """Probability of grey."""
+    """Probability of conversion to greyscale."""
 
     def transform(
         self, size: int, scale: Scale, blur: float, interpolation: Literal["bicubic", "bilinear"]
     ) -> ViewTransform:
-        """The distribution of a view with these colours."""
+        """Return the distribution of a view with this colour augmentation."""
         return ViewTransform(
             size=size,
             scale=scale,
@@ -56,7 +56,7 @@ class ColorConfig(Section):
 
 
 class MultiCropViews(ColorConfig):
-    """The distribution of views: two global transforms and a local one."""
+    """Distribution of the views: two global transforms and a local one."""
 
     global_crops_size: CropSize = 224
     """Height and width of a global crop, pixels."""
@@ -65,49 +65,50 @@ class MultiCropViews(ColorConfig):
     """Height and width of a local crop, pixels."""
 
     local_crops_number: int = Field(8, ge=0, le=256)
-    """Local crops that are trained on."""
+    """Local crops per image to train on."""
 
     global_crops_scale: Scale = (0.4, 1.0)
-    """Area of a global crop, as a fraction of the image's, (min, max)."""
+    """Area of a global crop as a fraction of the image's area, (min, max)."""
 
     local_crops_scale: Scale = (0.05, 0.4)
-    """Area of a local crop, as a fraction of the image's, (min, max)."""
+    """Area of a local crop as a fraction of the image's area, (min, max)."""
 
     blur_global1: Fraction = 1.0
     """Probability of blur (sigma 0.1 to 2 pixels) in the first global transform."""
 
     blur_global2: Fraction = 0.1
-    """The same in the second."""
+    """Probability of blur in the second global transform."""
 
     blur_local: Fraction = 0.5
-    """The same in local crops."""
+    """Probability of blur in local crops."""
 
     solarize: Fraction = 0.2
     """Probability of solarisation (threshold 128) in the second global transform."""
 
 
 class MultiCropSelection(SelectionConfig):
-    """Which of the sampled crops are trained on (HVP)."""
+    """Selection of the crops to train on (HVP)."""
 
     global_candidates: int = Field(2, ge=1, le=32)
     """Crops sampled for each of the two global transforms. HVP: 2."""
 
     local_candidates: int = Field(16, ge=0, le=256)
-    """Local crops sampled. HVP: 2 for each that is kept."""
+    """Local crops sampled. HVP: 2 for each one kept."""
 
     global_pairs: Literal["by_transform", "any"] = "by_transform"
-    """One global crop of each transform (HVP's released code), or any two (the paper's count of combinations)."""
+    """Pairs of global crops to compare: one of each transform (`by_transform`, HVP's released code) or any two (`any`,
+    the paper's count of combinations)."""
 
 
 MAX_PATCHES = 256**2
-"""Most patches of a view: those of 4096 pixels in patches of 16."""
+"""Largest number of patches of a view: 4096 pixels a side, in patches of 16."""
 
 
 def check_num_patches(key: str, size: int, patch_size: int) -> None:
-    """Sees to it that a view has not too many patches for a ViT.
+    """Check that a view does not have too many patches for a ViT.
 
     Raises:
-        ValueError: it has.
+        ValueError: it has more than MAX_PATCHES.
     """
     if (patches := (size // patch_size) ** 2) > MAX_PATCHES:
         raise ValueError(
@@ -117,7 +118,7 @@ def check_num_patches(key: str, size: int, patch_size: int) -> None:
 
 
 class MultiCropConfig(RunConfig, ABC):
-    """A run on two global crops, which are targets too, and local ones."""
+    """Configuration of a run on two global crops, which are also targets, and local crops."""
 
     views: MultiCropViews = MultiCropViews()
     selection: MultiCropSelection = MultiCropSelection()
@@ -133,10 +134,10 @@ class MultiCropConfig(RunConfig, ABC):
         return self
 
     def check_patch_size(self, patch_size: int) -> None:
-        """Sees to it that crops are made of whole patches.
+        """Check that crops consist of whole patches, and of no more than a ViT takes.
 
         Raises:
-            ValueError: they are not.
+            ValueError: they do not.
         """
         for key in ("global_crops_size", "local_crops_size"):
             if getattr(self.views, key) % patch_size:
@@ -146,7 +147,7 @@ class MultiCropConfig(RunConfig, ABC):
             check_num_patches(f"views.{key}", getattr(self.views, key), patch_size)
 
     def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: both global transforms, then local crops."""
+        """Views that the loader samples for an image: both global transforms, then local crops."""
         views, selection = self.views, self.selection
         hard = selection.hard_views == "hvp"
         global1 = views.transform(views.global_crops_size, views.global_crops_scale, views.blur_global1, "bicubic")
@@ -163,18 +164,18 @@ class MultiCropConfig(RunConfig, ABC):
         return tuple(slots)
 
     def combination_slots(self) -> Slots:
-        """Which combinations of those views `select()` compares."""
+        """Combinations of those views that `select()` compares."""
         return self.slots_of_crops(diagonal=False)
 
     def logits_bytes(self, images: int, prototypes: int) -> int:
-        """The logits of all crops that are trained on, float32."""
+        """Return the size of the logits of all crops to train on, float32, in bytes."""
         return 4 * images * (2 + self.views.local_crops_number) * prototypes
 
     def slots_of_crops(self, *, diagonal: bool) -> Slots:
-        """The combinations of a global crop of each transform, or of any two, and of local crops.
+        """Return the combinations of two global crops (one of each transform, or any two) and local crops.
 
         Args:
-            diagonal: a global crop also has a loss of its own, as in `Slots`.
+            diagonal: whether a global crop also has a loss against itself, as in `Slots`.
         """
         candidates = [slot.candidates for slot in self.view_slots()]
         kept = [slot.kept for slot in self.view_slots()]
@@ -184,39 +185,39 @@ class MultiCropConfig(RunConfig, ABC):
 
 
 class TwoViews(ColorConfig):
-    """The distribution of views, one for both."""
+    """Distribution of the views, the same for both."""
 
     crop_size: CropSize = 224
     """Height and width of a view, pixels."""
 
     crop_scale: Scale = (0.2, 1.0)
-    """Area of a view, as a fraction of the image's, (min, max)."""
+    """Area of a view's crop as a fraction of the image's area, (min, max)."""
 
     blur: Fraction = 0.5
     """Probability of blur (sigma 0.1 to 2 pixels)."""
 
 
 class PairSelection(SelectionConfig):
-    """Which pair of the sampled views is trained on (HVP)."""
+    """Selection of the pair of views to train on (HVP)."""
 
     candidates: int = Field(4, ge=2, le=64)
-    """Views sampled of every image, of which a pair is kept. HVP: 4, so 6 pairs."""
+    """Views sampled per image, of which one pair is kept. HVP: 4, so 6 pairs."""
 
 
 class TwoViewConfig(RunConfig, ABC):
-    """A run on two views of one distribution."""
+    """Configuration of a run on two views of one distribution."""
 
     views: TwoViews = TwoViews()
     selection: PairSelection = PairSelection()
 
     def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: views of one distribution, of which a pair is kept."""
+        """Views that the loader samples for an image: from one distribution, of which a pair is kept."""
         views = self.views
         transform = views.transform(views.crop_size, views.crop_scale, views.blur, "bilinear")
         num_views = self.selection.candidates if self.selection.hard_views == "hvp" else 2
         return (ViewSlot("view", transform, candidates=num_views, kept=2),)
 
     def combination_slots(self) -> Slots:
-        """Which pairs of those views `select()` compares: all of them."""
+        """Combinations of those views that `select()` compares: all pairs."""
         (slot,) = self.view_slots()
         return Slots.from_counts((slot.candidates,), (slot.kept,))

@@ -1,6 +1,9 @@
-"""Checkpoints in other forms: an upstream trainer's layout and back, and backbones for timm, torchvision, safetensors.
+"""Conversion of checkpoints: to and from an upstream trainer's layout, and of backbones for other libraries.
 
-report.py     what became of every tensor, the file `FILE.meta.json`, and writing nothing over anything
-upstream.py   training checkpoints; a method's folder says how its upstream calls things (`upstream_layout`)
-backbone.py   one network's backbone under the names of another library
+layouts.py               description of an upstream's checkpoints; each method has one (`upstream_layout`)
+training_checkpoints.py  training checkpoints between our layout and an upstream's
+optimizer_state.py       the optimiser's state within these
+runs.py                  a run made from an upstream's checkpoint, which `hvp resume` continues
+backbone.py              one backbone under the names of timm or torchvision, or as safetensors
+report.py                the outcome for every tensor, and the files written: FILE and FILE.meta.json
 """

@@ -1,4 +1,4 @@
-"""A backbone under the names of another library, which loads it strictly and computes the same features."""
+"""Export of a backbone to another library, which loads it strictly and computes the same features."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from hvp.common.convert.report import Account, Became, Converted, tensors_in
+from hvp.common.convert.report import Account, Became, Converted, Fate, tensors_in
 from hvp.common.errors import UserError
-from hvp.common.evaluation.checkpoints import Which, backbone_in, load_complete, misfits, read_content
+from hvp.common.evaluation.backbones import backbone_in
+from hvp.common.evaluation.checkpoints import load_complete, misfits, read_content
+from hvp.common.evaluation.descriptions import Which
 from hvp.common.networks import Encoder, encoder_from_state
 from hvp.common.networks.libraries import to_torchvision
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, SwiGLU
@@ -30,22 +32,14 @@ TIMM_VITS = {
     (768, 12): "vit_base_patch16_224",
     (1024, 24): "vit_large_patch16_224",
 }
-"""timm's networks by width and depth."""
+"""timm's ViTs by width and depth."""
 
 TIMM_REGISTER_VITS = {
     (384, 12): "vit_small_patch14_dinov2",
     (768, 12): "vit_base_patch14_dinov2",
     (1024, 24): "vit_large_patch14_dinov2",
 }
-"""timm's networks with LayerScale."""
-
-TAKEN = {
-    "timm": "ViT-Ti, ViT-S, ViT-B, ViT-L, ResNet-18 and ResNet-50",
-    "torchvision": "ViT-B, ResNet-18 and ResNet-50",
-}
-"""Networks of ours that the libraries have, for messages. torchvision's ViTs have no registers and no LayerScale."""
-
-UNREAD = "stands for masked patches in pretraining; no feature depends on it"
+"""timm's ViTs with LayerScale, by width and depth."""
 
 TORCHVISION_VITS = {
     (768, 12, 12, 16): "vit_b_16",
@@ -53,35 +47,41 @@ TORCHVISION_VITS = {
     (1024, 24, 16, 16): "vit_l_16",
     (1024, 24, 16, 32): "vit_l_32",
 }
-"""torchvision's by width, depth, heads and patch size."""
+"""torchvision's ViTs by width, depth, heads and patch size. They have no registers and no LayerScale."""
+
+SUPPORTED = {
+    "timm": "ViT-Ti, ViT-S, ViT-B, ViT-L, ResNet-18 and ResNet-50",
+    "torchvision": "ViT-B, ResNet-18 and ResNet-50",
+}
+"""Our networks that the libraries have, for messages."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A network of a library, and our weights by its names."""
+    """A library's network, and our weights under its names."""
 
     state: dict[str, Tensor]
-    """Complete: it loads strictly."""
+    """Complete state dict, which loads strictly."""
     load: dict[str, Any]
-    """How to make the network, for `meta.json`: `call` is Python."""
+    """Instructions for `meta.json` to build the network; `call` is Python."""
     build: Callable[[], nn.Module]
-    """Makes the network."""
+    """Builds the network."""
     changed: Mapping[str, str] = field(default_factory=dict)
-    """Our keys whose tensors were computed with, and how."""
+    """Our keys whose tensors were changed, and how."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Our keys that the network has no place for, and why that changes no feature."""
+    """Our keys that the network has no place for, and why this changes no feature."""
 
 
 def export_backbone(path: Path, library: Library, which: Which | None = None) -> Converted:
-    """The backbone in a file, for a library.
+    """Convert the backbone in a file for a library.
 
     Args:
         path: a checkpoint of ours or of an upstream trainer, or a state dict.
-        library: whose names the result has; `safetensors` keeps ours.
+        library: library whose names the result has; `safetensors` keeps ours.
         which: as for `read_backbone_state()`.
 
     Raises:
-        UserError: as `read_backbone_state()`, the weights are incomplete, or the library has no such network.
+        UserError: as for `read_backbone_state()`; or the weights are incomplete, or the library has no such network.
     """
     content = read_content(path)
     state, meta = (found := backbone_in(content, path, which)).state, found.meta
@@ -92,28 +92,15 @@ def export_backbone(path: Path, library: Library, which: Which | None = None) ->
     export = EXPORTS[library](encoder, state)
     if export is None:
         raise UserError(
-            f"{path}: {library} has no network like this one ({_kind(encoder)}); it takes {TAKEN.get(library)}.\n"
-            "    Take --to safetensors, which keeps the names it has here and loads with "
+            f"{path}: {library} has no network like this one ({type(encoder).__name__}, width {encoder.embed_dim}); "
+            f"it has {SUPPORTED.get(library)}.\n    Use --to safetensors, which keeps our names and loads with "
             "hvp.common.evaluation.checkpoints.load_encoder()"
         )
     with torch.device("meta"):
         theirs = export.build().state_dict()
     if problem := misfits(theirs, export.state):
-        raise UserError(f"{path}: does not fit {library}'s network as this version of it is.{problem}")
+        raise UserError(f"{path}: does not fit {library}'s network in the installed version.{problem}")
 
-    account = Account(content, str(path))
-    fates: tuple[tuple[Mapping[str, str], Became], ...] = ((export.changed, "changed"), (export.left_out, "left out"))
-    for reasons, became in fates:
-        for key, why in reasons.items():
-            account.settle(became, only=[state[key]], why=why)
-    read = list(tensors_in(content))
-    if "pos_embed" in state and not any(tensor is state["pos_embed"] for _, tensor in read):  # a file made for timm
-        positions = [tensor for where, tensor in read if str(where[-1]).endswith("pos_embed")]
-        account.settle("changed", only=positions, why="[CLS] has a position here, which is 0")
-    kept = [state[key] for key in state if key not in export.changed and key not in export.left_out]
-    same_names = all(content.get(key) is tensor for key, tensor in export.state.items())
-    account.settle("kept" if same_names else "renamed", only=kept, to="backbone")
-    account.settle("left out", why="not part of this backbone")
     about = {
         "layout": library,
         "method": meta.method,
@@ -123,15 +110,29 @@ def export_backbone(path: Path, library: Library, which: Which | None = None) ->
         "config": meta.config,
         "backbone": {**_facts(encoder, meta.image_size), "load": export.load},
     }
-    return Converted(export.state, account.close(), about)
+    return Converted(export.state, _fates(content, path, state, export), about)
 
 
-def _kind(encoder: Encoder) -> str:
-    return f"{type(encoder).__name__}, width {encoder.embed_dim}"
+def _fates(content: Mapping[str, Any], path: Path, state: Mapping[str, Tensor], export: Export) -> list[Fate]:
+    """Outcome for every tensor of the file; `state` holds those of the backbone under our names."""
+    account = Account(content, str(path))
+    fates: tuple[tuple[Mapping[str, str], Became], ...] = ((export.changed, "changed"), (export.left_out, "left out"))
+    for reasons, became in fates:
+        for key, why in reasons.items():
+            account.settle(became, only=[state[key]], why=why)
+    read = list(tensors_in(content))
+    if "pos_embed" in state and not any(tensor is state["pos_embed"] for _, tensor in read):  # a file made for timm
+        positions = [tensor for where, tensor in read if str(where[-1]).endswith("pos_embed")]
+        account.settle("changed", only=positions, why="a zero position for [CLS] was added")
+    kept = [state[key] for key in state if key not in export.changed and key not in export.left_out]
+    same_names = all(content.get(key) is tensor for key, tensor in export.state.items())
+    account.settle("kept" if same_names else "renamed", only=kept, to="backbone")
+    account.settle("left out", why="not part of this backbone")
+    return account.close()
 
 
 def _facts(encoder: Encoder, image_size: int | None) -> dict[str, Any]:
-    """What a network's user must know besides its name."""
+    """Facts that a user of the network needs besides its name."""
     if isinstance(encoder, VisionTransformer):
         feature, patch_size = "[CLS] token after the last norm", encoder.patch_size
         image_size = encoder.image_size
@@ -153,14 +154,14 @@ def _num_heads(encoder: VisionTransformer) -> int:
 
 
 def _resnet(encoder: ResNet) -> str | None:
-    """Name of a ResNet in both libraries; None for one with CIFAR's stem, which neither has."""
+    """Name of a ResNet in both libraries; None for the one with a stem for CIFAR, which neither has."""
     if encoder.state_dict()["conv1.weight"].shape[-1] != 7:
         return None
     return {2048: "resnet50", 512: "resnet18"}[encoder.embed_dim]
 
 
 def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
-    """timm's ViTs and ResNets have our names, but for registers."""
+    """Export to timm, whose ViTs and ResNets have our names except for registers."""
     theirs = dict(state)
     changed, left_out = {}, {}
     arguments: dict[str, Any] = {"num_classes": 0}
@@ -171,19 +172,19 @@ def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
         arguments["num_heads"] = _num_heads(encoder)
         models = TIMM_VITS
         if isinstance(encoder, RegisterVisionTransformer):
-            left_out["mask_token"] = UNREAD
+            left_out["mask_token"] = "replaces masked patches in pretraining; no feature depends on it"
             del theirs["mask_token"]
             if "blocks.0.ls1.gamma" in state:
                 models = TIMM_REGISTER_VITS
             if encoder.num_registers:
-                # timm gives [CLS] and registers no position: [CLS] takes its own along
+                # timm has no position for [CLS] and registers: add the position of [CLS] to its token
                 arguments |= {"reg_tokens": encoder.num_registers, "no_embed_class": True}
                 theirs["reg_token"] = theirs.pop("register_tokens")
                 theirs["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
                 theirs["pos_embed"] = state["pos_embed"][:, 1:]
-                changed["cls_token"] = "the position of [CLS] is added to it, as timm has it"
-                changed["pos_embed"] = "the position of [CLS] is part of cls_token, as timm has it"
-        if not any(isinstance(module, SwiGLU) for module in encoder.modules()):  # timm's giant has other widths
+                changed["cls_token"] = "the position of [CLS] is added to it, as in timm"
+                changed["pos_embed"] = "the position of [CLS] is part of cls_token, as in timm"
+        if not any(isinstance(module, SwiGLU) for module in encoder.modules()):  # timm's giant has different widths
             model = models.get((encoder.embed_dim, encoder.num_blocks))
     elif isinstance(encoder, ResNet):
         model = _resnet(encoder)
@@ -195,7 +196,7 @@ def _to_timm(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
 
 
 def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | None:
-    """torchvision's ResNets have our names, its ViTs have their own. Its classifier becomes the identity."""
+    """Export to torchvision, whose ViTs have their own names; the classifier is replaced by the identity."""
     arguments: dict[str, Any] = {}
     if isinstance(encoder, ResNet) and (resnet := _resnet(encoder)):
         model, classifier, renamed = resnet, "fc", dict(state)
@@ -219,7 +220,7 @@ def _to_torchvision(encoder: Encoder, state: Mapping[str, Tensor]) -> Export | N
     return Export(renamed, {"model": model, "arguments": arguments, "call": call}, build)
 
 
-def _as_ours(encoder: Encoder, state: Mapping[str, Tensor]) -> Export:
+def _to_safetensors(encoder: Encoder, state: Mapping[str, Tensor]) -> Export:
     return Export(
         dict(state),
         {"call": "encoder, meta = hvp.common.evaluation.checkpoints.load_encoder(Path(FILE))"},
@@ -230,5 +231,5 @@ def _as_ours(encoder: Encoder, state: Mapping[str, Tensor]) -> Export:
 EXPORTS: dict[Library, Callable[[Encoder, Mapping[str, Tensor]], Export | None]] = {
     "timm": _to_timm,
     "torchvision": _to_torchvision,
-    "safetensors": _as_ours,
+    "safetensors": _to_safetensors,
 }

@@ -1,55 +1,53 @@
-"""What became of every tensor of a converted file, and how a conversion is written."""
+"""Report of a conversion: the outcome for every tensor, and writing the result with its description."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
-import torchvision
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from hvp.common.errors import UserError
 from hvp.common.evaluation.descriptions import described_in, sha256
+from hvp.common.evaluation.results import versions
 from hvp.common.training.checkpoint import write_atomically
 
 Became = Literal["kept", "renamed", "changed", "left out"]
+"""Outcome for a tensor; kept and renamed tensors are equal bit for bit."""
 
 Where = tuple[Any, ...]
-"""The keys and positions that lead to a tensor in nested containers."""
+"""Keys and positions that lead to a tensor in nested containers."""
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of tensors that belong together."""
+    """Outcome for a group of tensors."""
 
     group: str
-    """Where they stand in the source: its entry and, of a network, the module."""
+    """Place in the source: the entry and, for a network, the module."""
     tensors: int
+    """Number of tensors."""
     numbers: int
-    """In all these tensors."""
+    """Number of elements in all of them."""
     became: Became
-    """`kept` and `renamed` tensors are equal bit for bit."""
     to: str = ""
-    """Where they stand in the result."""
+    """Place in the result."""
     why: str = ""
-    """Why they were left out or changed."""
+    """Reason for leaving them out or changing them."""
 
 
 @dataclass
 class Account:
-    """The tensors of a file, and what became of them; `close()` finds those of which nothing was said.
+    """Outcome for every tensor of a file; `close()` finds tensors that are not accounted for.
 
     Args:
         content: a checkpoint, or a state dict.
-        source: what messages call it.
+        source: name of the file in messages.
     """
 
     content: Mapping[str, Any]
@@ -68,12 +66,12 @@ class Account:
         to: str = "",
         why: str = "",
     ) -> None:
-        """Says what became of tensors that nothing was said of yet.
+        """Record the outcome for tensors not yet accounted for.
 
         Args:
             became, to, why: as in Fate.
-            under: those below this place; all by default.
-            only: of these, those which are one of `only`, as objects.
+            under: restricts this to tensors below a place; by default all.
+            only: restricts this to these tensors, compared by identity.
         """
         chosen = None if only is None else {id(tensor) for tensor in only}
         groups: dict[str, list[Tensor]] = {}
@@ -85,22 +83,22 @@ class Account:
             self.fates.append(Fate(group, len(members), numbers, became, to, why))
 
     def close(self) -> list[Fate]:
-        """The fates, of all tensors.
+        """Return the fates of all tensors.
 
         Raises:
-            UserError: the file holds tensors that have no place in the result.
+            UserError: the file holds tensors that are not accounted for.
         """
         if self._open:
             names = [".".join(map(str, where)) for where in self._open]
             raise UserError(
-                f"{self.source}: {len(names)} tensors are left over, for which there is no place: "
+                f"{self.source}: {len(names)} tensors have no place in the result: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
         return self.fates
 
 
 def tensors_in(content: Any, where: Where = ()) -> Iterator[tuple[Where, Tensor]]:
-    """The tensors in nested dicts, lists and tuples, and where they are."""
+    """Yield the tensors in nested dicts, lists and tuples, and their places."""
     if isinstance(content, Tensor):
         yield where, content
     elif isinstance(content, Mapping):
@@ -112,7 +110,7 @@ def tensors_in(content: Any, where: Where = ()) -> Iterator[tuple[Where, Tensor]
 
 
 def _group(where: Where) -> str:
-    """A name for the tensors that are reported together: an entry of the checkpoint, and a module in a network."""
+    """Name of the group that a tensor is reported in: an entry of the checkpoint and, in a network, the module."""
     if len(where) == 1:
         return "weights"
     name = str(where[1]).removeprefix("module.")
@@ -121,16 +119,16 @@ def _group(where: Where) -> str:
 
 @dataclass(frozen=True)
 class Converted:
-    """A conversion's result, before it is written."""
+    """Result of a conversion, before it is written."""
 
     content: dict[str, Any]
-    """What the file holds."""
+    """Content of the file."""
     fates: Sequence[Fate]
-    """What became of every tensor of the source."""
+    """Outcome for every tensor of the source."""
     about: Mapping[str, Any]
-    """What else `meta.json` says: method, network, epoch, step, config, how to load it."""
+    """Further entries of `meta.json`: method, network, epoch, step, config, how to load the file."""
     notes: Sequence[str] = ()
-    """What the user should know of the result."""
+    """Notes for the user."""
 
 
 Save = Callable[[Mapping[str, Any], Any], object]
@@ -140,15 +138,15 @@ PICKLED = (".pth", ".pt", ".bin", ".tar")
 
 
 def saver(out: Path, *, state_dict: bool, only_safetensors: bool = False) -> Save:
-    """How a file of that name is written.
+    """Choose the function that writes a file, by the suffix of its name.
 
     Args:
         out: the file.
-        state_dict: what goes into it holds tensors alone, which is all that safetensors takes.
-        only_safetensors: it must be that.
+        state_dict: whether the content is tensors only, as safetensors requires.
+        only_safetensors: whether the file must be safetensors.
 
     Raises:
-        UserError: the name does not end as such a file's does.
+        UserError: the suffix does not fit.
     """
     if out.suffix == ".safetensors" and state_dict:
         return _save_safetensors
@@ -163,15 +161,15 @@ def _save_safetensors(content: Mapping[str, Any], file: Any) -> None:
 
 
 def claim(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Sees to it that a result may be written, before anything is computed.
+    """Check that a result may be written, before anything is computed.
 
     Raises:
-        UserError: `out` is the source, its folder is not there, or it or its description exists already.
+        UserError: `out` is the source, its folder does not exist, or it or its description exists already.
     """
     if out.resolve() == source.resolve():
         raise UserError(f"{out}: is the file to convert. Name another file with --out")
     if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}. Make it first, or name another file with --out")
+        raise UserError(f"{out}: there is no folder {out.parent}. Create it first, or name another file with --out")
     for path in (out, described_in(out)):
         if path.is_dir():
             raise UserError(f"{path}: is a folder. Name a file with --out")
@@ -180,23 +178,18 @@ def claim(out: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def write(converted: Converted, source: Path, out: Path, save: Save) -> None:
-    """Writes a result and its description, each whole or not at all.
+    """Write a result and its description, each completely or not at all.
+
+    The description, `FILE.meta.json`, has the SHA-256 of both files, the result's origin, and every tensor's outcome.
 
     Args:
         converted: the result.
-        source: the file it was made of.
-        out: where it goes; replaced if it exists, see `claim()`.
-        save: as `saver()` gives it.
+        source: the converted file.
+        out: the file to write; replaced if it exists, see `claim()`.
+        save: see `saver()`.
     """
     write_atomically(out, lambda file: save(converted.content, file))
-    meta = described_in(out)
-    about = describe(converted, source, out)
-    write_atomically(meta, lambda file: file.write(json.dumps(about, indent=1, default=str).encode()))
-
-
-def describe(converted: Converted, source: Path, out: Path) -> dict[str, Any]:
-    """What `meta.json` holds: both files with their SHA-256, what the result is, and what became of every tensor."""
-    return {
+    about = {
         "format": "hvp-conversion",
         "version": 1,
         "file": {"name": out.name, "sha256": sha256(out)},
@@ -204,11 +197,7 @@ def describe(converted: Converted, source: Path, out: Path) -> dict[str, Any]:
         **converted.about,
         "tensors": [asdict(fate) for fate in converted.fates],
         "notes": list(converted.notes),
-        "versions": {
-            "hvp": version("hvp"),
-            "torch": str(torch.__version__),
-            "timm": timm.__version__,
-            "torchvision": torchvision.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
+    text = json.dumps(about, indent=1, default=str)
+    write_atomically(described_in(out), lambda file: file.write(text.encode()))

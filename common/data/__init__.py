@@ -13,13 +13,13 @@ __all__ = ["BadImage", "ImageSource", "ShapesOptions", "absolute_dataset", "open
 def open_dataset(
     spec: str, split: Literal["train", "val"], *, shapes: ShapesOptions = ShapesOptions(), labels: bool = False
 ) -> ImageSource:
-    """Open what `--data` names.
+    """Open the dataset that `--data` names.
 
     Args:
-        spec: `shapes` for the embedded dataset (a folder of that name is `./shapes`), or else a folder of images in
-            one of the layouts of `hvp.common.data.folder`.
-        split: which part of it.
-        shapes: how to draw the embedded dataset; folders have no use for it.
+        spec: `shapes` for the embedded dataset (a folder of that name is `./shapes`), or a folder of images in one of
+            the layouts of `hvp.common.data.folder`.
+        split: the part to open.
+        shapes: options of the embedded dataset; folders ignore them.
         labels: whether every image must have a label, as evaluation needs.
 
     Returns:
@@ -34,13 +34,13 @@ def open_dataset(
 
 
 def absolute_dataset(spec: str | None) -> str | None:
-    """Dataset name or path of `--data` that holds in any folder."""
-    # an empty name is no folder, and is refused as such when it is opened
+    """Turn the value of `--data` into one that holds in any working directory."""
+    # an empty name is refused when it is opened
     return os.path.abspath(os.path.expanduser(spec)) if spec and spec != "shapes" else spec
 
 
 def same_dataset(one: object, other: object) -> bool:
-    """Whether two names are of the same dataset, from this folder."""
+    """Whether two values of `--data` name the same dataset, seen from this working directory."""
     if not (isinstance(one, str) and isinstance(other, str)) or "shapes" in (one, other):
         return one == other
     return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))

@@ -3,12 +3,12 @@
 Layouts, for a folder ROOT:
 
 - `ROOT/train/CLASS/*.jpg` and `ROOT/val/CLASS/*.jpg`, as ImageNet;
-- `ROOT/CLASS/*.jpg`, which is a training split alone; so is a ROOT that is itself somebody's `train`;
-- images anywhere in ROOT or ROOT/train, at any depth: no labels, which pretraining does not need.
+- `ROOT/CLASS/*.jpg`, which is a training split alone; so is a ROOT that is itself a `train` folder;
+- images anywhere in ROOT or ROOT/train, at any depth, without labels, which pretraining does not need.
 
-Names decide: a file is an image if it ends like one, whatever it holds, and one that holds something else is reported
-when it is read. Files that end otherwise, .gif among them, are counted and reported when the folder is opened. Names
-that start with a dot are ignored; links are followed.
+The extension decides whether a file is an image. A file with other content is reported when it is read. Files with any
+other extension, including .gif, are counted and reported when the folder is opened. Names that start with a dot are
+ignored; links are followed.
 """
 
 import difflib
@@ -34,33 +34,33 @@ from hvp.common.errors import UserError
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of image files, in lower case; compared without regard to case. Source: torchvision.datasets.folder."""
+"""Extensions of image files, in lower case; compared case-insensitively. Source: torchvision.datasets.folder."""
 
-# By content, which need not agree with the extension: ImageNet holds a PNG called .JPEG, and the web GIFs called .jpg.
-# Not all that Pillow knows, because it hands an EPS to an external program.
+# The content need not match the extension: ImageNet holds a PNG called .JPEG, and the web holds GIFs called .jpg.
+# Not all of Pillow's formats, because it hands an EPS to an external program.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 LAYOUT = "Expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; pretraining needs neither classes nor val."
 
 OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}
-"""What a split is called elsewhere; told to the user, never taken for the split."""
+"""Common names of a split elsewhere; suggested to the user, never opened as the split."""
 
 
 class ImageFolder:
     """The images below one folder, an `ImageSource`.
 
-    Images are sorted, and classes numbered, as torchvision's `ImageFolder` does it: classes by name; in a class by
-    folder, then by file name. There are labels if no image lies directly in the folder; then every folder in it is
-    a class, with images at any depth.
+    Images are sorted and classes numbered as in torchvision's `ImageFolder`: classes by name; within a class by folder,
+    then by file name. There are labels if no image lies directly in the folder; then every folder in it is a class,
+    with images at any depth.
 
-    Paths are kept in one buffer: a million of Python's strings would be copied, page by page, into every forked worker
-    as it counts references to them, and are slow to pickle.
+    Paths are kept in one buffer. A million Python strings would be slow to pickle, and every forked worker would copy
+    them, page by page, as it counts references to them.
 
     Args:
         root: an existing folder.
 
     Raises:
-        UserError: the folder, or one below it, cannot be read; or no image was found.
+        UserError: the folder, or one below it, cannot be read; or there is no image.
     """
 
     def __init__(self, root: str) -> None:
@@ -72,9 +72,9 @@ class ImageFolder:
 
         if others := _others(listings):
             logger.warning(
-                "%s: %s left out, for only %s are read: %s",
+                "%s: left out %s, as only %s are read: %s",
                 _shown(self.root),
-                f"{_count(others.total(), 'file')} {'is' if others.total() == 1 else 'are'}",
+                _count(others.total(), "file"),
                 " ".join(EXTENSIONS),
                 _kinds(others),
             )
@@ -82,7 +82,7 @@ class ImageFolder:
         self._paths = np.frombuffer(b"".join(listing.paths for listing in listings), dtype=np.uint8)
         self._offsets = np.cumsum([0, *(n for listing in listings for n in listing.lengths)], dtype=np.int64)  # [N + 1]
         self.num_loose = counts[0]
-        """Images directly in the folder, so in no class."""
+        """Number of images directly in the folder, which have no class."""
         self.classes: tuple[str, ...] | None = None
         self._labels: NDArray[np.int64] | None = None
         name = f"{_shown(self.root)} ({len(self)} images"
@@ -91,31 +91,29 @@ class ImageFolder:
             number = {class_name: label for label, class_name in enumerate(self.classes)}
             self._labels = np.repeat([number[listing.class_name] for listing in below], counts[1:]).astype(np.int64)
             name += f", {len(self.classes)} class{'es' if len(self.classes) > 1 else ''}"
-            empty = [
-                _shown(self.classes[label])
-                for label in np.flatnonzero(np.bincount(self._labels, minlength=len(number)) == 0)
-            ]
-            if empty:
-                logger.warning("%s: class folders without images: %s", _shown(self.root), _some(empty))
+            empty = np.flatnonzero(np.bincount(self._labels, minlength=len(number)) == 0)
+            if len(empty):
+                names = (_shown(self.classes[label]) for label in empty)
+                logger.warning("%s: class folders without images: %s", _shown(self.root), _some(names))
         self.name = name + ")"
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def path(self, index: int) -> str:
-        """The file of image `index`."""
+        """Return the path of image `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has no image {index}")
         start, stop = self._offsets[index : index + 2]
         return os.path.join(self.root, os.fsdecode(self._paths[start:stop].tobytes()))
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """Decode image `index` as upstream does, by Pillow and without EXIF rotation; uint8 [H, W, 3], RGB.
+        """Decode image `index` as the upstreams do, with Pillow and without EXIF rotation; uint8 [H, W, 3], RGB.
 
         Raises:
-            BadImage: the file cannot be opened or decoded, is no regular file, or is so large that Pillow suspects a
-                decompression bomb.
-            UserError: this process may open no more files.
+            BadImage: the file cannot be opened or decoded, is not a regular file, or is so large that Pillow suspects
+                a decompression bomb.
+            UserError: this process may not open any more files.
         """
         path = self.path(index)
         try:
@@ -125,25 +123,29 @@ class ImageFolder:
             raise
         except Exception as error:  # decoders raise nearly anything on a damaged file
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise UserError(_too_many_files(path)) from error
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                raise UserError(
+                    f"{_shown(path)}: cannot be opened: this process has too many open files.\n"
+                    f"    Allow more (`ulimit -n`, now {limit}), or use fewer workers (--workers)."
+                ) from error
             raise BadImage(_shown(path), _reason(error, path)) from error
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Class of every image, int64 [N]; None if images lie directly in the folder."""
+        """Return the class of every image, int64 [N]; None if images lie directly in the folder."""
         return self._labels
 
     def describe(self, index: int) -> str:
-        """The file's path; in quotes, with escapes, if it holds anything that does not print."""
+        """Return the file's path; quoted and escaped if it has characters that do not print."""
         return _shown(self.path(index))
 
 
 def open_folder(spec: str, split: Literal["train", "val"], *, labels: bool = False) -> ImageFolder:
-    """Find a split in one of the layouts above.
+    """Open a split of a folder in one of the layouts above.
 
     Args:
         spec: the folder, as the user wrote it.
         split: `train` is ROOT/train, or ROOT itself if there are no splits; `val` is ROOT/val.
-        labels: whether to insist on class folders.
+        labels: whether class folders are required.
 
     Raises:
         UserError: the folder is missing, is empty, cannot be read, or lacks the split or the labels asked for.
@@ -162,7 +164,7 @@ def open_folder(spec: str, split: Literal["train", "val"], *, labels: bool = Fal
     source = ImageFolder(folder)
     if folder != root and not has["val"]:
         others = sorted(name for name in _list(root, "").folders if name not in ("train", *OTHER_NAMES["val"]))
-        if others:  # among them perhaps a class that happens to be called train
+        if others:  # perhaps class folders, one of which happens to be called train
             logger.warning("%s: only train is used; also there: %s", _shown(root), _some(map(_shown, others)))
     if labels:
         _check_labels(source, split)
@@ -170,10 +172,10 @@ def open_folder(spec: str, split: Literal["train", "val"], *, labels: bool = Fal
 
 
 class _Quiet:
-    """Pillow's warnings while any thread decodes: corrupt EXIF data, or transparency that is dropped anyway, is nothing
-    a user can act on; a suspected decompression bomb is an error.
+    """Warning filters while any thread decodes: ignore Pillow's warnings, but raise a suspected decompression bomb.
 
-    Filters are the process's, so threads that each set and restored them would restore each other's.
+    A user can do nothing about corrupt EXIF data, or about transparency that is dropped anyway. Filters belong to the
+    process, so threads that each set and restored them would restore each other's.
     """
 
     def __init__(self) -> None:
@@ -200,7 +202,7 @@ _QUIET = _Quiet()
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Pillow's `convert("RGB")`, but with 16-bit grey scaled to 8 bits, where Pillow makes all above 255 white."""
+    """Convert to RGB as Pillow does, but scale 16-bit grey to 8 bits, where Pillow makes all above 255 white."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # I;16 in its byte orders; and I, in which Pillow opens some 16-bit files
@@ -219,34 +221,23 @@ KINDS = {
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """An opener that refuses what may have no end or no beginning, and does not wait for it."""
+    """Open a regular file; refuse anything else without waiting for it, as it may never begin or end."""
     try:
         file = os.open(path, flags | os.O_NONBLOCK)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        kind = os.stat(path).st_mode  # a socket, or a device that is not there
-        raise ValueError(_irregular(kind)) from error
-    if not stat.S_ISREG(kind := os.fstat(file).st_mode):
+        mode = os.stat(path).st_mode  # a socket, or a device that is not there
+    else:
+        mode = os.fstat(file).st_mode
+        if stat.S_ISREG(mode):
+            return file
         os.close(file)
-        raise ValueError(_irregular(kind))
-    return file
-
-
-def _irregular(mode: int) -> str:
-    return f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
-
-
-def _too_many_files(path: str) -> str:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return (
-        f"{_shown(path)}: cannot be opened: this process has too many open files.\n"
-        f"    Allow more (`ulimit -n`, now {limit}), or use fewer workers (--workers)."
-    )
+    raise ValueError(f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
 
 
 def _reason(error: Exception, path: str) -> str:
-    """Why a file did not decode, as part of a sentence."""
+    """Explain why a file did not decode, as part of a sentence."""
     if isinstance(error, UnidentifiedImageError):
         if os.path.getsize(path) == 0:
             return "the file is empty"
@@ -258,7 +249,7 @@ def _reason(error: Exception, path: str) -> str:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What one folder directly holds."""
+    """The direct content of one folder."""
 
     relative: str
     """The folder, relative to the root of the walk; empty for the root."""
@@ -267,16 +258,16 @@ class _Listing:
     """Names of the folders in it."""
 
     paths: bytes
-    """Paths of its images relative to the root, sorted, one after the other without a separator."""
+    """Paths of its images relative to the root, sorted, concatenated without a separator."""
 
     lengths: list[int]
-    """Of these paths, in bytes."""
+    """Lengths of these paths, bytes."""
 
     others: Counter[str]
     """Number of other files by extension."""
 
     identity: tuple[int, int]
-    """Device and inode, by which a link to this folder is known."""
+    """Device and inode, which identify links to this folder."""
 
     @property
     def class_name(self) -> str:
@@ -294,7 +285,7 @@ def _list(root: str, relative: str) -> _Listing:
                 name = entry.name
                 if name.startswith("."):
                     continue
-                # By name first, so that a million images, or links to them, cost no call of their own.
+                # By name first, so that a million images, or links to them, need no system call each.
                 if name.lower().endswith(EXTENSIONS):
                     images.append(name)
                 elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
@@ -310,14 +301,14 @@ def _list(root: str, relative: str) -> _Listing:
 
 
 def _walk(root: str) -> list[_Listing]:
-    """The root and every folder below it, sorted by class and then by path."""
+    """List the root and every folder below it, sorted by class and then by path."""
     listings = []
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         relative, above = pending.pop()
         listing = _list(root, relative)
         if listing.identity in above:
-            logger.warning("%s: left out, a link to a folder above it", _shown(os.path.join(root, relative)))
+            logger.warning("%s: left out, as it is a link to a folder above it", _shown(os.path.join(root, relative)))
             continue
         listings.append(listing)
         pending += [(os.path.join(relative, name), above | {listing.identity}) for name in listing.folders]
@@ -342,7 +333,7 @@ def _check_labels(source: ImageFolder, split: str) -> None:
 
 
 def _no_folder(spec: str, root: str) -> str:
-    """Says what is missing, and what there is instead."""
+    """Message for a missing folder: its nearest parent that exists, and a similar name there."""
     if not spec:
         return "The name of the dataset is empty. Give the path of a folder of images, or `shapes`."
     # The longest part of the path that exists.
@@ -368,7 +359,7 @@ def _no_split(root: str, split: Literal["train", "val"]) -> str:
     parent = os.path.dirname(root)
     near = [name for name in OTHER_NAMES[split] if os.path.isdir(os.path.join(root, name))]
     if near:
-        message += f" There is {near[0]}/; if it is what you mean, rename it to {split}/, or make a link of that name."
+        message += f" There is {near[0]}/; if you mean that folder, rename it to {split}/, or make a link of that name."
     elif os.path.basename(root) == "train" and os.path.isdir(os.path.join(parent, split)):
         message += f" Did you mean {_shown(parent)}, which holds {split}/?"
     return f"{message}\n    {LAYOUT}"
@@ -388,18 +379,18 @@ def _no_images(root: str, listings: list[_Listing]) -> str:
 
 
 def _others(listings: Iterable[_Listing]) -> Counter[str]:
-    """Number of files that are no images, by extension."""
+    """Count the files that are not images, by extension."""
     return sum((listing.others for listing in listings), Counter[str]())
 
 
 def _kinds(others: Counter[str]) -> str:
-    """The most common extensions and their numbers."""
+    """List the most common extensions with their counts."""
     kinds = ", ".join(f"{n} {_shown(extension) or 'without extension'}" for extension, n in others.most_common(3))
     return f"{kinds}{', ...' if len(others) > 3 else ''}"
 
 
 def _shown(path: str) -> str:
-    """A path for messages: names may hold line breaks, or bytes that are no text."""
+    """Format a path for messages: names may hold line breaks, or bytes that are not text."""
     return path if path.isprintable() else ascii(path)
 
 

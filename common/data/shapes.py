@@ -1,8 +1,9 @@
-"""The embedded dataset `shapes`: light figures on dark, cluttered grounds, drawn when they are read.
+"""The embedded dataset `shapes`: light figures on dark, cluttered backgrounds, drawn when they are read.
 
-Classes differ in outline alone. Colour, fill, place, size, rotation, aspect, shear, ground and clutter are free, so
-neither raw pixels nor colour statistics tell the classes apart. A figure is always lighter than its ground: with both
-polarities a network that compares views finds the polarity, an easier answer than the outline, and stays there.
+Classes differ in outline alone. Colour, fill, position, size, rotation, aspect, shear, background and clutter are
+random, so neither raw pixels nor colour statistics tell the classes apart. A figure is always lighter than its
+background: with both polarities, a network that compares views learns the polarity, which is easier than the outline,
+and stays there.
 """
 
 import math
@@ -31,7 +32,7 @@ FRACTION_BITS = 4  # corners are given to OpenCV in 1/16 of such a point
 
 
 class ShapesOptions(Section):
-    """How the embedded dataset is drawn. Image i of a split is the same whatever `train` and `val` are."""
+    """Options of the embedded dataset. Image i of a split does not depend on `train` and `val`."""
 
     size: int = pydantic.Field(64, ge=8, le=4096)
     """Side of the square images, pixels. The scenes are the same at every size; the noise is drawn per pixel."""
@@ -43,14 +44,14 @@ class ShapesOptions(Section):
     """Images in the validation split."""
 
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
-    """Another seed gives other images. Independent of train.seed."""
+    """Random seed of the images. Independent of train.seed."""
 
 
 class Shapes:
     """One split of the embedded dataset, an `ImageSource`.
 
-    An image is a function of (seed, split, index) and of the size alone, in any process and in any order. Classes
-    take turns, so every split is balanced.
+    An image depends only on (seed, split, index) and the size, in any process and in any order. Classes take turns, so
+    every split is balanced.
 
     Args:
         options: size, number of images, seed.
@@ -75,16 +76,16 @@ class Shapes:
         return _draw(OUTLINES[CLASSES[index % len(CLASSES)]], self.options.size, rng)
 
     def labels(self) -> NDArray[np.int64]:
-        """Class of every image, int64 [N]."""
+        """Return the class of every image, int64 [N]."""
         return np.arange(self._len, dtype=np.int64) % len(CLASSES)
 
     def describe(self, index: int) -> str:
-        """Such as `shapes train 17`."""
+        """Name image `index`, for example `shapes train 17`."""
         return f"shapes {self.split} {index}"
 
 
 def _draw(outline: list[Contour], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Ground, clutter, figure, noise, from the back to the front; uint8 [size, size, 3]."""
+    """Draw background, clutter, figure and noise, from back to front; uint8 [size, size, 3]."""
     kind = ("plain", "gradient")[rng.integers(2)]
     image = _blend(_texture(kind, size, rng), *_two_colours(rng.random(), 0.15, GROUND_LUMINANCE, rng))
 
@@ -97,14 +98,14 @@ def _draw(outline: list[Contour], size: int, rng: np.random.Generator) -> NDArra
     fill = _blend(_texture(kind, size, rng), *_two_colours(rng.random(), 0.06, FIGURE_LUMINANCE, rng))
     image = _over(image, fill, _coverage(_pose(outline, rng), size))
 
-    # Last, because it alone takes more draws for a larger image.
+    # Last, because only the noise needs more random numbers for a larger image.
     sigma = rng.uniform(2, 10)  # grey levels
-    image += np.float32(sigma) * rng.standard_normal((size, size), dtype=np.float32)  # grey, as film grain is
+    image += np.float32(sigma) * rng.standard_normal((size, size), dtype=np.float32)  # grey, like film grain
     return np.clip(np.rint(cv2.merge(list(image))), 0, 255).astype(np.uint8)
 
 
 def _pose(outline: list[Contour], rng: np.random.Generator) -> list[Contour]:
-    """Scale, shear, turn and place an outline of radius 1 so that it lies in the frame but for a margin of 4 %."""
+    """Scale, shear, rotate and place an outline of radius 1, at most 4 % of the side outside the frame."""
     half_size = rng.uniform(0.26, 0.40)
     aspect = math.exp(rng.uniform(-0.18, 0.18) / 2)
     shear = rng.uniform(-0.25, 0.25)
@@ -119,7 +120,7 @@ def _pose(outline: list[Contour], rng: np.random.Generator) -> list[Contour]:
 
 
 def _coverage(contours: list[Contour], size: int) -> Field:
-    """Share of each pixel that lies inside the contours."""
+    """Fraction of each pixel's area inside the contours."""
     side = size << HALVINGS
     canvas: NDArray[Any] = np.zeros((side, side), dtype=np.uint8)
     # OpenCV's integer coordinates are the centres of points, hence the half.
@@ -131,7 +132,7 @@ def _coverage(contours: list[Contour], size: int) -> Field:
 
 
 def _texture(kind: str, size: int, rng: np.random.Generator) -> Field:
-    """How much of the second colour each pixel takes."""
+    """Weight of the second colour at each pixel."""
     x = (np.arange(size, dtype=np.float32) + 0.5) / size
     y = x[:, None]
     angle = rng.uniform(0, 2 * math.pi)
@@ -155,7 +156,7 @@ def _texture(kind: str, size: int, rng: np.random.Generator) -> Field:
 def _two_colours(
     hue: float, spread: float, luminance: tuple[float, float], rng: np.random.Generator
 ) -> tuple[Paint, Paint]:
-    """Two neighbouring hues of one saturation, each with its own luminance from the range."""
+    """Draw two neighbouring hues of one saturation, each with its own luminance from the range."""
     saturation = rng.uniform(0.2, 1)
     other_hue = hue + rng.uniform(-spread, spread)
     first, second = rng.uniform(*luminance, size=2)
@@ -163,7 +164,7 @@ def _two_colours(
 
 
 def _colour(hue: float, saturation: float, luminance: float) -> Paint:
-    """[3, 1, 1], of exactly this luminance (ITU-R BT.601, grey levels); saturation 1 is the limit of the RGB cube."""
+    """Make a colour [3, 1, 1] of this luminance (ITU-R BT.601, grey levels); saturation 1 is the RGB cube's limit."""
     red, green, blue = (min(max(abs((hue + shift) % 1 * 6 - 3) - 1, 0), 1) for shift in (0, 2 / 3, 1 / 3))
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     # Walk from the grey of that luminance towards the hue until a channel reaches 0 or 255.
@@ -174,17 +175,17 @@ def _colour(hue: float, saturation: float, luminance: float) -> Paint:
 
 
 def _blend(weight: Field, first: Paint, second: Paint) -> Paint:
-    """[3, S, S], `first` where the weight is 0 and `second` where it is 1."""
+    """Blend two paints to [3, S, S]: `first` at weight 0, `second` at weight 1."""
     return first + weight * (second - first)
 
 
 def _over(image: Paint, paint: Paint, coverage: Field) -> Paint:
-    """[3, S, S], the paint laid on the image where it covers it."""
+    """Lay a paint over the image [3, S, S] by its coverage."""
     return image + coverage * (paint - image)
 
 
 def _arc(centre: tuple[float, float], radius: float, start: float, stop: float, corners: int = 48) -> Contour:
-    """Points on a circle, angles in degrees, clockwise on the screen."""
+    """Points on a circle; angles in degrees, clockwise on the screen."""
     angle = np.radians(np.linspace(start, stop, corners))
     return np.stack([centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)], axis=1)
 
@@ -203,7 +204,7 @@ def _cross() -> Contour:
 
 
 def _crescent() -> Contour:
-    shift, radius = 0.5, 0.8  # of the disc that is taken away
+    shift, radius = 0.5, 0.8  # of the disc that is cut out
     x = (1 - radius**2 + shift**2) / (2 * shift)  # where the two circles meet
     y = math.sqrt(1 - x**2)
     outer, inner = math.degrees(math.atan2(y, x)), math.degrees(math.atan2(y, x - shift))
@@ -225,14 +226,14 @@ def _arrow() -> Contour:
 def _s_curve() -> Contour:
     r, half_width = 0.4, 0.19
     outside, inside = r + half_width, r - half_width
-    # An upper arc that runs over the top, and a lower one that runs under: once along each side of the stroke.
+    # An upper arc over the top and a lower arc under the bottom, along each side of the stroke.
     there = [_arc((0, -r), outside, -10, -270), _arc((0, r), inside, -90, 170)]
     back = [_arc((0, r), outside, 170, -90), _arc((0, -r), inside, -270, -10)]
     return np.concatenate(there + back)
 
 
 def _centred(*contours: Contour) -> list[Contour]:
-    """Moved and scaled into the unit circle."""
+    """Move and scale contours into the unit circle."""
     corners = np.concatenate(contours)
     centre = (corners.min(axis=0) + corners.max(axis=0)) / 2
     radius = np.linalg.norm(corners - centre, axis=1).max()
@@ -277,5 +278,5 @@ def _blob(rng: np.random.Generator) -> list[Contour]:
     return [rng.random(2) + np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)]
 
 
-# Things that are no class: short lines, groups of dots, blobs without a shape.
+# Objects that belong to no class: short lines, groups of dots, shapeless blobs.
 CLUTTER: tuple[Callable[[np.random.Generator], list[Contour]], ...] = (_line, _dots, _blob)

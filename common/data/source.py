@@ -1,4 +1,4 @@
-"""What the rest of the package knows about a dataset: images by index, and perhaps labels."""
+"""The protocol of a dataset: images by index, and perhaps labels."""
 
 from typing import Protocol
 
@@ -9,38 +9,38 @@ from hvp.common.errors import UserError
 
 
 class ImageSource(Protocol):
-    """Images by index. Sources pickle, so that loader workers can hold a copy, and keep no file open."""
+    """Images by index. Sources can be pickled, so that loader workers hold a copy, and keep no file open."""
 
     @property
     def name(self) -> str:
-        """What messages call it, such as `shapes (train, 6000 images)`."""
+        """Name for messages, such as `shapes (train, 6000 images)`."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The name of every label, None where there are no labels."""
+        """Name of every label; None without labels."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """Image `index`, uint8 [H, W, 3], RGB, C-contiguous and writable.
+        """Read image `index`: uint8 [H, W, 3], RGB, C-contiguous and writable.
 
         Raises:
             BadImage: the image cannot be decoded.
         """
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Class of every image, int64 [N], an index into `classes`; None where there are no labels."""
+        """Return the class of every image, int64 [N], an index into `classes`; None without labels."""
 
     def describe(self, index: int) -> str:
-        """What messages call image `index`: a file's path, or `shapes train 17`."""
+        """Name image `index` for messages: a file's path, or `shapes train 17`."""
 
 
 class BadImage(UserError):
-    """One image that cannot be decoded.
+    """An image that cannot be decoded.
 
     Args:
         where: the image as `ImageSource.describe` names it, normally a path.
-        reason: why, as part of a sentence.
+        reason: the cause, as part of a sentence.
     """
 
     def __init__(self, where: str, reason: str) -> None:
@@ -52,5 +52,5 @@ class BadImage(UserError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:
-        # Loader workers send it to the main process; the default would rebuild it from the message alone.
+        # Loader workers send it to the main process. By default it would be rebuilt from the message alone.
         return type(self), (self.where, self.reason)

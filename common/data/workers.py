@@ -1,14 +1,14 @@
-"""Worker processes that make batches: PyTorch's DataLoader, but every wait ends and every failure is explained.
+"""Worker processes that make batches: PyTorch's DataLoader, except that every wait ends and every failure is explained.
 
-A worker may die, be stopped, or hang on a file of a network that is gone. DataLoader then waits for ever, or raises
-whatever its queues happened to meet. Here
+A worker may die, be stopped, or hang on a network file that is gone. DataLoader then waits for ever, or raises whatever
+error its queues ran into. Here
 
-- a wait ends when a worker is found dead, when whoever waits is asked to stop, and when for `timeout` seconds no worker
-  has got on to another image. Images count rather than batches, so that large batches on slow cores are no hang;
-- what went wrong is one `NoBatch`, which names the worker, the image and the remedy;
-- workers are ended by SIGKILL, which a stopped one obeys, too. They hold nothing that is lost with them.
+- a wait ends when a worker is found dead, when the waiting process is asked to stop, or when no worker has begun
+  another image for `timeout` seconds. Images count, not batches, so large batches on slow cores do not look hung;
+- every failure is one `NoBatch`, which names the worker, the image and the remedy;
+- workers are ended by SIGKILL, which even a stopped one obeys. They hold nothing that would be lost.
 
-With 0 workers batches are made in this process, and its waits end in the same way.
+With 0 workers, batches are made in this process, and its waits end in the same way.
 """
 
 import errno
@@ -46,19 +46,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = 300
-"""Seconds without a new image after which a wait ends, for those who have no `data.timeout`."""
+"""Seconds without a new image after which a wait ends, where there is no `data.timeout`."""
 
 TICK = 0.5
-"""Seconds between two looks at a wait."""
+"""Seconds between two checks of a wait."""
 
 FAREWELL = 5.0
-"""Seconds that killed workers have to be gone; one that the system cannot end is left behind."""
+"""Seconds to wait for killed workers to end; one that the system cannot end is left behind."""
 
 LIMIT_REACHED = 64
-"""Exit code of a worker that cannot hand over its batches, plus the error's number."""
+"""Exit code of a worker that cannot hand over its batches, to which the error's number is added."""
 
 FINALIZERS = {weakref.__file__, WeakSet.add.__code__.co_filename}
-"""Files whose functions are called when an object goes."""
+"""Files whose functions run when an object is finalised."""
 
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -68,11 +68,11 @@ class NoBatch(UserError):
 
 
 class Hanging(NoBatch):
-    """For `timeout` seconds no worker got on to another image."""
+    """No worker began another image for `timeout` seconds."""
 
 
 class WaitInterrupted(BaseException):
-    """A batch was waited for when `stopped()` came true. Not an Exception: readers of images catch those."""
+    """`stopped()` came true while waiting for a batch. Not an Exception, because image readers catch those."""
 
 
 class WatchedSource:
@@ -80,12 +80,12 @@ class WatchedSource:
 
     Args:
         source: the images.
-        workers: processes that read; 0 for this one alone.
+        workers: reading processes; 0 for this process alone.
     """
 
     def __init__(self, source: ImageSource, workers: int) -> None:
         self._source = source
-        # two numbers a process: images begun, and the last one's index
+        # two numbers per process: images begun, and the index of the last one
         with _explained(workers, starting=True):
             self._slots: Any = multiprocessing.get_context(METHOD).RawArray("q", 2 * max(1, workers))
 
@@ -101,48 +101,48 @@ class WatchedSource:
         return self._source.classes
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """Note the image, and read it from the source."""
+        """Record the image, and read it from the source."""
         worker = get_worker_info()
-        place = 0 if worker is None else 2 * worker.id
-        self._slots[place] += 1
-        self._slots[place + 1] = index
+        slot = 0 if worker is None else 2 * worker.id
+        self._slots[slot] += 1
+        self._slots[slot + 1] = index
         return self._source.read(index)
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Labels of the source."""
+        """Return the source's labels."""
         return self._source.labels()
 
     def describe(self, index: int) -> str:
-        """Name of an image in the source."""
+        """Name an image of the source."""
         return self._source.describe(index)
 
     @property
     def begun(self) -> int:
-        """Images that were begun by all workers so far."""
+        """Number of images that all workers have begun so far."""
         return sum(self._slots[::2])
 
     def image_of(self, worker: int) -> str | None:
-        """The image that a worker read last, or is reading; None before its first."""
+        """Name the image that a worker is reading or read last; None before its first."""
         begun, index = self._slots[2 * worker : 2 * worker + 2]
         return self._source.describe(index) if begun else None
 
 
 def shared_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor; in a worker one in shared memory, so that it is filled there and not copied on its way."""
+    """Make an empty tensor; in a worker it lies in shared memory, so that handing it over costs no copy."""
     tensor = torch.empty(shape, dtype=dtype)
     return tensor if get_worker_info() is None else tensor.share_memory_()
 
 
 class Batches(Generic[T]):
-    """Batches, made of tasks by worker processes, in the order of the tasks.
+    """Batches that worker processes make from tasks, in the order of the tasks.
 
     Args:
-        make: what the workers do: a task in, a batch out. It must be picklable, and read images from `source` alone.
-        tasks: of one pass; asked for anew at the start of each.
-        source: what `make` reads.
-        workers: processes; 0 makes the batches in this one.
+        make: turns a task into a batch, in the workers. It must be picklable, and read images from `source` alone.
+        tasks: the tasks of one pass; iterated anew for each pass.
+        source: the images that `make` reads.
+        workers: worker processes; 0 makes the batches in this process.
         pin_memory: hand out batches in page-locked memory; without CUDA it has no effect.
-        timeout: seconds without a new image that a wait lasts; 0: for ever.
+        timeout: seconds that a wait may last without a new image; 0: for ever.
     """
 
     def __init__(
@@ -158,70 +158,64 @@ class Batches(Generic[T]):
         self._source, self._workers, self._timeout = source, workers, timeout
         self._loader = _Loader(
             _Maker(make),
-            batch_sampler=cast(Any, tasks),  # its batches are no lists; `make` is what reads them
+            batch_sampler=cast(Any, tasks),  # not lists of indices, but tasks, which only `make` reads
             num_workers=workers,
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
             persistent_workers=workers > 0,
             multiprocessing_context=METHOD if workers else None,
             pin_memory=pin_memory and torch.cuda.is_available(),
-            generator=torch.Generator(),  # its seeds are not used; without its own it would draw from the global one
+            generator=torch.Generator(),  # its seeds are unused; without it, DataLoader would draw from the global one
         )
-        # Workers ignore SIGTERM, by which multiprocessing would end those that are left when the interpreter exits.
+        # Workers ignore SIGTERM, with which multiprocessing would end those that are left when the interpreter exits.
         weakref.finalize(self, _end_workers, self._loader)
 
     def one_pass(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[T]:
-        """The batches of all tasks, once. One pass is read at a time.
+        """Yield the batches of all tasks, once. Only one pass may be read at a time.
 
         Args:
-            stopped: asked twice a second while a batch is waited for; True ends the wait. Only in the main thread,
-                which alone can be interrupted: elsewhere waits are DataLoader's.
+            stopped: called twice a second while waiting for a batch; True ends the wait. Only in the main thread, as no
+                other can be interrupted: elsewhere waits are DataLoader's.
 
         Raises:
-            UserError: what `make` raised.
+            UserError: raised by `make`.
             NoBatch: a worker died, hangs, or could not be started.
             WaitInterrupted: `stopped()` was True.
         """
         batches = self._wait(self._start, stopped)
-        while True:
-            batch = self._wait(lambda: next(batches, _END), stopped)
-            if batch is _END:
-                return
-            if isinstance(batch, _Failure):
-                self.close()
-                try:
-                    raise batch.error
-                finally:
-                    del batch  # or the error, whose traceback holds this frame, would keep itself and the loader alive
+        while (batch := self._wait(lambda: next(batches, _END), stopped)) is not _END:
             yield cast(T, batch)
 
     def close(self) -> None:
-        """Ends the workers, which otherwise wait for the next pass; a further pass starts new ones."""
+        """End the workers, which otherwise wait for the next pass; a further pass starts new ones."""
         _end_workers(self._loader)
 
     def _start(self) -> Iterator[Any]:
         # DataLoader installs a SIGCHLD handler that raises a RuntimeError wherever the main process happens to be,
-        # for example in a backward pass. Without it a dead worker is found when its batch is asked for.
-        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        # for example in a backward pass. Without it, a dead worker is found when its batch is due.
+        before = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
         if before is not None and threading.current_thread() is threading.main_thread():
-            # what was there may itself be the handler of an earlier DataLoader
+            # the previous handler may itself belong to an earlier DataLoader
             from_loader = getattr(before, "__module__", "").startswith("torch.utils.data")
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if from_loader else before)
         return batches
 
     def _wait(self, get: Callable[[], R], stopped: Callable[[], bool]) -> R:
-        """Return the result of `get`, if it comes in time."""
+        """Return the result of `get` if it comes in time, or raise the error that stands for it."""
         watch = _Watch(self._loader, self._source, self._timeout, stopped)
         try:
             with _explained(self._workers, starting=self._loader.processes is None):
                 try:
                     got = watch.over(get)
-                    if isinstance(got, _Lost):
-                        raise got.error
+                    if isinstance(got, _Failed):
+                        try:
+                            raise got.error
+                        finally:
+                            del got  # the error's traceback holds this frame: the cycle would keep the loader alive
                     return got
                 except (RuntimeError, OSError, EOFError) as error:
-                    # A worker that died before its tensors were fetched from it breaks the connection.
+                    # If a worker dies before its tensors are fetched, the connection to it breaks.
                     if found := self._dead_worker(patience=0.0 if isinstance(error, RuntimeError) else 1.0):
                         raise NoBatch(found) from error
                     raise
@@ -234,9 +228,9 @@ class Batches(Generic[T]):
             raise
 
     def _dead_worker(self, patience: float = 0.0) -> str | None:
-        """Cause of a worker's death, if one is dead or will be `patience` seconds from now."""
+        """Explain a worker's death, if one is dead or dies within `patience` seconds."""
         processes, until = self._loader.processes, time.monotonic() + patience
-        while processes is not None and not processes._shutdown:  # then they are dead by our own hand
+        while processes is not None and not processes._shutdown:  # after a shutdown, we ended them ourselves
             for number, worker in enumerate(processes._workers):
                 if not worker.is_alive():
                     return _death(worker.exitcode or 0, worker.pid, self._source.image_of(number), self._workers)
@@ -246,20 +240,20 @@ class Batches(Generic[T]):
         return None
 
     def _hang(self) -> str:
-        """Message that names the workers and images waited for."""
+        """Message for a hang, which names the workers and images waited for."""
         processes = self._loader.processes
         if processes is None:
-            who = f"This process has {self._source.image_of(0)} in hand" if self._workers == 0 else "No worker starts"
+            who = f"The last image begun is {self._source.image_of(0)}" if self._workers == 0 else "No worker starts"
         else:
             task = processes._task_info.get(processes._rcvd_idx)
-            said = []
+            awaited = []
             for number, worker in enumerate(processes._workers):
                 state, image = _state(worker.pid), self._source.image_of(number)
-                # at the start of a pass all are waited for
+                # at the start of a pass, the loader waits for all workers
                 if task is None or task[0] == number or state:
-                    doing = f"which has {image} in hand" if image else "which has read no image yet"
-                    said.append(f"loader worker {worker.pid}{state}, {doing}")
-            who = "Waiting for " + "; ".join(said)
+                    last = f"whose last image is {image}" if image else "which has not begun an image yet"
+                    awaited.append(f"loader worker {worker.pid}{state}, {last}")
+            who = "Waiting for " + "; ".join(awaited)
         return (
             f"No image was read for {self._timeout:g} seconds. {who}.\n"
             "    Its disk or network may be gone, or the process may have been stopped."
@@ -267,18 +261,18 @@ class Batches(Generic[T]):
 
 
 class _WorkerDied(BaseException):
-    """Found by a watch."""
+    """A watch found a dead worker."""
 
 
 class _TimedOut(BaseException):
-    """Found by a watch."""
+    """A watch ran out of time."""
 
 
 class _Watch:
-    """Looks at a wait from time to time, and ends it.
+    """Timer that checks a wait at regular intervals, and ends it.
 
-    It does so by a timer's signal, whose handler raises: what hangs may be any system call of the main thread, such as
-    the one that fetches a tensor from a worker that is stopped, and most of them know no timeout.
+    The handler of its signal raises. The main thread may hang in any system call, such as fetching
+    a tensor from a stopped worker, and most of them have no timeout.
     """
 
     def __init__(self, loader: "_Loader", source: WatchedSource, timeout: float, stopped: Callable[[], bool]) -> None:
@@ -287,7 +281,7 @@ class _Watch:
         self._begun, self._waited = -1, 0.0
 
     def over(self, get: Callable[[], R]) -> R:
-        """Return the result of `get`, unless the wait is ended before."""
+        """Return the result of `get`, unless the watch ends the wait first."""
         if threading.current_thread() is not threading.main_thread():
             return get()
         before = signal.signal(signal.SIGALRM, self._look)
@@ -297,7 +291,7 @@ class _Watch:
         try:
             return get()
         finally:
-            self._on = False  # from here on nothing is raised
+            self._on = False  # from here on, the handler raises nothing
             left = max(delay - (time.monotonic() - started), 1e-6) if delay else 0.0
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, before)
@@ -315,13 +309,13 @@ class _Watch:
         if begun != self._begun:
             self._begun, self._waited = begun, 0.0
             return
-        self._waited += TICK  # by ticks, so that the time in which this process was itself stopped does not count
+        self._waited += TICK  # in ticks, so that the time during which this process was itself stopped does not count
         if 0 < self._timeout <= self._waited:
             raise _TimedOut
 
 
 def _swallows(frame: FrameType | None) -> bool:
-    """Whether an exception that is raised now would be printed and dropped, because an object is being finalised."""
+    """Whether an exception raised now would be printed and dropped, because an object is being finalised."""
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__del__" or code.co_filename in FINALIZERS:
@@ -332,12 +326,12 @@ def _swallows(frame: FrameType | None) -> bool:
 
 @contextmanager
 def _explained(workers: int, *, starting: bool = False) -> Iterator[None]:
-    """Turns what a machine's limits and lost workers raise into one message; anything else is a mistake of ours."""
+    """Turn errors from a machine's limits and lost workers into one message; any other error is a bug of ours."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        if "items of ancdata" in reason:  # a file's descriptor was dropped on its way
+        if "items of ancdata" in reason:  # a file descriptor was dropped on its way
             reason = os.strerror(errno.EMFILE)
         remedy = _remedy(error, workers)
         lost = workers > 0 and (isinstance(error, (OSError, EOFError)) or "DataLoader worker (pid" in reason)
@@ -363,11 +357,14 @@ def _remedy(error: BaseException, workers: int) -> str | None:
         return f"Allow more open files (`ulimit -n`, now {limit}), or use fewer workers (--workers, now {workers})."
     place = getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EROFS, errno.EACCES) and place and not str(place).startswith("/dev/shm"):
-        return f"Workers need room for a few small files in {os.path.dirname(place)}; TMPDIR names another folder."
+        return (
+            f"Workers need space for a few small files in {os.path.dirname(place)}: free some, or set TMPDIR to "
+            "another folder."
+        )
     if number in (errno.ENOSPC, errno.EROFS, errno.EACCES) or "shared memory" in text:
         return (
             "Workers hand over batches in shared memory: make /dev/shm writable and larger (in a container: --shm-size "
-            f"or --ipc=host), or use fewer workers (--workers, now {workers}); --workers 0 needs none of it."
+            f"or --ipc=host), or use fewer workers (--workers, now {workers}); --workers 0 needs no shared memory."
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return (
@@ -379,7 +376,7 @@ def _remedy(error: BaseException, workers: int) -> str | None:
 
 def _death(exitcode: int, pid: int | None, image: str | None, workers: int) -> str:
     """Message for a dead worker: the cause, and a remedy."""
-    last = f" The last image it was given is {image}." if image else ""
+    last = f" The last image it began is {image}." if image else ""
     if exitcode > LIMIT_REACHED:
         error = OSError(exitcode - LIMIT_REACHED, os.strerror(exitcode - LIMIT_REACHED))
         return f"A loader worker failed: {error}\n    {_remedy(error, workers) or _MEMORY.format(workers)}"
@@ -391,7 +388,7 @@ def _death(exitcode: int, pid: int | None, image: str | None, workers: int) -> s
         return head + str(_remedy(RuntimeError("shared memory"), workers))
     if name == "SIGKILL":
         return head + _MEMORY.format(workers)
-    return head + "A library crashed, perhaps over that image; if it does so again, remove the file."
+    return head + "A library crashed, perhaps on that image; if it crashes again, remove the file."
 
 
 def _state(pid: int | None) -> str:
@@ -403,15 +400,8 @@ def _state(pid: int | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """A user's mistake on its way to the main process: DataLoader would wrap a raised one in a traceback."""
-
-    error: UserError
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """Error that kept a batch from reaching the main process."""
+class _Failed:
+    """An error in place of a batch, on its way to the main process: DataLoader would wrap a raised one in text."""
 
     error: Exception
 
@@ -420,24 +410,24 @@ _END = object()
 
 
 class _Parcel:
-    """A batch on its way from a worker, pickled in its main thread and unpickled without an exception.
+    """A batch on its way from a worker, pickled in the worker's main thread and unpickled without an exception.
 
-    Left to DataLoader, a batch is pickled in a thread of the worker that drops what it cannot send, and unpickled in
-    one of the main process that dies of what it cannot receive.
+    DataLoader would pickle it in a thread of the worker, which drops a batch that it cannot send, and unpickle it in a
+    thread of the main process, which dies of a batch that it cannot receive.
     """
 
     def __init__(self, batch: Any) -> None:
         self._content = bytes(ForkingPickler.dumps(batch))
 
     def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        return _opened, (self._content,)
+        return _unpacked, (self._content,)
 
 
-def _opened(content: bytes) -> Any:
+def _unpacked(content: bytes) -> Any:
     try:
         return ForkingPickler.loads(content)
     except (OSError, EOFError, RuntimeError) as error:
-        return _Lost(error)
+        return _Failed(error)
 
 
 class _Maker(Dataset[Any]):
@@ -455,20 +445,20 @@ class _Maker(Dataset[Any]):
             batch = self._make(task)
             return batch if worker is None else _Parcel(batch)
         except UserError as error:
-            return _Failure(error)
+            return _Failed(error)
         except (OSError, RuntimeError) as error:
             if worker is None or _remedy(error, worker.num_workers) is None:
                 raise
-            return _Lost(error)
+            return _Failed(error)
 
 
 class _Processes(_MultiProcessingDataLoaderIter):
-    """DataLoader's workers, which end at once."""
+    """DataLoader's workers, except that they end at once."""
 
-    _shutdown = True  # until there is something to end: a failure on the way there must not become a second one
+    _shutdown = True  # until there is something to end: a failure before that must not cause a second one
 
     def __init__(self, loader: "_Loader") -> None:
-        loader.processes = self  # already while it starts, for those who watch
+        loader.processes = self  # set while it still starts, for the watch
         self._workers: list[Any] = []
         self._owner = os.getpid()
         try:
@@ -478,9 +468,9 @@ class _Processes(_MultiProcessingDataLoaderIter):
             raise
 
     def _shutdown_workers(self) -> None:
-        # DataLoader's own way asks them, waits five seconds for each in turn, and then sends a SIGTERM. A worker
-        # that is stopped stays, and the interpreter waits for it when it exits.
-        if self._shutdown or os.getpid() != self._owner:  # a forked process has copies of this, too
+        # DataLoader asks its workers to end, waits five seconds for each in turn, and then sends a SIGTERM. A stopped
+        # worker would stay, and the interpreter would wait for it on exit.
+        if self._shutdown or os.getpid() != self._owner:  # a forked process has a copy of this object
             return
         self._shutdown = True
         for worker in self._workers:
@@ -492,7 +482,7 @@ class _Processes(_MultiProcessingDataLoaderIter):
                 process._children.discard(worker)  # type: ignore[attr-defined]
         if hasattr(self, "_pin_memory_thread"):
             self._pin_memory_thread_done_event.set()
-            self._worker_result_queue.put((None, None))  # wakes it
+            self._worker_result_queue.put((None, None))  # wakes the thread
             self._pin_memory_thread.join(FAREWELL)
         for queue in (self._worker_result_queue, *self._index_queues):
             queue.cancel_join_thread()
@@ -503,7 +493,7 @@ class _Processes(_MultiProcessingDataLoaderIter):
 
 
 class _Loader(DataLoader[Any]):
-    """DataLoader with workers of ours."""
+    """DataLoader with our `_Processes`."""
 
     processes: _Processes | None = None
 
@@ -521,24 +511,26 @@ def _end_workers(loader: _Loader) -> None:
 
 
 def _unchanged(batch: Any) -> Any:
-    """Collation: there is nothing left to do, the whole batch was made at once."""
+    """Collate nothing: `make` returns whole batches."""
     return batch
 
 
 def _start_worker(_: int) -> None:
-    # One thread a worker: the workers are the parallelism. Signals that ask to stop reach whole process groups, but are
-    # for the main process: it has a step to finish, and then ends the workers.
+    # One thread per worker: the workers are the parallelism. Signals that ask to stop reach whole process groups, but
+    # are meant for the main process: it finishes its step, and then ends the workers.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # PyTorch's handlers print a line of their own; the main process explains what a worker died of.
+    # PyTorch's handlers print a line of their own; the main process explains why a worker died.
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)
     sys.excepthook = _end_worker
 
 
 def _end_worker(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
-    """Ends a worker whose thread that hands over tensors cannot open another connection. It would print the error and
-    try again for ever, while the main process waits."""
+    """End a worker whose thread for handing over tensors cannot open another connection.
+
+    The thread would print the error and try again for ever, while the main process waits.
+    """
     os._exit(LIMIT_REACHED + (getattr(error, "errno", None) or 0))

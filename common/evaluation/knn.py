@@ -1,4 +1,4 @@
-"""Weighted k-NN: how well an image's nearest training images tell its class, without training anything."""
+"""Weighted k-NN classification of images by frozen features, without training."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from hvp.common.evaluation.results import Result, describe_source, labelled, ver
 
 # N training images, M test images, D features, K the largest number of neighbours, C classes
 
-
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
@@ -29,9 +28,9 @@ class KnnScore:
     top1: float
     """Percent."""
     top5: float | None
-    """Percent; None with fewer than five classes, where it says nothing about the features."""
+    """Percent; None with fewer than five classes, where it is meaningless."""
     neighbours: int
-    """How many neighbours voted: k, or the whole training set where that is smaller."""
+    """Neighbours that voted: k, or the whole training set if that is smaller."""
 
 
 def nearest_neighbours(
@@ -44,17 +43,17 @@ def nearest_neighbours(
     chunk_train: int = 20_000,
     progress: Progress = silent,
 ) -> tuple[Tensor, Tensor]:
-    """The k training images most similar to each test image, best first.
+    """Find the k training images most similar to each test image, best first.
 
-    Equal similarities are ordered by training index, so the chunk sizes do not decide who is a neighbour. A chunk of
-    the training set moves to the device once and meets all test images there; the device holds one chunk, the test
-    features, the neighbours found so far and one block of similarities, however large the training set is.
+    Equal similarities are ordered by training index, so the result does not depend on the chunk sizes. Each chunk of
+    the training set moves to the device once and is compared with all test images there. Whatever the size of the
+    training set, the device holds one chunk, the test features, the neighbours so far and one block of similarities.
 
     Args:
         train: features, [N, D], any float dtype; normalised to length 1 and compared in float32.
         test: features, [M, D].
         k: neighbours of each test image, 1 to N.
-        device: where similarities are computed.
+        device: device on which similarities are computed.
         chunk_test: test images in a block of similarities.
         chunk_train: training images in a block of similarities.
         progress: called after each chunk of training images.
@@ -78,7 +77,7 @@ def nearest_neighbours(
         for first in range(0, len(test), chunk_test):
             rows = slice(first, first + chunk_test)
             nearest, index = _largest(test[rows] @ bank.T, min(k, len(bank)))  # both [chunk_test, <= k]
-            # What was found before has the lower training indices and stands first: the stable sort keeps it first.
+            # Earlier neighbours have lower training indices and come first; the stable sort keeps them first.
             merged, order = torch.cat([similarities[rows], nearest], dim=1).sort(dim=1, descending=True, stable=True)
             similarities[rows] = merged[:, :k]
             indices[rows] = torch.cat([indices[rows], index + start], dim=1).gather(1, order[:, :k])
@@ -87,7 +86,7 @@ def nearest_neighbours(
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row, in column order; of equal values the first. `topk` takes any of them."""
+    """The k largest values of each row, in column order; of equal values the first, unlike `topk`, which takes any."""
     top, index = values.topk(k, dim=1)
     tied = (values >= top[:, -1:]).sum(dim=1) > k
     if tied.any():
@@ -113,12 +112,12 @@ def knn_classify(
     """Weighted k-NN accuracy for several k from one search.
 
     Each of the k nearest training images votes for its class with weight exp(similarity / temperature); classes with
-    equal votes are ranked by index. A k above N takes all N neighbours.
+    equal votes are ranked by index. A k above N uses all N neighbours.
 
-    Two differences from the upstream function, neither of which moves top-1: a class that got no vote never counts as
-    a top-5 hit (upstream fills the five with voteless classes in the order of an unstable sort, which raises its
-    top-5 when fewer than five classes are among the neighbours), and any number of test images will do (upstream
-    needs 100). For k < 5 both count the first k classes only.
+    There are two differences from the upstream function, neither of which changes top-1. A class without votes never
+    counts as a top-5 hit; upstream fills the five with voteless classes in the order of an unstable sort, which raises
+    its top-5 when the neighbours have fewer than five classes. And the number of test images is arbitrary, while
+    upstream needs 100. For k < 5 both count the first k classes only.
 
     Args:
         train_features: [N, D], any float dtype; normalised here.
@@ -126,18 +125,16 @@ def knn_classify(
         test_features: [M, D], M >= 1.
         test_labels: [M] int64, in [0, num_classes).
         ks: numbers of neighbours, each at least 1.
-        temperature: of the votes, above 0.
+        temperature: temperature of the votes, above 0.
         num_classes: C.
-        device: where similarities are computed; the votes are counted on the CPU.
-        chunk_test: test images in a block of similarities.
-        chunk_train: training images in a block of similarities.
-        progress: called after each chunk of training images.
+        device, chunk_test, chunk_train, progress: as for `nearest_neighbours()`; votes are counted on the CPU.
 
     Returns:
-        The score of each k in `ks`, under the k asked for.
+        The score for each requested k.
 
     Raises:
-        ValueError: shapes that do not belong together, labels out of range, no test image, k or temperature too small.
+        ValueError: shapes do not fit each other, labels are out of range, there is no test image, or k or the
+            temperature is too small.
 
     Source: eval_knn.py, knn_classifier.
     """
@@ -163,7 +160,7 @@ def knn_classify(
         similarities.split(chunk_test), indices.split(chunk_test), test_labels.split(chunk_test), strict=True
     ):
         labels = train_labels[index]  # [chunk_test, K]
-        # Relative to the nearest neighbour: the ranking is the same, and no temperature overflows.
+        # Relative to the nearest neighbour, so a small temperature does not overflow; the ranking is the same.
         votes = ((similarity - similarity[:, :1]).double() / temperature).exp()
         for k in ks:
             tally = torch.zeros(len(target), num_classes, dtype=torch.float64)
@@ -171,8 +168,8 @@ def knn_classify(
             voted_for = (labels[:, :k] == target[:, None]).any(dim=1)
             ranks[k].append(torch.where(voted_for, rank_of_target(tally, target), num_classes))
     return {
-        k: KnnScore(*percent(torch.cat(of_k), num_classes), neighbours=min(k, len(train_features)))
-        for k, of_k in ranks.items()
+        k: KnnScore(*percent(torch.cat(parts), num_classes), neighbours=min(k, len(train_features)))
+        for k, parts in ranks.items()
     }
 
 
@@ -191,33 +188,30 @@ def evaluate_knn(
     checkpoint: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Result:
-    """Weighted k-NN of an encoder's features: `train` votes on the classes of `val`.
+    """Evaluate an encoder by weighted k-NN: the images of `train` vote on the classes of `val`.
 
     Args:
         encoder: maps [B, 3, resolution, resolution] normalised images to [B, D] features; moved to `device`.
         train: labelled images that vote.
         val: labelled images with the same classes.
         ks: numbers of neighbours.
-        temperature: of the votes.
-        resolution: side of the centre crop, in pixels.
-        device: where the encoder runs and similarities are computed.
-        precision: of the encoder's forward pass.
-        batch_size: images per forward pass; does not change the result.
-        workers: processes that read images.
-        checkpoint: where the encoder came from (`BackboneMeta.summary()`), copied into the result.
-        progress: called with a stage's name, what is done and what there is to do.
+        temperature: temperature of the votes.
+        device: device for the encoder and the similarities.
+        resolution, precision, batch_size, workers: as for `extract()`.
+        checkpoint: origin of the encoder (`BackboneMeta.summary()`), copied into the result.
+        progress: called after each batch of images and each chunk of neighbours.
 
     Returns:
-        The result with every setting, ready for `write_result`.
+        The result with every setting, ready for `write_result()`.
 
     Raises:
-        UserError: a source without labels, sources with different classes, an image that cannot be read, features
-            that are not finite, a k or temperature that makes no sense.
+        UserError: a source has no labels, the sources have different classes, an image cannot be read, features are
+            not finite, or k or the temperature is too small.
     """
     if not ks or min(ks) < 1:
         raise UserError(f"k-NN: k = {', '.join(map(str, ks)) or 'nothing'}, but each must be at least 1.")
     if temperature <= 0:
-        raise UserError(f"k-NN: temperature = {temperature}, but it must be above 0; {TEMPERATURE} is usual.")
+        raise UserError(f"k-NN: temperature = {temperature}, but it must be above 0; the usual value is {TEMPERATURE}.")
     classes, train_labels, val_labels = labelled(train, val)
     notes = [f"k = {k} is more than the {len(train)} training images: all of them voted" for k in ks if k > len(train)]
 

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy with ties decided once, the same way on every device."""
+"""Top-1 and top-5 accuracy, with ties broken the same way on every device."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def rank_of_target(scores: Tensor, targets: Tensor) -> Tensor:
-    """How many classes are ranked before the right one.
+    """Rank of the correct class: the number of classes ranked before it.
 
-    Equal scores are ranked by class index, the lower one first; a score that is NaN comes last. So top-n accuracy is
-    `(rank < n).mean()`, and no sort of all the classes is needed.
+    Equal scores are ranked by class index, the lower one first; a NaN score ranks last. Top-n accuracy is then
+    `(rank < n).mean()`, without sorting the classes.
 
     Args:
         scores: one score per class, higher is better, [B, C], any float dtype.
-        targets: the right classes, [B] int64, in [0, C).
+        targets: the correct classes, [B] int64, in [0, C).
 
     Returns:
         [B] int64 in [0, C).
 
     Raises:
-        ValueError: the shapes do not belong together; the message shows both.
+        ValueError: the shapes do not fit each other; the message shows both.
     """
     if scores.ndim != 2 or targets.shape != scores.shape[:1]:
         raise ValueError(f"rank_of_target: scores are {list(scores.shape)} but targets {list(targets.shape)}")
@@ -35,11 +35,11 @@ def percent(ranks: Tensor, num_classes: int) -> tuple[float, float | None]:
     """Top-1 and top-5 accuracy in percent.
 
     Args:
-        ranks: of the right class among all classes, 0 is best, [B] int64.
+        ranks: rank of the correct class, 0 is best, [B] int64.
         num_classes: C.
 
     Returns:
-        top1, and top5 or None with fewer than five classes, where it says nothing.
+        top1 and top5; top5 is None with fewer than five classes, where it is meaningless.
     """
     top1, top5 = (100 * int((ranks < n).sum()) / len(ranks) for n in (1, 5))
     return top1, top5 if num_classes >= 5 else None

@@ -1,4 +1,4 @@
-"""What an evaluation reads its labels from, and what it leaves: one JSON file with every setting."""
+"""Labels and results of evaluations; a result is a JSON file with every setting."""
 
 import json
 import os
@@ -17,19 +17,19 @@ from hvp.common.errors import UserError
 from hvp.common.training.checkpoint import write_atomically
 
 Result = dict[str, Any]
-"""What an evaluation found and every setting it ran with; JSON can hold all of it."""
+"""Findings and all settings of an evaluation, as values that JSON can hold."""
 
 
 def labelled(train: ImageSource, val: ImageSource) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """The classes that both sources share, and the label of every image.
+    """Return the classes shared by both sources, and the label of every image.
 
     Returns:
-        classes: their names, in the order of the labels.
+        classes: names of the classes, in the order of the labels.
         train_labels: [len(train)] int64.
         val_labels: [len(val)] int64.
 
     Raises:
-        UserError: a source has no images or no labels, or the two do not have the same classes.
+        UserError: a source has no images or no labels, or the sources have different classes.
     """
     (classes, train_labels), (val_classes, val_labels) = _labels(train), _labels(val)
     if classes != val_classes:
@@ -45,41 +45,41 @@ def _labels(source: ImageSource) -> tuple[tuple[str, ...], Tensor]:
     labels = source.labels()
     if source.classes is None or labels is None:
         raise UserError(
-            f"{source.name}: the images have no labels, and an evaluation needs them. Make a folder per class."
+            f"{source.name}: the images have no labels, which an evaluation needs. Make one folder per class."
         )
     if len(source) == 0:
         raise UserError(f"{source.name}: there are no images.")
     return source.classes, torch.from_numpy(labels)
 
 
-def _listed(names: set[str], most: int = 8) -> str:
-    shown = ", ".join(sorted(names)[:most]) or "none"
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+def _listed(names: set[str], limit: int = 8) -> str:
+    shown = ", ".join(sorted(names)[:limit]) or "none"
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in total)"
 
 
 def describe_source(source: ImageSource) -> dict[str, Any]:
-    """A source's name and size, for the result."""
+    """Describe a source in the result: name and size."""
     return {"name": source.name, "images": len(source), "classes": len(source.classes or ())}
 
 
 def versions() -> dict[str, Any]:
-    """Versions that a result may depend on."""
+    """Versions of Python and of the packages that a result may depend on."""
     packages = ("hvp", "torch", "torchvision", "timm", "numpy", "pillow")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 OWN_KEYS = {"checkpoint", "checks", "gain"}
-"""Each result that is a JSON object has one of these: an evaluation's, the doctor's, the demo's."""
+"""Keys that identify a JSON object as a result of an evaluation, the doctor or the demo."""
 
 IRRELEVANT = ("device", "workers")
-"""Settings that an evaluation's result does not depend on."""
+"""Settings that do not affect the result of an evaluation."""
 
 
 def claim_result(path: Path) -> None:
-    """Makes sure that a result can be written, before hours are spent on it.
+    """Check that a result can be written, before hours are spent on it.
 
     Raises:
-        UserError: the folder cannot be made or written, or `path` is there and is no result.
+        UserError: the folder cannot be created or written, or `path` exists and is not a result.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the file to write")
@@ -92,10 +92,10 @@ def claim_result(path: Path) -> None:
 
 
 def claim_folder(path: Path) -> None:
-    """Makes sure that a file can be written in its folder, whether or not there is one of that name.
+    """Check that the folder of a file can be written, creating it if needed.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,10 @@ def claim_folder(path: Path) -> None:
 
 
 def write_result(result: Mapping[str, Any] | list[dict[str, Any]], path: Path) -> None:
-    """Writes a result as JSON; the file is complete or not there.
+    """Write a result as JSON, completely or not at all.
 
     Raises:
-        UserError: the file cannot be written, or is there and is no result.
+        UserError: the file cannot be written, or exists and is not a result.
     """
     claim_result(path)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
@@ -117,7 +117,7 @@ def write_result(result: Mapping[str, Any] | list[dict[str, Any]], path: Path) -
 
 
 def read_result(path: Path) -> Any:
-    """Content of a file of `write_result()`; None for any other kind of file."""
+    """Read a file of `write_result()`; return None for any other kind of file."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < 2**28 else None
     except (OSError, ValueError, RecursionError):
@@ -126,13 +126,13 @@ def read_result(path: Path) -> Any:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """In which checkpoint, images or settings two results differ; none where they are the same evaluation's."""
+    """Names of inputs (checkpoint, images, settings) in which two results differ; empty for the same evaluation."""
     (first, second) = (_conditions(result) for result in (one, other))
     return sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
 
 
 def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of a result, by the names that the user knows, as it is after a journey through JSON."""
+    """Inputs of a result under names that the user knows, converted to JSON's types."""
     checkpoint, settings = (
         value if isinstance(value, Mapping) else {} for value in (result.get("checkpoint"), result.get("settings"))
     )
@@ -147,24 +147,24 @@ def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def free_path(path: Path, result: Mapping[str, Any]) -> tuple[Path, list[str]]:
-    """A path for a result that replaces no other evaluation's.
+    """Find a path for a result that does not replace another evaluation's.
 
     Args:
-        path: where it goes if nothing is there, or the result of the same evaluation.
-        result: to be written.
+        path: preferred path; it is free if nothing exists there, or a result of the same evaluation.
+        result: the result to write.
 
     Returns:
-        That path, or the first of `name-2.json`, `name-3.json`, ... of which the same holds; and in what the file at
-        `path` differs, which is empty where that one is taken.
+        The first free one of `path`, `name-2.json`, `name-3.json`, ...; and the inputs in which the file at `path`
+        differs, empty if `path` itself is returned.
     """
-    unlike: list[str] = []
+    first_differs: list[str] = []
     candidate, number = path, 1
     while os.path.lexists(candidate):
         there = read_result(candidate)
         differs = differences(there, result) if isinstance(there, dict) else ["what it is"]
         if not differs:
             break
-        unlike = unlike or differs
+        first_differs = first_differs or differs
         number += 1
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return candidate, [] if candidate == path else unlike
+    return candidate, first_differs

@@ -1,8 +1,10 @@
-"""The cross-entropy of methods with prototypes: the objective over the views that are trained on, and, of all
-candidates, the pair-loss matrix, every view against every target, per image, and the loss of a view's masked patches.
+"""Cross-entropy losses of the methods with prototypes: DINO, iBOT and DINOv2.
+
+`view_cross_entropy()` is the training objective over the kept views. `pair_cross_entropies()` and
+`masked_patch_losses()` score all candidate views without gradient, per image.
 
 # B images, T target views (teacher), V online views (student), D or b bottleneck dim, K prototypes
-# n views of N patches, R of them masked in all, K2 prototypes of patches
+# n views of N patches, R masked patches in total, K2 prototypes for patches
 """
 
 from __future__ import annotations
@@ -14,20 +16,19 @@ from torch import Tensor
 
 Layer = Callable[[Tensor], Tensor]
 
-# Logits [n, V, K] in float32 that exist at the same time: 5 MB on a CPU, so that the passes over them stay in its cache
-# (an image of 20 views and 65 536 prototypes); a GPU wants more work for a launch.
+# Float32 logits [n, V, K] held at once. A CPU gets 5 MB (one image of 20 views and 65 536 prototypes), so passes over
+# them stay in its cache; a GPU needs more work per kernel launch.
 LOGITS_AT_ONCE_CPU = 20 * 65_536
 LOGITS_AT_ONCE_CUDA = 16 * LOGITS_AT_ONCE_CPU
 
 
 def logits_at_once(device: torch.device) -> int:
-    """How many logits in float32 should exist at the same time."""
+    """Number of float32 logits to hold at once on a device."""
     return LOGITS_AT_ONCE_CUDA if device.type == "cuda" else LOGITS_AT_ONCE_CPU
 
 
 def view_cross_entropy(targets: Sequence[Tensor], views: Sequence[Tensor]) -> Tensor:
-    """The objective of methods with prototypes: the mean over the pairs of different views of the batch's mean
-    cross-entropy.
+    """Training objective: cross-entropy averaged over the batch and over all pairs of a target and a different view.
 
     Args:
         targets, views: as for `view_cross_entropies()`.
@@ -40,14 +41,14 @@ def view_cross_entropy(targets: Sequence[Tensor], views: Sequence[Tensor]) -> Te
 
 
 def view_cross_entropies(targets: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
-    """For each view the batch's mean cross-entropy, summed over the targets that are other views than itself.
+    """Mean cross-entropy of the batch for each view, summed over the targets that are not the view itself.
 
-    The targets of a view are summed first, so it costs one product, not one a pair: with n targets P_v,
+    The n targets of a view are summed to P_v first, which takes one product per view rather than one per pair:
     sum_t H(p_t, v) = n logsumexp(v) - <P_v, v>.
 
     Args:
         targets: the teacher's probabilities of the two global views, [B, K] each, float32.
-        views: the student's logits over its temperature, [B, K] each, float32; the two global views first.
+        views: the student's logits divided by its temperature, [B, K] each, float32; the two global views first.
 
     Returns:
         Scalars float32, in nats, in the order of the views.
@@ -57,7 +58,7 @@ def view_cross_entropies(targets: Sequence[Tensor], views: Sequence[Tensor]) -> 
     losses = []
     for v, view in enumerate(views):
         num_targets, target = (1, others[v]) if v < 2 else (2, others[2])
-        # Product and sum rather than a matrix product, which autocast would compute in half precision.
+        # Multiply and sum: autocast would run a matrix product in half precision.
         losses.append((num_targets * view.logsumexp(dim=-1) - (target * view).sum(dim=-1)).mean())
     return losses
 
@@ -74,28 +75,28 @@ def pair_cross_entropies(
 ) -> Tensor:
     """Cross-entropy of every online view against every target view, kept per image.
 
-    H(p, q) = - <p, log q> = logsumexp(s) - <p, s>, with p = softmax((t - center) / teacher_temp), s = student /
-    student_temp: one matrix product an image instead of a cross-entropy a pair. Student logits are shifted by their
-    largest first, which H does not see, so that large ones neither overflow nor cancel.
+    H(p, q) = - <p, log q> = logsumexp(s) - <p, s>, with p = softmax((t - center) / teacher_temp) and
+    s = student / student_temp. That takes one matrix product per image instead of a cross-entropy per pair. The
+    student's largest logit is subtracted first, which does not change H and keeps large logits from overflowing or
+    cancelling.
 
     Args:
         teacher: logits of the target views, [T, B, K], any float dtype; computed in float32.
-        student: bottleneck embeddings of the online views, [V, B, D], or their logits, [V, B, K], when `prototypes` is
-            left out; any float dtype.
+        student: bottleneck embeddings of the online views, [V, B, D], or their logits, [V, B, K], without `prototypes`;
+            any float dtype.
         center: [K] or [1, K], subtracted from the teacher's logits.
         teacher_temp, student_temp: temperatures, greater than 0.
-        prototypes: makes [n, V, D] logits [n, V, K]. It is linear without bias (the temperature goes in before it,
-            where the tensors are small), runs under the caller's autocast, and its result is overwritten. Left out,
-            `student` holds logits.
-        images_at_once: images whose logits exist at the same time; as many as fit LOGITS_AT_ONCE_* when left out.
+        prototypes: maps [n, V, D] to logits [n, V, K]. It must be linear without bias, since the temperature is applied
+            before it, where the tensors are small. It runs under the caller's autocast; its result is overwritten.
+        images_at_once: number of images whose logits are held at once; by default as many as fit LOGITS_AT_ONCE_*.
 
     Returns:
         [B, T, V] float32 in nats, entry [b, t, v] of target t against online v; higher is harder. An entry is not
-        finite only if one of its own two views holds a NaN or an infinity, or a logit that becomes one in float32 when
-        it is divided by the temperature. Single teacher logits of -inf are prototypes ruled out, and fine.
+        finite only if one of its own two views holds a NaN or an infinity, or a logit that overflows float32 when
+        divided by the temperature. Single teacher logits of -inf are allowed: they rule out a prototype.
 
     Raises:
-        ValueError: shapes that do not fit each other; the message shows them.
+        ValueError: the shapes do not fit each other; the message shows them.
 
     Source: DINO (arXiv:2104.14294) Eq. 2, before the sum over the pairs; automl/hvp, branch dino, utils/dino.py
         select_forward.
@@ -115,7 +116,7 @@ def pair_cross_entropies(
     center = center.reshape(-1).float()
 
     losses = torch.empty(num_images, num_targets, num_views, device=device)
-    # Scaled logits need a home of their own; one for all slices, since fresh memory costs more than the arithmetic.
+    # One buffer for the scaled logits of every slice: allocating memory costs more than the arithmetic.
     buffer = torch.empty(step, num_views, 0 if prototypes else student.shape[2], device=device)
     for start in range(0, num_images, step):
         images = slice(start, start + step)
@@ -148,24 +149,27 @@ def masked_patch_losses(
     prototypes: tuple[Layer, Layer] | None = None,
     patches_at_once: int | None = None,
 ) -> Tensor:
-    """The mean cross-entropy over the masked patches of each view, a few patches at a time.
+    """Mean cross-entropy over the masked patches of each view, computed a few patches at a time.
 
-    H(p, q) = logsumexp(s) - <p, s>, as for [CLS] tokens. Logits exist only for masked patches, and not for all of them
-    at once: [n, N, K2] of both networks would be 2 GB for 64 images of 4 views.
+    H(p, q) = logsumexp(s) - <p, s>, as for [CLS] tokens. Logits are computed for masked patches only, and not for all
+    of them at once: [n, N, K2] for both networks would take 2 GB for 64 images of 4 views.
 
     Args:
         teacher: bottleneck embeddings of the masked patches, in the order of `masks`, [R, b], or their logits [R, K2]
-            when `prototypes` is left out; any float dtype, computed in float32.
-        student: the same of the student, which does not see these patches.
+            without `prototypes`; any float dtype, computed in float32.
+        student: the same for the student, which does not see these patches.
         masks: [n, N] bool.
         center2: K2 numbers in any shape, subtracted from the teacher's logits.
         teacher_temp, student_temp: temperatures, greater than 0.
-        prototypes: the teacher's and the student's layer [., b] to [., K2], linear without bias; they run under the
-            caller's autocast, and their results are overwritten.
-        patches_at_once: patches whose logits exist at the same time; as many as fit the cache when left out.
+        prototypes: the teacher's and the student's layer from [., b] to [., K2], linear without bias. They run under
+            the caller's autocast; their results are overwritten.
+        patches_at_once: number of patches whose logits are held at once; by default as many as fit LOGITS_AT_ONCE_*.
 
     Returns:
         [n] float32 in nats; 0 for a view without a masked patch.
+
+    Raises:
+        ValueError: teacher, student and masks disagree on the number of masked patches.
     """
     num_patches = len(teacher)
     if len(student) != num_patches or int(masks.sum()) != num_patches:
@@ -197,13 +201,13 @@ def masked_patch_losses(
 
 
 def patch_weights(masks: Tensor) -> Tensor:
-    """What each masked patch counts in its image's mean: one over the number of masked patches there.
+    """Weight of each masked patch: one over the number of masked patches in its view.
 
     Args:
         masks: [n, N] bool.
 
     Returns:
-        [R] float32, in the order of the marked patches.
+        [R] float32, in the order of the masked patches.
     """
     counts = masks.sum(dim=1, keepdim=True, dtype=torch.float32).clamp(min=1)  # [n, 1]
     return (masks / counts)[masks]

@@ -1,13 +1,13 @@
-"""Encoders and heads that several methods train.
+"""Encoders and heads shared by several methods.
 
-An *encoder*, here and in `hvp.common.evaluation`, is a module with
+An *encoder* is a module with
 
-    embed_dim: int                                                           width of a feature
-    num_blocks: int                                                          0 for networks without blocks
+    embed_dim: int                                           width of a feature
+    num_blocks: int                                          0 for networks without blocks
     forward(x [B, 3, H, W]) -> [B, embed_dim]
-    probe_features(x, n_last_blocks, avgpool) -> [B, D]                      what a linear probe reads
+    probe_features(x, n_last_blocks, avgpool) -> [B, D]      features for a linear probe
 
-Parameter names are those of the upstream trainers, so that their checkpoints load unchanged.
+Parameter names are those of the upstream trainers, so their checkpoints load unchanged.
 """
 
 from collections.abc import Mapping
@@ -23,24 +23,31 @@ Encoder = VisionTransformer | ConvNet
 
 
 class Features(NamedTuple):
-    """What a network makes of n views on its way to the loss, in one forward pass."""
+    """Backbone and projection features of n views, from one forward pass."""
 
     backbone: Tensor
     """The encoder's output f(x), [n, embed_dim]."""
 
     projection: Tensor
-    """The projection head's output z = g(f(x)), [n, D]. Of a head with prototypes: the bottleneck before them."""
+    """The projection head's output z = g(f(x)), [n, D]; for a head with prototypes, the bottleneck before them."""
 
 
 def encoder_from_state(state: Mapping[str, Tensor]) -> Encoder | None:
-    """The encoder that a backbone's state dict belongs to, by names and shapes, weights not loaded; None if there is
-    none here."""
+    """Build the encoder that a backbone's state dict belongs to, from names and shapes; its weights are not loaded.
+
+    Args:
+        state: state dict of a backbone alone, without prefixes such as `module.`, `backbone.` or `encoder.`.
+
+    Returns:
+        An encoder of the right shape, or None if the weights fit none of ours. Extra entries are ignored here; strict
+        loading finds them.
+    """
     vit = register_vit_from_state(state) or vit_from_state(state)
     return convnet_from_state(state) if vit is None else vit
 
 
 def describe_encoder(encoder: nn.Module) -> str:
-    """An encoder's kind and sizes in words."""
+    """Describe an encoder's class and sizes in one line, for the user."""
     millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     sizes = f"width {encoder.embed_dim}"
     if isinstance(encoder, VisionTransformer):

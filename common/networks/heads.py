@@ -17,35 +17,35 @@ from hvp.common.networks.vision_transformer import init_linear
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows have direction `weight_v` and length `weight_g`.
+    """Linear layer without bias; each row has direction `weight_v` and length `weight_g`.
 
     Args:
         in_dim, out_dim: D and K.
-        train_gain: let `weight_g`, which starts at 1, be trained.
+        train_gain: whether `weight_g`, which starts at 1, is trained.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, train_gain: bool) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_gain)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # like nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., K]."""
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
     def frozen(self) -> Callable[[Tensor], Tensor]:
-        """The layer as it is now, for many small calls without gradient: the norms of the K rows are taken once.
+        """Return the current layer as a function for many small calls without gradient: row norms are computed once.
 
-        The gain multiplies the outputs and not the weights, so that no copy of the weights is made; results differ
-        from `forward` by rounding only.
+        The gain multiplies the outputs rather than the weights, which avoids a copy of the weights. Results differ
+        from `forward` only by rounding.
         """
         with torch.no_grad():
             gain = (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)).squeeze(1)  # [K]
 
         def forward(x: Tensor) -> Tensor:
             logits = F.linear(x, self.weight_v)
-            # In place where that rounds once; autocast's half-precision logits are promoted instead.
+            # In place if that rounds only once; half-precision logits from autocast are promoted instead.
             return logits.mul_(gain) if logits.dtype == gain.dtype else logits * gain
 
         return forward
@@ -55,11 +55,11 @@ class DINOHead(nn.Module):
     """Projection head: a perceptron to a bottleneck on the unit sphere, then weight-normalised prototypes.
 
     Args:
-        in_dim, out_dim: width of the backbone's feature, and the number of prototypes K.
-        use_bn: batch norm after each hidden layer.
-        norm_last_layer: keep the prototypes' lengths at 1.
-        nlayers: linear layers of the perceptron; 1 leaves out the hidden ones.
-        hidden_dim, bottleneck_dim: widths in between.
+        in_dim, out_dim: width of the backbone's feature, and number of prototypes K.
+        use_bn: add batch norm after each hidden layer.
+        norm_last_layer: keep the length of each prototype at 1.
+        nlayers: linear layers of the perceptron; with 1 there are no hidden layers.
+        hidden_dim, bottleneck_dim: widths of the hidden layers and of the bottleneck.
 
     Source: facebookresearch/dino vision_transformer.py DINOHead.
     """
@@ -86,7 +86,7 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=not norm_last_layer)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features [B, in_dim] to the bottleneck [B, bottleneck_dim], of length 1."""
+        """Features [B, in_dim] to unit-length bottleneck embeddings [B, bottleneck_dim]."""
         return F.normalize(self.mlp(x), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backbones under the names of timm and torchvision, where these differ from the names here.
+"""Parameter names of timm and torchvision, where they differ from ours.
 
 # N patches, D embedding dim
 """
@@ -21,19 +21,19 @@ TORCHVISION_NAMES = {
     ".mlp.fc1.": ".mlp.0.",
     ".mlp.fc2.": ".mlp.3.",
 }
-"""Names that differ in torchvision's ViTs: prefixes, then parts inside a name."""
+"""Our names and torchvision's for a ViT: prefixes first, then parts within a name."""
 
 
 def to_torchvision(key: str) -> str:
-    """Our name of a ViT's tensor as torchvision's."""
+    """Translate our name of a ViT's tensor to torchvision's."""
     return _renamed(key, TORCHVISION_NAMES)
 
 
 def from_libraries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of timm's or torchvision's under the names here; any other as it is.
+    """Rename the tensors of a timm or torchvision state dict to our names; return any other state dict unchanged.
 
-    torchvision's ViTs have names of their own. timm's networks with LayerScale or registers lack the mask token, which
-    no feature depends on; those with registers have no position for [CLS], which is part of `cls_token` there.
+    timm's ViTs with LayerScale or registers lack a mask token; it is added as zeros, since no feature depends on it.
+    timm's ViTs with registers add the position of [CLS] to `cls_token`; a zero position is added for it.
     """
     if "conv_proj.weight" in state:
         names = {theirs: ours for ours, theirs in TORCHVISION_NAMES.items()}

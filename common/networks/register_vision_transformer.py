@@ -25,21 +25,21 @@ SIZES = {
     "vit_large": (1024, 24),
     "vit_giant2": (1536, 40),
 }
-"""Width and depth. `vit_micro` has a convolutional stem."""
+"""Width and depth by name. `vit_micro` has a convolutional stem."""
 
 
 class RegisterVisionTransformer(VisionTransformer):
-    """A ViT with LayerScale, a mask token, and registers: tokens that hold no patch and that nobody reads.
+    """ViT with LayerScale, a mask token, and registers: extra tokens that hold no patch and are not part of any output.
 
-    Registers stand between [CLS] and the patches while the blocks run, and are left out of what any method returns.
-    Released networks without registers interpolate their positions as DINO does, those with registers by target size
-    and with antialiasing; so do these.
+    Registers stand between [CLS] and the patches inside the blocks; no method returns them. Like the
+    released networks, it interpolates positions as DINO does without registers, and to the target size with
+    antialiasing when it has registers.
 
     Args:
-        init_values: LayerScale's gains at the start; 0: no LayerScale.
-        swiglu: gated feed-forward layers of two thirds the hidden width, rather than perceptrons.
-        num_registers: how many, R.
-        others: as for VisionTransformer.
+        init_values: initial gains of LayerScale; 0 for no LayerScale.
+        swiglu: use gated feed-forward layers, two thirds as wide, instead of perceptrons.
+        num_registers: number of registers, R.
+        sizes: as for VisionTransformer.
 
     Source: facebookresearch/dinov2 dinov2/models/vision_transformer.py DinoVisionTransformer.
     """
@@ -49,35 +49,16 @@ class RegisterVisionTransformer(VisionTransformer):
     def __init__(
         self,
         *,
-        img_size: int = 224,
-        patch_size: int = 16,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        drop_path_rate: float = 0.0,
-        drop_path_uniform: bool = False,
-        conv_stem: bool = False,
         init_values: float = 1e-5,
         swiglu: bool = False,
         num_registers: int = 0,
+        **sizes: Any,
     ) -> None:
         options: dict[str, Any] = {"mlp_layer": SwiGLU} if swiglu else {}
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            drop_path_rate=drop_path_rate,
-            drop_path_uniform=drop_path_uniform,
-            conv_stem=conv_stem,
-            block=partial(SubsetBlock, init_values=init_values, **options),
-        )
-        registers = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
+        super().__init__(**sizes, block=partial(SubsetBlock, init_values=init_values, **options))
+        registers = nn.Parameter(torch.empty(1, num_registers, self.embed_dim)) if num_registers else None
         self.register_parameter("register_tokens", registers)
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
         nn.init.normal_(self.cls_token, std=1e-6)
         if registers is not None:
             nn.init.normal_(registers, std=1e-6)
@@ -87,7 +68,7 @@ class RegisterVisionTransformer(VisionTransformer):
         return 0 if self.register_tokens is None else self.register_tokens.shape[1]
 
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """The position embedding of an image of `height` x `width` pixels, [1, 1 + patches, D]."""
+        """Position embedding for an image of `height` x `width` pixels, [1, 1 + patches, D]."""
         if self.register_tokens is None:
             return super().interpolate_pos_encoding(height, width)
         rows, columns = height // self.patch_size, width // self.patch_size
@@ -103,25 +84,25 @@ class RegisterVisionTransformer(VisionTransformer):
 
         Args:
             x: the images.
-            masks: [B, N] bool, patches for which the mask token stands.
+            masks: [B, N] bool, patches to replace by the mask token.
         """
         height, width = x.shape[-2:]
         patches = self.patch_embed(x)
         if masks is not None:
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1)
-        # Positions in half precision, as sharding gathers them, would make a half-precision stream of all blocks.
+        # Sharding gathers positions in half precision, which would turn the residual stream of every block to half.
         tokens = tokens.float() + self.interpolate_pos_encoding(height, width)
         if self.register_tokens is None:
             return tokens
         return torch.cat((tokens[:, :1], self.register_tokens.expand(len(x), -1, -1), tokens[:, 1:]), dim=1)
 
     def all_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] to their normalised tokens, [CLS] and patches, [B, 1 + N, D]; masks as above."""
+        """Images [B, 3, H, W] to normalised [CLS] and patch tokens, [B, 1 + N, D]; masks as in `prepare_tokens()`."""
         return self._without_registers(super().all_tokens(x, masks))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """The normalised tokens [B, 1 + N, D] after each of the last `n` blocks."""
+        """Normalised tokens [B, 1 + N, D] after each of the last `n` blocks."""
         return [self._without_registers(tokens) for tokens in super().get_intermediate_layers(x, n)]
 
     def _without_registers(self, tokens: Tensor) -> Tensor:
@@ -131,9 +112,9 @@ class RegisterVisionTransformer(VisionTransformer):
 
 
 class SubsetBlock(Block):
-    """timm's block, whose stochastic depth computes a branch for a random subset of the batch only.
+    """timm's block, with stochastic depth that computes each branch for a random subset of the batch only.
 
-    Of n rows int(n * (1 - rate)), at least one, get the branch, scaled by n over that number; so a rate of 0.3 saves
+    Of n rows, int(n * (1 - rate)), but at least one, get the branch, scaled by n over that number. A rate of 0.3 saves
     three tenths of the work.
 
     Source: facebookresearch/dinov2 dinov2/layers/block.py NestedTensorBlock, drop_add_residual_stochastic_depth_list.
@@ -161,9 +142,9 @@ class SwiGLU(nn.Module):
 
     Args:
         in_features: D.
-        hidden_features: width of the perceptron that it replaces; its own is two thirds, rounded up to eights.
-        bias: of both layers.
-        others: what timm's blocks give any feed-forward layer; dropout and a norm are not offered here.
+        hidden_features: width of the perceptron it replaces; its own is two thirds, rounded up to a multiple of 8.
+        bias: whether both layers have a bias.
+        others: further arguments that timm's blocks pass to a feed-forward layer (dropout, norm); ignored.
 
     Source: facebookresearch/dinov2 dinov2/layers/swiglu_ffn.py SwiGLUFFNFused.
     """
@@ -191,16 +172,16 @@ def build_register_vit(
     swiglu: bool = False,
     num_registers: int = 0,
 ) -> RegisterVisionTransformer:
-    """A network with fresh weights.
+    """Build a ViT with LayerScale and fresh weights.
 
     Args:
         arch: one of SIZES.
         patch_size: side of a patch in pixels.
-        img_size: side of the images in pixels, for which the position embedding is stored.
+        img_size: side of the images in pixels; the position embedding is stored for it.
         drop_path_rate, drop_path_uniform, init_values, swiglu, num_registers: as for RegisterVisionTransformer.
 
     Raises:
-        UserError: a patch size that does not divide the image, or that the stem cannot make.
+        UserError: the patch size does not divide the image size, or the stem cannot produce it.
     """
     if img_size % patch_size or (arch == "vit_micro" and patch_size not in (2, 4, 8, 16, 32)):
         raise UserError(
@@ -224,7 +205,7 @@ def build_register_vit(
 
 
 def register_vit_from_state(state: Mapping[str, Tensor]) -> RegisterVisionTransformer | None:
-    """As `vit_from_state()`, for these networks, which are told from the others by their mask token."""
+    """Like `encoder_from_state()`, for RegisterVisionTransformer, which is recognised by its `mask_token`."""
     sizes = vit_sizes(state)
     if sizes is None or "mask_token" not in state:
         return None

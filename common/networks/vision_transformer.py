@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from hvp.common.errors import UserError
 
-# Width -> attention heads of the networks below. A state dict does not show its number of heads.
+# Attention heads by width. A state dict does not show its number of heads.
 NUM_HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
-# The same with fixed positions, by which vit_from_state() tells them.
+# A ViT-S with fixed positions has 12 heads; vit_from_state() recognises it by these positions.
 NUM_HEADS_FIXED_POSITIONS = NUM_HEADS | {384: 12}
+
+VITS = {"vit_micro": (96, 3), "vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12)}
+"""Width and depth; 0.4 M, 5.5 M, 22 M and 86 M parameters. `vit_micro` has a convolutional stem, for the demo."""
 
 
 class VisionTransformer(nn.Module):
@@ -32,11 +35,11 @@ class VisionTransformer(nn.Module):
         img_size: side in pixels for which `pos_embed` is stored; other sizes interpolate it.
         patch_size: side of a patch in pixels.
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        drop_path_uniform: all blocks have that rate.
-        conv_stem: embed patches by a stack of small convolutions instead of a single large one.
-        mask_token: have `masked_embed`, which can stand for patches.
-        block: makes a block, with the arguments of timm's.
+        drop_path_rate: stochastic depth of the last block; rates grow linearly from 0 at the first block.
+        drop_path_uniform: use that rate in every block.
+        conv_stem: embed patches with a stack of small convolutions instead of a single large one.
+        mask_token: add `masked_embed`, the embedding of a masked patch.
+        block: block constructor, called with the arguments of timm's `Block`.
 
     Source: facebookresearch/dino vision_transformer.py VisionTransformer.
     """
@@ -62,9 +65,9 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.num_blocks = depth
         self.patch_size = patch_size
-        norm_layer: Any = partial(FloatLayerNorm, eps=1e-6)  # timm's annotation asks for a class, its code for less
+        norm_layer: Any = partial(FloatLayerNorm, eps=1e-6)  # timm is annotated to take a class
 
-        # img_size=None: the convolution takes any size, and drops the remainder of one that is no multiple of a patch.
+        # img_size=None: accept any image size, dropping the pixels beyond the last whole patch.
         self.patch_embed = (
             ConvStem(patch_size, embed_dim)
             if conv_stem
@@ -87,14 +90,14 @@ class VisionTransformer(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the images whose position embedding is stored, pixels."""
+        """Image side that `pos_embed` is stored for, in pixels."""
         return math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size
 
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """The position embedding of an image of `height` x `width` pixels, [1, 1 + patches, D].
+        """Position embedding for an image of `height` x `width` pixels, [1, 1 + patches, D].
 
-        Bicubic without antialiasing. The scale factors are those of 0.1 patch more than there are: upstream's guard
-        against rounding one patch away, which released weights were trained with, so it is part of the definition.
+        Bicubic, without antialiasing. The scale factors assume 0.1 patches more than there are. That is upstream's
+        guard against losing a patch to rounding; released weights were trained with it, so it is kept.
         """
         rows, columns = height // self.patch_size, width // self.patch_size
         num_patches = self.pos_embed.shape[1] - 1
@@ -111,13 +114,16 @@ class VisionTransformer(nn.Module):
 
         Args:
             x: the images.
-            masks: [B, N] bool, patches for which the mask token stands.
+            masks: [B, N] bool, patches to replace by the mask token.
+
+        Raises:
+            ValueError: there are masks, but the network has no mask token.
         """
         height, width = x.shape[-2:]
         patches = self.patch_embed(x)
         if masks is not None:
             if self.masked_embed is None:
-                raise ValueError("VisionTransformer: there are masks, but no mask token to stand for patches")
+                raise ValueError("VisionTransformer: got masks, but the network has no mask token")
             patches = torch.where(masks[..., None], self.masked_embed.to(patches.dtype), patches)
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1)
         return tokens + self.interpolate_pos_encoding(height, width)
@@ -130,14 +136,14 @@ class VisionTransformer(nn.Module):
         return self.norm(x[:, 0])
 
     def all_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] to their normalised tokens, [CLS] and patches, [B, 1 + N, D]; masks as above."""
+        """Images [B, 3, H, W] to normalised [CLS] and patch tokens, [B, 1 + N, D]; masks as in `prepare_tokens()`."""
         x = self.prepare_tokens(x, masks)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """The normalised tokens [B, 1 + N, D] after each of the last `n` blocks."""
+        """Normalised tokens [B, 1 + N, D] after each of the last `n` blocks."""
         x = self.prepare_tokens(x)
         layers = []
         for i, block in enumerate(self.blocks):
@@ -147,18 +153,18 @@ class VisionTransformer(nn.Module):
         return layers
 
     def probe_features(self, x: Tensor, n_last_blocks: int, avgpool: bool) -> Tensor:
-        """What a linear probe reads: the [CLS] tokens of the last blocks, or the last [CLS] and the mean patch.
+        """Features for a linear probe: the [CLS] tokens of the last blocks, or the last [CLS] and the mean patch token.
 
         Args:
             x: images [B, 3, H, W].
-            n_last_blocks: how many blocks give their [CLS] token.
-            avgpool: add the mean patch token; with `n_last_blocks` = 1 only.
+            n_last_blocks: number of blocks whose [CLS] token is used.
+            avgpool: add the mean patch token; only with `n_last_blocks` = 1.
 
         Returns:
-            [B, n_last_blocks * D], or [B, 2 * D] with `avgpool`, the two interleaved as upstream has them.
+            [B, n_last_blocks * D], or [B, 2 * D] with `avgpool`, the two interleaved as in the upstream.
 
         Raises:
-            UserError: the network has not so many blocks, or `avgpool` was asked for with several.
+            UserError: the network has fewer blocks, or `avgpool` is combined with several blocks.
 
         Source: facebookresearch/dino eval_linear.py.
         """
@@ -179,7 +185,7 @@ class VisionTransformer(nn.Module):
 
 
 class FloatLayerNorm(nn.LayerNorm):
-    """Layer norm in float32, whatever the format of its parameters. Autocast sees to that on a GPU, not on a CPU."""
+    """Layer norm in float32, whatever the dtype of its parameters. Autocast ensures that on a GPU, but not on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to float32 of the same shape."""
@@ -189,9 +195,9 @@ class FloatLayerNorm(nn.LayerNorm):
 class ConvStem(nn.Module):
     """Patch embedding by 3 x 3 convolutions of stride 2, each doubling the width, then a 1 x 1 projection.
 
-    Small networks learn much faster behind it than behind a single large convolution. The norm is GroupNorm, which
-    keeps no statistics of the batch: an image's feature does not depend on its neighbours, so a teacher's outputs may
-    be computed in any batch and reused.
+    Small networks learn much faster with it than with a single large convolution. The norm is GroupNorm, which keeps
+    no batch statistics: an image's feature does not depend on the rest of its batch, so a teacher's outputs may be
+    computed in any batch and reused.
     """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
@@ -215,77 +221,20 @@ class ConvStem(nn.Module):
         return self.proj(self.stages(x)).flatten(2).mT
 
 
-def vit_micro(
-    *, patch_size: int = 8, img_size: int = 32, drop_path_rate: float = 0.0, mask_token: bool = False
-) -> VisionTransformer:
-    """The demo's network, 0.4 M parameters: it learns the embedded dataset in minutes on two cores."""
-    return VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=96,
-        depth=3,
-        num_heads=NUM_HEADS[96],
-        drop_path_rate=drop_path_rate,
-        conv_stem=True,
-        mask_token=mask_token,
-    )
-
-
-def vit_tiny(
-    *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, mask_token: bool = False
-) -> VisionTransformer:
-    """ViT-Ti, 5.5 M parameters."""
-    return _vit(192, patch_size, img_size, drop_path_rate, mask_token)
-
-
-def vit_small(
-    *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, mask_token: bool = False
-) -> VisionTransformer:
-    """ViT-S, 22 M parameters."""
-    return _vit(384, patch_size, img_size, drop_path_rate, mask_token)
-
-
-def vit_base(
-    *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, mask_token: bool = False
-) -> VisionTransformer:
-    """ViT-B, 86 M parameters."""
-    return _vit(768, patch_size, img_size, drop_path_rate, mask_token)
-
-
-def _vit(embed_dim: int, patch_size: int, img_size: int, drop_path_rate: float, mask_token: bool) -> VisionTransformer:
-    return VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=12,
-        num_heads=NUM_HEADS[embed_dim],
-        drop_path_rate=drop_path_rate,
-        mask_token=mask_token,
-    )
-
-
-VITS: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_micro": vit_micro,
-    "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
-    "vit_base": vit_base,
-}
-
-
 def build_vit(
     arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0, mask_token: bool = False
 ) -> VisionTransformer:
-    """A ViT with fresh weights.
+    """Build a ViT with fresh weights.
 
     Args:
         arch: one of VITS.
         patch_size: side of a patch in pixels.
-        img_size: side of the global crops in pixels, for which the position embedding is stored.
-        drop_path_rate: stochastic depth of the last block, in [0, 1); the student's only.
-        mask_token: have a token that stands for masked patches; a student's only.
+        img_size: side of the global crops in pixels; the position embedding is stored for it.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); for students only.
+        mask_token: add the embedding of a masked patch; for students only.
 
     Raises:
-        UserError: a patch size that does not divide the image, or that the stem cannot make.
+        UserError: the patch size does not divide the image size, or the stem cannot produce it.
     """
     if not 1 <= patch_size <= img_size or img_size % patch_size:
         raise UserError(
@@ -294,28 +243,30 @@ def build_vit(
         )
     if arch == "vit_micro" and patch_size not in (2, 4, 8, 16, 32):
         raise UserError(
-            f"patch_size = {patch_size}, but the stem of vit_micro halves the image again and again.\n"
+            f"patch_size = {patch_size}, but the stem of vit_micro halves the image at each stage.\n"
             "    Set 2, 4, 8, 16 or 32."
         )
-    return VITS[arch](patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, mask_token=mask_token)
+    embed_dim, depth = VITS[arch]
+    return VisionTransformer(
+        img_size=img_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=NUM_HEADS[embed_dim],
+        drop_path_rate=drop_path_rate,
+        conv_stem=arch == "vit_micro",
+        mask_token=mask_token,
+    )
 
 
 def vit_from_state(state: Mapping[str, Tensor]) -> VisionTransformer | None:
-    """The ViT that a backbone's state dict belongs to, told from names and shapes; its weights are not loaded.
-
-    Args:
-        state: state dict of a backbone alone, without prefixes such as `module.` or `backbone.`.
-
-    Returns:
-        An encoder of the right shape, or None when the weights are none of ours. Entries the encoder does not have are
-        not looked at: loading strictly finds them.
-    """
+    """Like `encoder_from_state()`, for VisionTransformer."""
     sizes = vit_sizes(state)
     return None if sizes is None else VisionTransformer(**sizes)
 
 
 def vit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The sizes of a ViT as its constructor takes them, told from a backbone's state dict; None where it is no ViT."""
+    """Infer a ViT's constructor arguments from a backbone's state dict; None if it is not a ViT."""
     pos_embed, proj = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if pos_embed is None or proj is None or pos_embed.ndim != 3 or proj.ndim != 4:
         return None
@@ -336,25 +287,25 @@ def vit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def sincos_positions(side: int, embed_dim: int) -> Tensor:
-    """A position embedding that is never trained: sines and cosines of a patch's row, then of its column.
+    """Fixed position embedding: sines and cosines of a patch's row, then of its column.
 
     With w_d = 10000 ** (-d / (D / 4)), patch (i, j) has the four quarters sin(i w), cos(i w), sin(j w), cos(j w). The
     [CLS] token has zeros.
 
     Args:
-        side: patches in a row, and rows.
+        side: number of rows and of columns of patches.
         embed_dim: D, a multiple of 4.
 
     Returns:
         [1, 1 + side ** 2, D] float32.
 
     Raises:
-        ValueError: D is no multiple of 4.
+        ValueError: D is not a multiple of 4.
 
-    Source: facebookresearch/moco-v3 vits.py build_2d_sincos_position_embedding, whose first half is the row's, too.
+    Source: facebookresearch/moco-v3 vits.py build_2d_sincos_position_embedding, which also encodes the row first.
     """
     if embed_dim % 4:
-        raise ValueError(f"sincos_positions: embed_dim is {embed_dim}, but it takes a multiple of 4")
+        raise ValueError(f"sincos_positions: embed_dim is {embed_dim}, but it must be a multiple of 4")
     frequency = 10000.0 ** -(torch.arange(embed_dim // 4) / (embed_dim // 4))
     angle = torch.arange(side)[:, None] * frequency  # [side, D / 4]
     axis = torch.cat((angle.sin(), angle.cos()), dim=1)  # [side, D / 2]
@@ -363,7 +314,7 @@ def sincos_positions(side: int, embed_dim: int) -> Tensor:
 
 
 def _positions_are_fixed(pos_embed: Tensor) -> bool:
-    """Whether a position embedding is that of `sincos_positions()`, but for the rounding of half precision."""
+    """Whether a position embedding equals `sincos_positions()` up to half-precision rounding."""
     if pos_embed.is_meta or pos_embed.shape[2] % 4:
         return False
     fixed = sincos_positions(math.isqrt(pos_embed.shape[1] - 1), pos_embed.shape[2])
@@ -371,7 +322,7 @@ def _positions_are_fixed(pos_embed: Tensor) -> bool:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Linear layers start from a truncated normal of deviation 0.02, biases from 0."""
+    """Initialise a linear layer: weights from a truncated normal with standard deviation 0.02, bias 0."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

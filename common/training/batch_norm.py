@@ -1,4 +1,4 @@
-"""Batch norm over the images of all processes on CPUs, for which PyTorch's SyncBatchNorm has no code.
+"""Synchronised batch norm on CPUs, which PyTorch's SyncBatchNorm does not support.
 
 # C channels
 """
@@ -14,18 +14,22 @@ from hvp.common.training.collectives import summed
 
 
 class SharedBatchNorm(_BatchNorm):
-    """Batch norm whose statistics in training are those of all processes' rows, in float32.
+    """Batch norm with training statistics over the rows of all processes, in float32.
 
-    Mean first, then the variance of what is left, an exchange each: the difference of two large sums would lose
-    digits. Every process must make the same forward passes, those of a selection included.
+    The mean and then the centred variance take one exchange each, since a difference of two large sums would lose
+    precision. Every process must make the same forward passes, including those of a selection.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, but rows and channels are needed")
+            raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, expected channels, [B, C, ...]")
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, ...] to the same shape; B may differ between the processes."""
+        """Normalise an input [B, C, ...], in any float dtype; B may differ between processes.
+
+        Raises:
+            ValueError: the input has no channels, or all processes together have a single row.
+        """
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
@@ -37,7 +41,7 @@ class SharedBatchNorm(_BatchNorm):
             total = summed(torch.cat((x.sum(over), x.new_tensor([x.numel() / x.shape[1]]))))
             count = total[-1].detach()
             if count < 2:
-                raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, but 1 row has no variance")
+                raise ValueError(f"SharedBatchNorm: the input is {list(input.shape)}, but a single row has no variance")
             mean = total[:-1] / count
             centred = x - mean.view(shape)
             variance = summed(centred.square().sum(over)) / count
@@ -49,7 +53,7 @@ class SharedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics, as `nn.BatchNorm1d` does."""
+        """Update the running statistics as `nn.BatchNorm1d` does."""
         if not self.track_running_stats:  # inside `running_statistics_kept()`
             return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -61,7 +65,7 @@ class SharedBatchNorm(_BatchNorm):
 
 
 def shared_batch_norm(module: nn.Module) -> nn.Module:
-    """The module with every batch norm replaced by one that is shared; parameters and buffers are the same objects."""
+    """Replace every batch norm of a module by SharedBatchNorm, keeping its parameter and buffer objects; return it."""
     if isinstance(module, _BatchNorm):
         shared = SharedBatchNorm(
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
@@ -75,13 +79,13 @@ def shared_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether an image's output depends on the batch it is computed in."""
+    """Return whether a module contains batch norm, so that an image's output depends on its batch."""
     return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 @contextmanager
 def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """For forward passes in training mode that are to leave batch norm's running statistics as they are."""
+    """Context manager for forward passes in training mode that leave batch norm's running statistics unchanged."""
     tracking = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     for part in tracking:
         part.track_running_stats = False

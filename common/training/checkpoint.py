@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked and read without executing anything."""
+"""Checkpoints: written atomically, checked, and read without executing anything."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,14 @@ VERSION = 1
 
 
 class Entry(BaseModel):
-    """An entry of a checkpoint. Entries of its own that it does not name are left alone."""
+    """Base of a checkpoint's entries. Nested entries without a field here are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def _random_state(value: Tensor) -> Tensor:
     if value.dtype != torch.uint8 or value.ndim != 1:
-        raise ValueError(f"is no generator's state, but {value.dtype} {list(value.shape)}")
+        raise ValueError(f"is not a random generator's state, but {value.dtype} {list(value.shape)}")
     return value
 
 
@@ -33,17 +33,17 @@ RandomState = Annotated[Tensor, AfterValidator(_random_state)]
 
 
 class Progress(Entry):
-    """Loss since the log's last row, and since the epoch's start."""
+    """Sum and count of the loss since the log's last row, and since the epoch's start."""
 
     loss_sum: float
     loss_count: int = Field(ge=0)
     epoch_loss_sum: float = 0.0
-    """Not in checkpoints of early versions, as the next."""
+    """Missing from checkpoints of early versions, like the next one."""
     epoch_loss_count: int = Field(0, ge=0)
 
 
 class Stream(Entry):
-    """A process's random numbers, and the images that it replaced."""
+    """Random generators of one process, and the images it skipped."""
 
     torch: RandomState
     cuda: RandomState | None
@@ -51,7 +51,7 @@ class Stream(Entry):
 
 
 class ScalerState(Entry):
-    """fp16's gradient scaler."""
+    """Gradient scaler, with fp16."""
 
     scale: float = Field(gt=0)
     growth_factor: float = Field(gt=0)
@@ -61,18 +61,20 @@ class ScalerState(Entry):
 
 
 class NoScaler(Entry):
-    """The place of a gradient scaler's state without fp16."""
+    """Empty state of the gradient scaler, without fp16."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class PrecisionState(Entry):
+    """State of `Precision`."""
+
     scaler: ScalerState | NoScaler
     skipped_steps: int = Field(ge=0)
 
 
 class Group(Entry):
-    """Parameters with hyperparameters of their own."""
+    """Parameter group of an optimiser."""
 
     params: list[int]
     lr: float
@@ -80,39 +82,46 @@ class Group(Entry):
 
 
 class OptimizerState(Entry):
+    """State of an optimiser: the moments of each parameter, and the groups."""
+
     state: dict[int, dict[str, Any]]
     param_groups: list[Group]
 
     @model_validator(mode="after")
-    def _of_its_parameters(self) -> "OptimizerState":
+    def _state_fits_groups(self) -> "OptimizerState":
         known = {number for group in self.param_groups for number in group.params}
         if strange := sorted(self.state.keys() - known):
-            raise ValueError(f"state of parameter {strange[0]}, which is in no group")
+            raise ValueError(f"has state for parameter {strange[0]}, which is in no group")
         names = {frozenset(moments) for moments in self.state.values()}
         if len(names) > 1:
-            raise ValueError(f"a state that lacks {', '.join(sorted(frozenset.union(*names) - min(names, key=len)))}")
+            raise ValueError(f"has a state without {', '.join(sorted(frozenset.union(*names) - min(names, key=len)))}")
         return self
 
 
 class Images(Entry):
-    """The images of a run."""
+    """Training images of a run."""
 
     name: str
     """Folder and number of images, for messages."""
+
     images: int = Field(ge=1)
 
 
 class Views(Entry):
+    """Sizes of the views, pixels."""
+
     global_crops_size: int | None = Field(None, ge=1)
     crop_size: int | None = Field(None, ge=1)
 
 
 class Data(Entry):
+    """Options of the embedded dataset."""
+
     shapes: ShapesOptions = ShapesOptions()
 
 
 class Config(Entry):
-    """A configuration: sections, and of their values those that are read without its method's class."""
+    """Configuration of a run, with the fields that are read without its method's class."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)
@@ -122,7 +131,7 @@ class Config(Entry):
 
 
 class Header(Entry):
-    """Entries that every reader of a checkpoint relies on."""
+    """Entries that every reader of a checkpoint needs."""
 
     method: str
     config: Config
@@ -131,7 +140,7 @@ class Header(Entry):
 
 
 class Content(Header):
-    """Further entries that a resume relies on; networks and losses are checked by whoever loads them."""
+    """Entries that resuming needs; networks and losses are checked where they are loaded."""
 
     steps_per_epoch: int = Field(ge=1)
     log: Progress
@@ -140,25 +149,25 @@ class Content(Header):
     optimizer: OptimizerState
     versions: dict[str, str]
     data: Images | None = None
-    """Not in checkpoints of early versions."""
+    """Missing from checkpoints of early versions."""
 
     @model_validator(mode="after")
-    def _epochs_of_steps(self) -> "Content":
+    def _epoch_fits_step(self) -> "Content":
         if self.epoch != self.step // self.steps_per_epoch:
             raise ValueError(f"epoch {self.epoch} at step {self.step}, with {self.steps_per_epoch} steps per epoch")
         return self
 
 
 def write_atomically(path: Path, write: Any, previous: Path | None = None) -> None:
-    """Calls `write(file)` on a file beside `path`, then renames it: readers see the old content or the new one.
+    """Call `write(file)` on a file beside `path`, then rename it, so readers see either the old content or the new.
 
     Args:
         path: the file.
         write: writes to an open binary file.
-        previous: where the old content goes. At every moment one of the two names stands for a whole file.
+        previous: new name of the old content. At least one of the two names always refers to a complete file.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full; what stood at `path` is still there.
+        UserError: the folder cannot be written, or the disk is full; the old content of `path` is intact.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -167,7 +176,7 @@ def write_atomically(path: Path, write: Any, previous: Path | None = None) -> No
             file.flush()
             os.fsync(file.fileno())
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(beside)):
-                raise UserError(f"{path}: cannot be written: {path.parent} was replaced by another folder meanwhile")
+                raise UserError(f"{path}: cannot be written: another folder has replaced {path.parent}")
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(beside, path)
@@ -178,7 +187,7 @@ def write_atomically(path: Path, write: Any, previous: Path | None = None) -> No
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said. torch.save raises a RuntimeError of its own after the OSError of a full disk."""
+    """Return the operating system's message. After the OSError of a full disk, torch.save raises a RuntimeError."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -188,18 +197,26 @@ def _reason(error: BaseException) -> str:
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
-    """Writes tensors, numbers, text and containers of these, atomically, with the format's name and version; the
-    checkpoint that stood there becomes `previous`."""
+    """Write a checkpoint atomically, with the format's name and version; an existing one is renamed to `previous`.
+
+    Args:
+        path: the file.
+        content: tensors, numbers, strings and containers of these.
+        previous: new name of an existing checkpoint at `path`.
+
+    Raises:
+        UserError: as `write_atomically()`.
+    """
     whole = {"format": FORMAT, "version": VERSION, **content}
     write_atomically(path, lambda file: save_sealed(whole, file), previous)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads one of our checkpoints to the CPU, with `weights_only=True`, and checks it.
+    """Read a checkpoint written by hvp to the CPU, with `weights_only=True`, and check it.
 
     Raises:
-        DamagedCheckpoint: truncated, changed, or not a checkpoint of hvp; or it lacks something.
-        UserError: missing, or of a version that this release does not know.
+        DamagedCheckpoint: it is truncated, altered or incomplete, or hvp did not write it.
+        UserError: it does not exist, or this release does not know its format version.
     """
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
@@ -211,34 +228,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_content(content: Mapping[Any, Any], path: Path, entries: type[Header] = Content) -> None:
-    """Checks a checkpoint of ours after it was read.
+    """Check the content of a checkpoint written by hvp.
 
     Args:
-        content: of the file; its format is FORMAT.
-        path: what messages call it.
-        entries: those that the reader relies on, with their types.
+        content: as read from the file; its format is FORMAT.
+        path: the file, for messages.
+        entries: the entries that the reader needs, with their types.
 
     Raises:
-        DamagedCheckpoint: entries are missing or of another type.
-        UserError: of a version that this release does not know.
+        DamagedCheckpoint: entries are missing or have the wrong type.
+        UserError: this release does not know the format version.
     """
     number = content.get("version")
     problems = []
     if type(number) is not int:
-        problems.append("version is missing" if number is None else f"version is {type(number).__name__}, no number")
+        problems.append(
+            "version is missing" if number is None else f"version is {type(number).__name__}, not a whole number"
+        )
     elif number != VERSION:
         raise UserError(f"{path}: has format version {number}, but this hvp reads version {VERSION}")
     try:
         entries.model_validate(dict(content))
     except ValidationError as error:
-        problems += [_said(details) for details in error.errors(include_url=False)]
+        problems += [_problem(details) for details in error.errors(include_url=False)]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DamagedCheckpoint(f"{path}: is damaged: {'; '.join(problems[:3])}{more}")
 
 
-def _said(details: Any) -> str:
-    """A part of a sentence for one of pydantic's errors."""
+def _problem(details: Any) -> str:
+    """Return one of Pydantic's errors as part of a sentence."""
     place = ".".join(map(str, details["loc"]))
     if details["type"] == "missing":
         return f"{place} is missing"
@@ -247,15 +266,16 @@ def _said(details: Any) -> str:
 
 
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
-"""Numbers that an optimiser keeps for each that it trains."""
+"""Moments that each optimiser keeps per trained parameter."""
 
 
 def checkpoint_bytes(config: Any, build_modules: Callable[[Any, torch.device], Sequence[nn.Module]]) -> int:
-    """Bytes of the tensors in a checkpoint of a configuration, without the memory to train it: those of the modules,
-    and the optimiser's moments of what has a gradient in them.
+    """Compute the size of a checkpoint's tensors, in bytes, without allocating them.
+
+    It counts the modules' parameters and buffers, and the optimiser's moments of the trained parameters.
 
     Args:
-        config: a method's, whose `optim.optimizer` is one of MOMENTS.
+        config: the method's configuration; its `optim.optimizer` is one of MOMENTS.
         build_modules: the method's, as in `hvp.methods.Method`.
     """
     meta = torch.device("meta")

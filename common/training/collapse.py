@@ -1,4 +1,4 @@
-"""Noticing that a network gives the same answer to every image.
+"""Detection of collapse, where a network has the same output for every image.
 
 # B images, D dimensions
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class CollapseWatch:
-    """Says once that training sits at a collapsed solution, after `steps` steps in a row that look like one.
+    """Warn once that training has collapsed, after `steps` consecutive steps that look collapsed.
 
     Args:
-        note: is given the message.
-        steps: so many.
+        note: receives the message.
+        steps: consecutive steps before the warning.
     """
 
     def __init__(self, note: Callable[[str], None], steps: int = 100) -> None:
@@ -23,12 +23,12 @@ class CollapseWatch:
         self._in_a_row = 0
 
     def see(self, step: int, collapsed: bool, message: str) -> None:
-        """Takes what a step looked like.
+        """Record whether a step looked collapsed.
 
         Args:
             step: counted from 0.
             collapsed: whether this step looks collapsed.
-            message: what is seen, and what to do; the step and the word go in front.
+            message: observation and advice, to follow "step ...: the network has collapsed: ".
         """
         self._in_a_row = self._in_a_row + 1 if collapsed else 0
         if self._in_a_row == self.steps:
@@ -37,7 +37,7 @@ class CollapseWatch:
 
 @torch.no_grad()
 def feature_spread(z: Tensor) -> float:
-    """How far features are spread over the unit sphere: 1 in all directions alike, 0 collapsed to one point.
+    """Measure the spread of features over the unit sphere: 1 isotropic, 0 collapsed to one point.
 
     Args:
         z: features [B, D], any float dtype, B at least 2.

@@ -1,6 +1,4 @@
-"""Exchanges between processes that gradients flow back through.
-
-With one process, or none joined, both give back what they are given.
+"""Differentiable collectives between processes. In a single process both return their input.
 
 # W processes
 """
@@ -13,14 +11,14 @@ from torch import Tensor
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, in order of rank.
+    """Concatenate the rows of all processes, in order of rank.
 
-    A process's rows are used by all, so their gradient is the sum of what all processes' losses say of them. If each
-    loss is the mean over the process's own share, then averaging the parameters' gradients over the processes, as
-    `data_parallel()` does, gives the gradient of the mean over everything.
+    Every process uses these rows, so their gradient is the sum over all processes' losses. If each loss is the mean
+    over the process's own rows, then averaging the parameters' gradients over the processes, as `data_parallel()` does,
+    gives the gradient of the mean over all rows.
 
     Args:
-        x: [B, ...], B the same in all processes.
+        x: [B, ...], any dtype, B the same in all processes.
 
     Returns:
         [W B, ...].
@@ -29,9 +27,9 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum over the processes, in each of them.
+    """Sum a tensor over the processes; each process receives the sum.
 
-    Every process's sum depends on this one's `x`, so its gradient is the sum of all processes' gradients.
+    Every process's sum depends on this process's `x`, so its gradient is the sum of all processes' gradients.
 
     Args:
         x: any shape, the same in all processes.

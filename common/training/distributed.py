@@ -1,38 +1,31 @@
-"""Several processes that train one network.
+"""Training one network in several processes.
 
 A run is one process, or as many as a launcher started: `hvp pretrain --devices N` on one machine, `torchrun`, or
-`srun`. All run the same command and read their place from the environment. Each has its own part of every batch, a
-copy of the networks, and its own stream of random numbers; rank 0, the leader, alone writes and prints.
+`srun`. All run the same command and read their rank from the environment. Each has its own part of every batch, a copy
+of the networks, and its own stream of random numbers. Only rank 0, the leader, writes and prints.
 
-The sequence of images does not depend on the processes. Epoch e goes through a permutation of the data set that
-follows from (train.seed, e). Step s of the epoch takes images s * train.batch_size up to (s + 1) * train.batch_size of
-it; what does not fill a batch at the end is left out. Rank r of W takes the r-th W-th of the batch, in order, and goes
-through it in `train.accumulate` parts, in order. The views of an image follow from (train.seed, e, image). So a run may
-be resumed with another number of processes: it sees the same images, in the same views, in the same steps. What does
-depend on the process is stochastic depth: a run that is resumed with as many processes as before continues every
-stream, and a process that the checkpoint knows nothing of starts one that follows from (train.seed, rank, step).
+The sequence of images does not depend on the processes. Epoch e goes through a permutation of the data set that is a
+function of (train.seed, e). Step s of the epoch takes images s * train.batch_size to (s + 1) * train.batch_size of it;
+an incomplete batch at the end is dropped. Rank r of W takes the r-th of W equal shares of the batch, and goes through
+it in `train.accumulate` parts. The views of an image are a function of (train.seed, e, image). A run can therefore be
+resumed with another number of processes: it sees the same images, in the same views, in the same steps. Only stochastic
+depth depends on the process. A run that is resumed with as many processes as before continues every stream; a process
+without a stream in the checkpoint starts one from (train.seed, rank, step).
 
-Whatever one process cannot go on from must end all. `World.agreeing()` encloses what may fail in one process; what is
-raised inside then ends every process, with one message. A process that dies without a word is noticed by the others
-when they next talk to it.
+An error that stops one process must stop all. `World.agreeing()` encloses code that may fail in one process; an error
+inside it stops every process, with one message. A process that dies silently is noticed when the others next exchange
+data with it.
 """
 
 import atexit
 import gc
 import hashlib
-import logging
 import os
 import re
-import signal
-import sys
-import tempfile
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -50,16 +43,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is. What one of them calls, all must call, in the same order."""
+    """The processes of a run, and this one's place among them. All must make the same calls in the same order."""
 
     rank: int = 0
     size: int = 1
 
     local_rank: int = 0
-    """Number of this process on its machine; the GPU that it takes."""
+    """Number of this process on its machine, and of its GPU."""
 
     local_size: int = 1
-    """Processes that share this one's cores. 1 under srun, which gives each task its own."""
+    """Processes that share this one's cores; 1 under srun, which gives each task its own cores."""
 
     @property
     def leader(self) -> bool:
@@ -68,28 +61,28 @@ class World:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """A section that every process goes through; a UserError in one of them is raised in all.
+        """Enclose a section that every process goes through; a UserError in one of them is raised in all.
 
         Raises:
             SharedError: with several processes, in all of them.
         """
-        mistake: UserError | None = None
+        own: UserError | None = None
         try:
             yield
         except UserError as error:
             if self.size == 1 or isinstance(error, SharedError):
                 raise
-            mistake = error
-        if self.sum([float(mistake is not None)])[0] == 0:
+            own = error
+        if self.sum([float(own is not None)])[0] == 0:
             return
-        messages = self.gather(None if mistake is None else str(mistake))
+        messages = self.gather(None if own is None else str(own))
         first = next(rank for rank, message in enumerate(messages) if message is not None)
         everywhere = all(message == messages[first] for message in messages)
         shown = messages[first] if everywhere else f"rank {first}: {messages[first]}"
-        raise SharedError(str(shown), self.leader) from mistake
+        raise SharedError(str(shown), self.leader) from own
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums of numbers over all processes, in float64; over one process the numbers themselves."""
+        """Return the sums of numbers over all processes, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -97,11 +90,11 @@ class World:
         return total.tolist()
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """The means of numbers over all processes."""
+        """Return the means of numbers over all processes."""
         return [value / self.size for value in self.sum(values)]
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in every process."""
+        """Return the values of all ranks, in every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -109,28 +102,40 @@ class World:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The leader's value, in every process."""
+        """Return the leader's value, in every process."""
         return self.gather(value)[0]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_beside_loader(cores: int) -> int:
-    """Threads to train with on a CPU: all cores but those of as many loader workers as `available_workers()` starts.
+    """Return the number of threads to train with on a CPU: the cores that `available_workers()` leaves by default.
 
-    It does not follow the workers that are asked for, since PyTorch's results depend on its number of threads.
+    It does not depend on the number of workers that the user asks for, as PyTorch's results depend on the number of
+    threads.
     """
     return max(1, cores - max(1, cores // 4))
 
 
-def environment_world(environment: Mapping[str, str] = os.environ) -> World:
-    """The place that a launcher gave this process: torchrun's variables, or srun's. Without either, alone.
+def available_workers(asked: int | None, device: torch.device, world: World = World()) -> int:
+    """Return the number of loader processes: as asked, or as many as suit this process's share of the cores, up to 16.
 
-    Under srun the step's variables count, not the job's: `sbatch` sets SLURM_NTASKS for its script too, which is one
-    process.
+    On the CPU, which trains as well, that is a quarter of the share.
+    """
+    if asked is not None:
+        return asked
+    share = available_cores() // world.local_size
+    return max(1, share // 4) if device.type == "cpu" else min(16, max(1, share))
+
+
+def environment_world(environment: Mapping[str, str] = os.environ) -> World:
+    """Return the place that a launcher gave this process by torchrun's or srun's variables; alone without either.
+
+    Under srun the variables of the step count, not those of the job: `sbatch` sets SLURM_NTASKS for its script as well,
+    which is one process.
 
     Raises:
         UserError: a variable is missing or is no number.
@@ -142,7 +147,7 @@ def environment_world(environment: Mapping[str, str] = os.environ) -> World:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return World()
-    # A launcher that does not say the local rank starts one process a machine.
+    # A launcher that sets no local rank starts one process per machine.
     values = {name: environment.get(name, "0" if "LOCAL_RANK" in name else "1") for name in names}
     bad = [f"{name} = {value!r}" for name, value in values.items() if not value.isdecimal()]
     if bad or int(values[names[0]]) >= int(values[names[1]]):
@@ -152,38 +157,42 @@ def environment_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Address and port where the processes meet: MASTER_ADDR and MASTER_PORT, or what srun's variables amount to, the
-    first machine of the step and a port that follows from the job's number.
+    """Return the address and port where the processes meet: MASTER_ADDR and MASTER_PORT, or srun's equivalent.
+
+    Under srun these are the first machine of the step, and a port derived from the job's number.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is set.
     """
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
     address = environment.get("MASTER_ADDR") or first_host(nodes) or environment.get("SLURM_LAUNCH_NODE_IPADDR")
     job = environment.get("SLURM_JOB_ID", "")
     port = environment.get("MASTER_PORT") or (str(20000 + int(job) % 20000) if job.isdecimal() else None)
     if not address or not port:
-        raise UserError("MASTER_ADDR and MASTER_PORT are not set, and no srun says where the processes are to meet")
+        raise UserError(
+            "neither MASTER_ADDR and MASTER_PORT nor srun's variables are set. Start the processes by torchrun, srun, "
+            "or hvp's --devices"
+        )
     return address, port
 
 
 def first_host(nodes: str) -> str:
-    """The first machine of a list as Slurm writes it: `gpu003` of `gpu[003-007,009],login1`."""
+    """Return the first machine of a list in Slurm's notation: `gpu003` of `gpu[003-007,009],login1`."""
     match = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*)", nodes)
     return "".join(part or "" for part in match.groups()) if match else ""
 
 
 _GROUPS: list[Any] = []
-"""The groups that this process joined, which it holds until it exits; see `_let_go()`."""
+"""Process groups that this process joined, held until it exits; see `_release_groups()`."""
 
 
 @atexit.register
-def _let_go() -> None:
-    """Ends the threads of the groups while the interpreter still runs, and without holding it up.
+def _release_groups() -> None:
+    """Stop the groups' threads while the interpreter still runs, without holding the interpreter lock.
 
-    A thread of gloo's may be the last to hold a tensor that was exchanged, and needs the interpreter to free it. Where
-    that has ended meanwhile, PyTorch aborts. Where DistributedDataParallel, in a cycle of references, is a group's last
-    owner, it waits for the threads without letting them have the interpreter, for ever. The group itself does let them.
+    One of gloo's threads may be the last owner of an exchanged tensor, and needs the interpreter to free it; PyTorch
+    aborts if the interpreter is gone by then. If DistributedDataParallel, in a reference cycle, is the last owner of a
+    group, it waits for the threads while holding the lock, for ever. The group itself releases the lock.
     """
     if _GROUPS:
         gc.collect()
@@ -192,21 +201,21 @@ def _let_go() -> None:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
-    """The processes of this run, in touch with each other until the end of the block.
+    """Connect the processes of this run until the end of the block.
 
     Args:
-        device: `cpu` leaves the GPUs of the machine alone; otherwise each process takes one where there are any.
+        device: `cpu` leaves the machine's GPUs alone; otherwise each process takes one, if there are any.
 
     Raises:
-        UserError: the environment is not complete, or the others cannot be reached.
-        LostProcess: another process died, or this one met a mistake outside `World.agreeing()`.
+        UserError: the environment is incomplete, or the other processes cannot be reached.
+        LostProcess: another process died, or this one hit an error outside `World.agreeing()`.
     """
     world = environment_world()
     if world.size == 1:
         yield World()
         return
     address, port = rendezvous(os.environ)
-    # Numbers that live on the host go through gloo, so that agreeing on something never waits for a GPU.
+    # Numbers on the host go through gloo, so agreeing on something never waits for a GPU.
     takes_gpu = device != "cpu" and torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if takes_gpu else "gloo"
     try:
@@ -221,7 +230,7 @@ def joined(device: str = "auto") -> Iterator[World]:
                 _take_gpu(world)
         yield world
     except RuntimeError as error:
-        # DistError, but for gloo, which raises plain RuntimeErrors
+        # gloo raises plain RuntimeErrors instead of DistError
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostProcess(f"rank {world.rank}: another process of the run has ended", world.leader) from error
         raise
@@ -234,7 +243,7 @@ def joined(device: str = "auto") -> Iterator[World]:
 
 def _take_gpu(world: World) -> None:
     visible = torch.cuda.device_count()
-    # a launcher may show each process its own GPU only
+    # a launcher may show each process only its own GPU
     number = 0 if visible == 1 and world.local_size == 1 else world.local_rank
     if number >= visible:
         raise UserError(
@@ -245,8 +254,10 @@ def _take_gpu(world: World) -> None:
 
 
 def leave_together() -> None:
-    """Waits for the other processes, all of which end now: a launcher kills the rest when the first one is gone, and
-    the leader may have something to say still."""
+    """Wait for the other processes, all of which are ending.
+
+    A launcher kills the rest when the first process is gone, and the leader may still have a message to print.
+    """
     if dist.is_initialized():
         with suppress(RuntimeError):  # nobody is left to wait for
             dist.all_reduce(torch.zeros(1))
@@ -254,7 +265,7 @@ def leave_together() -> None:
 
 
 def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
-    """Images of one part of one process's share of a batch.
+    """Return the number of images in one part of one process's share of a batch.
 
     Raises:
         UserError: the batch does not divide.
@@ -270,8 +281,11 @@ def share_of_batch(batch_size: int, accumulate: int, world: World) -> int:
 
 
 def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT:
-    """The module with batch norm over the images of all processes; the module itself where there is nothing to do.
-    State-dict keys, parameters and buffers stay what they are."""
+    """Return the module with batch norm over the images of all processes.
+
+    State-dict keys, parameters and buffers stay the same. Without batch norm or other processes, return the module
+    itself.
+    """
     if world.size == 1 or not has_batch_norm(module):
         return module
     if device.type == "cuda":
@@ -280,15 +294,17 @@ def synchronised(module: ModuleT, world: World, device: torch.device) -> ModuleT
 
 
 def data_parallel(module: ModuleT, world: World, device: torch.device) -> ModuleT | DistributedDataParallel:
-    """The module whose backward pass averages gradients over the processes; alone, the module itself.
+    """Return the module with gradients averaged over the processes by its backward pass.
+
+    With one process, or for a module with sharded parts, which does this already, it is the module itself.
 
     Raises:
         SharedError: the processes do not hold equal weights.
     """
-    if world.size == 1:
+    if world.size == 1 or any(isinstance(part, FSDPModule) for part in module.modules()):
         return module
     assert_equal_weights(module, world)
-    # 1 x 1 convolutions on channels-last images: their gradients' strides differ in name only.
+    # Gradients of 1 x 1 convolutions on channels-last images have other strides for the same layout.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         module,
@@ -297,25 +313,24 @@ def data_parallel(module: ModuleT, world: World, device: torch.device) -> Module
     )
 
 
-def unwrapped(module: ModuleT | DistributedDataParallel) -> ModuleT:
-    """The module inside `data_parallel()`, for forward passes that end in no backward pass of their own."""
-    inside: Any = module.module if isinstance(module, DistributedDataParallel) else module
-    return inside
+def exchange_gradients(model: nn.Module, on: bool) -> None:
+    """Choose whether the backward passes of the next forward passes exchange gradients.
 
+    Off for all but the last part of an accumulated batch: the gradients wait to be averaged with those of the last.
 
-@contextmanager
-def averaging(module: nn.Module, on: bool) -> Iterator[None]:
-    """The context of a forward pass; `on` is False for all but the last part of an accumulated batch, whose gradients
-    then wait for the last one's to be averaged with. For modules of `data_parallel()`, and with sharded parts."""
-    for part in module.modules():
+    Args:
+        model: a module of `data_parallel()`, or one with sharded parts.
+        on: whether to exchange.
+    """
+    for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(on, recurse=False)
-    with module.no_sync() if isinstance(module, DistributedDataParallel) and not on else nullcontext():
-        yield
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
 
 
 def assert_equal_weights(module: nn.Module, world: World) -> None:
-    """Sees to it that all processes hold the same numbers, bit by bit.
+    """Check that all processes hold the same weights, bit for bit.
 
     Raises:
         SharedError: they do not.
@@ -330,93 +345,8 @@ def assert_equal_weights(module: nn.Module, world: World) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """16 hexadecimal digits that stand for every bit of a state dict."""
+    """Return a digest of every bit of a state dict, 16 hexadecimal digits."""
     whole = hashlib.blake2b(digest_size=8)
     for tensor in module.state_dict().values():
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
-
-
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `python ARGUMENTS` in several processes on this machine, by PyTorch's elastic launcher.
-
-    A signal that asks a run to stop is passed on as often as it comes, and the processes have the time that they need
-    for their step and checkpoint. (Where there is no /proc: the launcher's grace of 30 seconds, or
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT, and a second signal leaves them to themselves.)
-
-    Returns:
-        The exit code: 0, or that of the process that failed first.
-
-    Raises:
-        UserError: a process was killed, so that it could say nothing itself.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from hvp.common.training.signals import EXIT_CODES
-
-    logging.disable()  # the launcher reports signals and exit codes; the processes say themselves what is wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_beside_loader(available_cores() // processes)))
-    pass_on = Path("/proc/self/task").is_dir() and threading.current_thread() is threading.main_thread()
-    handled = [signal.SIGHUP] if pass_on else [*EXIT_CODES, signal.SIGHUP]
-    with tempfile.TemporaryDirectory(prefix="hvp-") as folder, _passing_on(EXIT_CODES if pass_on else ()):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=str(os.getpid()),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle=",".join(number.name for number in handled),
-        )
-        try:
-            elastic_launch(config, sys.executable)(*arguments)
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                raise UserError(f"rank {rank} was killed by {name}, and the others with it") from None
-            return failure.exitcode
-        except SignalException as error:
-            number = signal.Signals(error.sigval)
-            return EXIT_CODES.get(number, 128 + number)
-        finally:
-            logging.disable(logging.NOTSET)
-    return 0
-
-
-@contextmanager
-def _passing_on(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """Sends signals on to the processes that this one has launched, which do not belong to its terminal's group."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        launched = [child for child in _children() if _leads_a_group(child)]
-        if not launched:
-            raise SignalException("before the processes were there", signal.Signals(number))
-        for child in launched:
-            with suppress(ProcessLookupError):
-                os.killpg(child, number)
-
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _children() -> list[int]:
-    """This process's children, as Linux knows them."""
-    files = Path("/proc/self/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
-
-
-def _leads_a_group(process: int) -> bool:
-    try:
-        return os.getpgid(process) == process
-    except ProcessLookupError:
-        return False

@@ -1,7 +1,7 @@
-"""The least memory that a run takes, from its configuration alone, and a refusal of one that cannot fit.
+"""Minimum memory of a run, computed from its configuration alone, and a check that it fits.
 
-Every number is a lower bound: tensors that certainly exist at the same time. A real run takes several times as much, so
-a run that passes here may still run out of memory; one that is refused could not have been finished.
+Every number is a lower bound that counts only tensors sure to exist at the same time. A real run takes several times as
+much, so a run that passes may still run out of memory; one that is refused could never have finished.
 """
 
 import os
@@ -25,27 +25,27 @@ BuildModules = Callable[[Any, torch.device], Sequence[nn.Module]]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one process holds at once in a step, at least."""
+    """Minimum bytes that one process holds at once in a step."""
 
     networks: int
     """Weights, gradients and the optimiser's moments."""
 
     views: int
-    """All candidates of a part of the batch, as normalised float32."""
+    """All candidate views of one part of the batch, normalised, in float32."""
 
     objective: int
-    """Bytes of the tensors that the loss compares: logits of prototypes, or similarities between images."""
+    """Tensors of the loss: logits of prototypes, or similarities between images."""
 
     selection: int
-    """The losses of the combinations that are compared."""
+    """Losses of the compared combinations."""
 
     pixels: int
-    """All candidates of a part of the batch as the loader hands them out, on the host."""
+    """All candidate views of one part of the batch as the loader yields them, on the host."""
 
     @property
     def device(self) -> int:
         """Bytes on the device that holds the networks."""
-        # the objective comes after the selection, which is gone by then
+        # the selection's tensors are freed before the objective's are made
         return self.networks + self.views + max(self.objective, self.selection)
 
 
@@ -56,11 +56,11 @@ SETTINGS = {
     "selection": "selection.comparisons, or the candidates; or raise train.accumulate",
     "pixels": "train.batch_size, the crops' sizes, or the candidates; or raise train.accumulate",
 }
-"""Keys to lower, by the largest part."""
+"""Settings to lower, by the largest part of the footprint."""
 
 
 class _NoValues(TorchFunctionMode):
-    """Leaves out what only gives values to tensors, which those without memory do not have: half of the time."""
+    """Skip operations that only fill tensors: meta tensors have no values, and this halves the time."""
 
     SKIPPED = frozenset({"normal_", "uniform_", "erfinv_", "clamp_", "add_", "mul_", "fill_", "zero_", "copy_"})
 
@@ -75,7 +75,7 @@ def footprint(config: Any, build_modules: BuildModules, world: World = World()) 
 
     Args:
         config: a `RunConfig`.
-        build_modules: the method's, as in `hvp.methods.Method`. The networks are built without memory.
+        build_modules: the method's, as in `hvp.methods.Method`. The networks are built on the meta device.
         world: the processes that share the batch.
 
     Raises:
@@ -88,7 +88,7 @@ def footprint(config: Any, build_modules: BuildModules, world: World = World()) 
     meta = torch.device("meta")
     with meta, _NoValues():
         modules = build_modules(config, meta)
-    # by identity, as parts of a network may be in it twice (shared heads)
+    # by identity, because parts of a network may appear in it twice (shared heads)
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     networks = sum(t.numel() * t.element_size() for t in tensors.values())
     learned = sum(t.numel() * t.element_size() for t in tensors.values() if t.requires_grad)
@@ -99,7 +99,7 @@ def footprint(config: Any, build_modules: BuildModules, world: World = World()) 
 
 
 def _selection_bytes(config: Any, part: int) -> int:
-    """The float32 terms of every combination that the images of a part are compared on."""
+    """Return the bytes of the float32 loss terms of all combinations compared in one part."""
     slots, selection = config.combination_slots(), config.selection
     if selection.policy == "random" or slots.num_combinations == 1 or not _selects(config):
         return 0
@@ -110,15 +110,18 @@ def _selection_bytes(config: Any, part: int) -> int:
 
 
 def _selects(config: Any) -> bool:
-    """Whether some step of the run selects."""
+    """Return whether any step of the run selects views."""
     return bool(config.selection.start < 1)
 
 
 def check_fits(config: Any, build_modules: BuildModules, world: World = World()) -> Footprint:
-    """Refuses a run that needs more memory than there is, whatever else happens.
+    """Check that the run's minimum memory fits the GPU and this machine, and return it.
+
+    Args:
+        config, build_modules, world: as for `footprint()`.
 
     Raises:
-        UserError: it cannot fit; the message says what takes how much, and what to lower.
+        UserError: it cannot fit; the message lists the largest parts and the settings to lower.
     """
     device = pick_device(config.train.device)
     needs = footprint(config, build_modules, world)
@@ -128,23 +131,23 @@ def check_fits(config: Any, build_modules: BuildModules, world: World = World())
         limits = [("the GPU", needs.device, gpu), ("this machine", needs.pixels, host)]
     else:
         limits = [("this machine", needs.device + needs.pixels, host)]
-    for place, needed, there in limits:
-        if there is not None and needed > there:
-            raise UserError(_message(place, needed, there, needs))
+    for place, needed, available in limits:
+        if available is not None and needed > available:
+            raise UserError(_message(place, needed, available, needs))
     return needs
 
 
-def _message(place: str, needed: int, there: int, needs: Footprint) -> str:
+def _message(place: str, needed: int, available: int, needs: Footprint) -> str:
     parts = sorted(((getattr(needs, field.name), field.name) for field in fields(needs)), reverse=True)
     listed = ", ".join(f"{name} {size(number)}" for number, name in parts if number > needed / 100)
     return (
-        f"the run needs at least {size(needed)} of memory in each process, and {place} has {size(there)} ({listed}).\n"
-        f"    Lower {SETTINGS[parts[0][1]]}"
+        f"the run needs at least {size(needed)} of memory in each process, but {place} has {size(available)} "
+        f"({listed}).\n    Lower {SETTINGS[parts[0][1]]}"
     )
 
 
 def host_memory() -> int | None:
-    """Bytes of the machine's memory with its swap space; None where the system does not say."""
+    """Return the machine's memory and swap space in bytes, or None if the system does not report it."""
     try:
         lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
         return sum(1024 * int(line[1]) for line in lines if line[0] in ("MemTotal:", "SwapTotal:")) or None
@@ -157,7 +160,7 @@ def host_memory() -> int | None:
 
 
 def size(number: int) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes, such as `1.5 GiB`."""
     for unit, name in ((2**50, "PiB"), (2**40, "TiB"), (2**30, "GiB")):
         if number >= unit:
             return f"{number / unit:,.1f} {name}"

@@ -1,25 +1,26 @@
 """Log of a run: metrics.jsonl and TensorBoard events.
 
-Columns of a row of metrics.jsonl, of which a method has those that it knows:
+Columns of a row of metrics.jsonl; a column that does not apply to the run is absent:
 
-    step, epoch                       counted from 1: the step is done, and belongs to that epoch
-    seconds                           of training so far, all starts of the run together
+    step, epoch                       last finished step and its epoch, both counted from 1
+    seconds                           training time so far, over all starts of the run
     loss                              mean since the last row; everything below is of the row's own step
     loss_*                            parts of the loss
-    lr, weight_decay, momentum, ...   what the schedules say
-    grad_norm                         L2 norm of all gradients before clipping; absent where it is not finite
-    spread                            how far features lie apart on the unit sphere: 1 in all directions, 0 collapsed
-    fp16_scale, skipped_steps         the loss scale, and the steps it has cost so far
-    images_per_s                      since the last row
-    wait_share, select_share          shares of that time: waiting for the loader, selecting hard views
-    peak_memory                       bytes so far, the largest of the processes: of the GPU's memory what PyTorch
-                                      allocated; on the CPU the process itself, without loader workers
+    lr, weight_decay, momentum, ...   scheduled values
+    grad_norm                         L2 norm of all gradients before clipping; absent if not finite
+    spread                            spread of the features over the unit sphere: 1 isotropic, 0 collapsed
+    fp16_scale, skipped_steps         loss scale, and steps skipped so far because of it
+    images_per_s                      throughput since the last row
+    wait_share, select_share          shares of that time spent waiting for the loader and selecting hard views
+    peak_memory                       bytes so far, the largest of the processes: on a GPU what PyTorch allocated; on
+                                      the CPU the process itself, without loader workers
     kept_hist                         share of the images that keep each candidate view
-    kept_loss, no_finite_loss         mean loss of the kept combinations, and images without a finite one
-    easy_similarity, strong_similarity    mean cosine of the rescued images' views, and of the first and the strong one
+    kept_loss, no_finite_loss         mean loss of the kept combinations, and number of images without a finite one
+    easy_similarity, strong_similarity    mean cosine between the rescued images' two views, and between the first of
+                                          them and the strong view
 
-Numbers are means over the processes. TensorBoard has the same ones in groups, by their meaning, and the configuration
-as text.
+Numbers are means over the processes. TensorBoard shows the same numbers, grouped by topic, and the configuration as
+text.
 """
 
 import json
@@ -49,7 +50,7 @@ GROUPS = {
     "select": ("kept_hist", "kept_loss", "no_finite_loss"),
     "rescue": ("easy_similarity", "strong_similarity"),
 }
-"""TensorBoard's groups and their columns; all others are in `train`."""
+"""TensorBoard's groups and their columns; all other columns are in `train`."""
 
 TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
 
@@ -59,10 +60,10 @@ class RunLog:
 
     Args:
         folder: the run's folder, which exists.
-        progress: is shown as well.
+        progress: display that receives the rows as well.
         config: the configuration as YAML, for TensorBoard.
-        steps_per_epoch: for rows of an earlier version.
-        first_step: steps done before; rows of later steps, left by a run that stopped between two checkpoints, go.
+        steps_per_epoch: used to convert rows of an earlier version.
+        first_step: steps already done. Rows of later steps, from a run that stopped between checkpoints, are dropped.
     """
 
     def __init__(self, folder: Path, progress: Progress, *, config: str, steps_per_epoch: int, first_step: int):
@@ -73,7 +74,7 @@ class RunLog:
             self._rows = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
             self._events = Events(folder / "tensorboard", config=config, first_step=first_step)
         self.seconds = float(last.get("seconds", 0.0))
-        """Seconds of training up to the last row that an earlier start has left."""
+        """Seconds of training up to the last row of earlier starts."""
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
@@ -84,20 +85,20 @@ class RunLog:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         self._events.close()
-        # Every row was flushed when it was written; what a full disk refused then, closing would try again.
+        # Every row was flushed when it was written; close() would only retry a row that a full disk refused.
         with suppress(OSError):
             self._rows.close()
 
     def note(self, text: str) -> None:
-        """One line for the person, above the progress."""
+        """Print one line for the user, above the progress."""
         self._progress.note(text)
 
     def advance(self, done: int, epoch: int) -> None:
-        """`done` steps are done, the last of them in `epoch`, counted from 1."""
+        """Report that `done` steps are finished, the last of them in `epoch`, counted from 1."""
         self._progress.advance(done, epoch)
 
     def write(self, row: Row) -> None:
-        """One row.
+        """Write one row.
 
         Raises:
             UserError: the disk is full, or the folder is gone.
@@ -110,7 +111,7 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """The log of a process that writes and prints nothing."""
+    """A log that writes and prints nothing, for all processes but the leader."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -130,15 +131,15 @@ class NoLog(RunLog):
 
 
 class Events:
-    """TensorBoard's event file, a file of its own for every start of the run.
+    """TensorBoard's event file, a new one for every start of the run.
 
-    Written when a row is: TensorBoard's own writer keeps rows for minutes, which a crash loses, and meets a full disk
-    in a thread.
+    Each row is written immediately. TensorBoard's own writer buffers rows for minutes, which a crash loses, and hits a
+    full disk in a background thread.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         config: the configuration as YAML, which TensorBoard shows as text.
-        first_step: steps done before; TensorBoard drops what earlier files hold of later ones.
+        first_step: steps already done; TensorBoard drops later steps found in earlier files.
     """
 
     def __init__(self, folder: Path, *, config: str, first_step: int):
@@ -149,12 +150,12 @@ class Events:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
         self._write(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
-        # as Markdown, in which four spaces make a line verbatim
+        # TensorBoard renders Markdown, where four leading spaces make a line verbatim.
         text = "".join(f"    {line}\n" for line in config.splitlines())
         self._write(Event(wall_time=time.time(), step=first_step, summary=text_pb("config", text)))
 
     def add(self, step: int, values: Row) -> None:
-        """The numbers of a step; a list is the histogram of 0, 1, 2, ..., so often each."""
+        """Write the values of a step; a list is a histogram, the counts of 0, 1, 2, and so on."""
         summary = Summary()
         for name, value in values.items():
             tag = TAGS.get(name, f"train/{name}")
@@ -165,8 +166,7 @@ class Events:
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
-        # as with the rows, there is nothing left to write but what a full disk refused
-        with suppress(OSError):
+        with suppress(OSError):  # as for the rows above
             self._file.close()
 
     def _write(self, event: Event) -> None:
@@ -175,8 +175,8 @@ class Events:
 
 
 def _histogram(counts: list[float]) -> HistogramProto:
-    """A bucket of width 1 around 0, 1, 2, ..., with so much in each."""
-    # TensorBoard drops empty buckets at the ends, and takes the smallest and largest value for the outer edges.
+    """Return a histogram with one bucket of width 1 around each of 0, 1, 2, and so on."""
+    # TensorBoard drops empty buckets at the ends and takes the smallest and largest value as the outer edges.
     filled = [i for i, count in enumerate(counts) if count] or [0]
     return HistogramProto(
         min=filled[0] - 0.5,
@@ -198,7 +198,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _drop_rows_after(path: Path, step: int, steps_per_epoch: int) -> dict[str, Any]:
-    """Keeps the rows up to `step` and returns the last of them; a last line cut off by a crash goes too."""
+    """Keep the rows up to `step` and return the last of them; a final line cut off by a crash is dropped, too."""
     last: dict[str, Any] = {}
     if not path.exists():
         return last
@@ -208,7 +208,7 @@ def _drop_rows_after(path: Path, step: int, steps_per_epoch: int) -> dict[str, A
             row = json.loads(line)
             if row["step"] > step:
                 break
-            if "seconds" not in row:  # of an earlier version, which counted epochs from 0
+            if "seconds" not in row:  # an earlier version, which counted epochs from 0
                 row["epoch"] = (row["step"] - 1) // steps_per_epoch + 1
         except (json.JSONDecodeError, KeyError, TypeError):
             break

@@ -14,10 +14,10 @@ OptimizerName = Literal["adamw", "sgd", "lars"]
 
 
 def split_weight_decay(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Two parameter groups: those with weight decay, then biases and 1-D tensors, which have none.
+    """Split parameters into two groups: those with weight decay, then biases and 1-D tensors, without it.
 
-    Parameters that are not trained are left out. The decay of the first group is the caller's to set, every step if it
-    is scheduled. Position embeddings and class tokens, of three dimensions, do decay, as upstream.
+    Frozen parameters are left out. The caller sets the first group's decay, every step if it is scheduled. Position
+    embeddings and class tokens have three dimensions and do decay, as upstream.
 
     Source: facebookresearch/dino utils.py get_params_groups.
     """
@@ -30,17 +30,18 @@ def split_weight_decay(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> 
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose step is scaled per tensor: the rate is relative to the tensor's own length.
+    """SGD with momentum and a learning rate scaled per tensor, relative to the tensor's norm.
 
     For a tensor p with gradient g: d = g + weight_decay * p; q = eta * |p| / |d|, or 1 where a norm is 0;
-    mu = momentum * mu + q * d; p = p - lr * mu. 1-D tensors (biases, norms) have neither decay nor scale, unless
+    mu = momentum * mu + q * d; p = p - lr * mu. 1-D tensors (biases, norms) have neither decay nor scaling, unless
     `exempt_vectors` is off.
 
     Args:
-        params: tensors or groups.
-        lr, weight_decay, momentum: as in SGD; the rate multiplies after the momentum.
+        params: tensors or parameter groups.
+        lr, weight_decay, momentum: as in SGD; the learning rate multiplies after the momentum.
         eta: trust coefficient.
-        exempt_vectors: pretraining leaves 1-D tensors alone; SimSiam's linear probe does not (apex' LARC without clip).
+        exempt_vectors: exempt 1-D tensors from decay and scaling. Pretraining does; SimSiam's linear probe does not
+            (apex LARC without clipping).
 
     Source: You et al. (arXiv:1708.03888); facebookresearch/dino utils.py LARS; NVIDIA/apex parallel/LARC.py.
     """
@@ -65,7 +66,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone."""
+        """Take one step; parameters without a gradient are skipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -88,14 +89,17 @@ class LARS(Optimizer):
 
 
 def build_optimizer(name: OptimizerName, groups: list[dict[str, Any]]) -> Optimizer:
-    """The upstream's optimisers. Rates start at 0: the schedule sets them before every step.
+    """Build one of the upstream trainers' optimisers, with learning rate 0; the schedule sets it before every step.
 
-    AdamW has torch's defaults (betas 0.9 and 0.999, eps 1e-8), SGD and LARS a momentum of 0.9. AdamW and SGD are the
-    fused ones, one kernel for all tensors, wherever the parameters are.
+    AdamW has PyTorch's defaults (betas 0.9 and 0.999, eps 1e-8); SGD and LARS have momentum 0.9. AdamW and SGD use
+    their fused kernels on CPU and GPU.
 
     Args:
         name: adamw, sgd or lars.
-        groups: parameter groups, as `split_weight_decay` makes them.
+        groups: parameter groups, such as those of `split_weight_decay()`.
+
+    Raises:
+        ValueError: unknown name.
     """
     if name == "lars":
         return LARS(groups)
@@ -109,21 +113,21 @@ def build_optimizer(name: OptimizerName, groups: list[dict[str, Any]]) -> Optimi
 
 @torch.no_grad()
 def squared_gradient_norm(optimizer: Optimizer, num_processes: int = 1) -> Tensor:
-    """This process's part of the squared L2 norm of all gradients; over the processes, the parts add up to it.
+    """Compute this process's part of the squared L2 norm of all gradients; the processes' parts add up to it.
 
     Args:
-        optimizer: its parameters' gradients, averaged over the processes: whole in each, or a share in each (FSDP2).
-        num_processes: of the run.
+        optimizer: its parameters' gradients, already averaged over the processes, are whole or sharded (FSDP2).
+        num_processes: processes of the run.
 
     Returns:
         Scalar float64, on the gradients' device.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    shares = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
     device = gradients[0].device if gradients else torch.device("cpu")
     part = torch.zeros((), dtype=torch.float64, device=device)
-    for tensors, copies in ((whole, num_processes), (shares, 1)):
+    for tensors, copies in ((whole, num_processes), (shards, 1)):
         if tensors:
             part += torch.stack(torch._foreach_norm(tensors)).double().square().sum() / copies
     return part
@@ -133,12 +137,12 @@ def squared_gradient_norm(optimizer: Optimizer, num_processes: int = 1) -> Tenso
 def clip_gradients(
     parameters: Iterable[nn.Parameter], max_norm: float, by: Literal["tensor", "global"] = "tensor"
 ) -> Tensor:
-    """Shorten gradients to at most `max_norm`, in place: each tensor's own (upstream), or all as one vector.
+    """Clip gradients to L2 norm `max_norm`, in place: each tensor separately (upstream), or all as one vector.
 
     Args:
-        parameters: those without gradient are skipped.
+        parameters: those without a gradient are skipped.
         max_norm: largest L2 norm, greater than 0.
-        by: "tensor" is DINO's and iBOT's clipping, "global" torch's and HVP's released code's.
+        by: "tensor" as in DINO and iBOT, or "global" as in PyTorch and HVP's released code.
 
     Returns:
         L2 norms before clipping, on the gradients' device: [number of gradients], or a scalar for "global".

@@ -1,4 +1,4 @@
-"""The most memory that a process has used."""
+"""Peak memory of a process."""
 
 import resource
 import sys
@@ -9,15 +9,15 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest, since the process started or `reset_peak_memory()`.
+    """Return the peak memory in bytes since the process started or `reset_peak_memory()` was called.
 
     Args:
-        device: on a GPU, what PyTorch allocated of its memory; on the CPU what this process holds of the machine's,
+        device: for a GPU, the memory that PyTorch allocated there; for the CPU, the resident memory of this process,
             without loader workers.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # Linux, where alone the peak can be reset
+    with suppress(OSError):  # Linux, the only system where the peak can be reset
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
@@ -25,7 +25,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts anew; where it cannot be reset, the peak remains that of the whole process."""
+    """Reset the peak, for a GPU or on Linux; elsewhere it remains that of the whole process."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

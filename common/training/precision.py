@@ -1,4 +1,4 @@
-"""Device and number format of a run."""
+"""Device and numerical precision of a run."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -11,10 +11,10 @@ from hvp.common.errors import UserError
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device that `train.device` asks for.
+    """Return the device that `train.device` names.
 
     Raises:
-        UserError: `cuda` where PyTorch sees no GPU.
+        UserError: `cuda`, but PyTorch sees no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda, but PyTorch sees no GPU here. Use --device cpu, or auto")
@@ -25,36 +25,36 @@ class Precision:
     """Autocast and, for fp16, gradient scaling. Parameters and optimiser state stay float32.
 
     Raises:
-        UserError: fp16 on the CPU, which has no fp16 training, or bf16 on a GPU that lacks it.
+        UserError: fp16 on the CPU, which has no fp16 training, or bf16 on a GPU that does not support it.
     """
 
     def __init__(self, name: Literal["fp32", "bf16", "fp16"], device: torch.device):
         if name == "fp16" and device.type == "cpu":
             raise UserError("train.precision = fp16 needs a GPU. On the CPU use --precision bf16 or fp32")
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise UserError("train.precision = bf16, which this GPU does not have. Use --precision fp16 or fp32")
+            raise UserError("train.precision = bf16, which this GPU does not support. Use --precision fp16 or fp32")
         self.device = device
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         self.skipped_steps = 0
-        """Optimiser steps that fp16 left out because a gradient overflowed."""
+        """Optimiser steps skipped under fp16 because a gradient overflowed."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of every forward pass and loss."""
+        """Return the context manager for every forward pass and loss."""
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a scalar loss to the parameters, scaled under fp16 until `unscale()`."""
+        """Add the gradients of a scalar loss to the parameters, scaled under fp16 until `unscale()`."""
         self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Brings gradients to their true size, as clipping needs them."""
+        """Undo the gradients' scaling, before clipping."""
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> None:
-        """One optimiser step; under fp16 it is skipped, and counted, when a gradient overflowed."""
+        """Take one optimiser step; under fp16 a step whose gradient overflowed is skipped and counted."""
         self.scaler.step(optimizer)
         if self.scaler.is_enabled():
             before = self.scaler.get_scale()
@@ -62,16 +62,16 @@ class Precision:
             self.skipped_steps += self.scaler.get_scale() < before
 
     def statistics(self) -> dict[str, float]:
-        """For the log, under fp16: the scale of the loss, and the steps that were skipped so far."""
+        """Return values for the log: under fp16, the loss scale and the steps skipped so far."""
         if not self.scaler.is_enabled():
             return {}
         return {"fp16_scale": self.scaler.get_scale(), "skipped_steps": float(self.skipped_steps)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return the state for a checkpoint."""
         return {"scaler": self.scaler.state_dict(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.scaler.load_state_dict(state["scaler"])
         self.skipped_steps = state["skipped_steps"]

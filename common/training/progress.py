@@ -1,4 +1,4 @@
-"""Progress of a run for the person who waits: a line that is redrawn in a terminal, lines now and then elsewhere."""
+"""Progress display of a run: one redrawn line in a terminal, occasional lines elsewhere."""
 
 import time
 from collections import deque
@@ -16,23 +16,23 @@ from hvp.common.training.timing import duration
 
 PLAIN_LINE_SECONDS = 10.0
 RECENT_STEPS = 100
-"""Steps of each kind whose mean says how long the next ones take."""
+"""Most recent steps of each kind, whose mean predicts the duration of the next ones."""
 
 GAP, SHORTEST_BAR = "  ", 8
 
 SelectingSteps = Callable[[int], int]
-"""Number of steps from the given one on (counted from 0) that select hard views."""
+"""Maps a step, counted from 0, to the number of steps from it to the run's end that select hard views."""
 
 
 class TimeLeft:
-    """An estimate of the time that the rest of a run takes, from its recent steps.
+    """Estimate of a run's remaining time, from its recent steps.
 
-    Steps that select hard views take longer than those that do not, and how many of each are left is known. So each
-    kind has a mean of its own.
+    Steps that select hard views take longer than the others, and the number left of each kind is known, so each kind
+    has its own mean.
 
     Args:
         total_steps: optimiser steps of the whole run.
-        selecting_steps: tells the kinds apart.
+        selecting_steps: counts the remaining steps that select.
     """
 
     def __init__(self, total_steps: int, selecting_steps: SelectingSteps) -> None:
@@ -40,15 +40,15 @@ class TimeLeft:
         self._recent: dict[bool, deque[float]] = {kind: deque(maxlen=RECENT_STEPS) for kind in (True, False)}
 
     def add(self, step: int, seconds: float) -> None:
-        """Takes how long a step, counted from 0, has taken."""
+        """Record the duration of a step, counted from 0."""
         selects = self._selecting_steps(step) > self._selecting_steps(step + 1)
         self._recent[selects].append(seconds)
 
     def after(self, done: int) -> str:
-        """The time that remains after `done` steps, such as `1:23:45`.
+        """Return the time remaining after `done` steps, such as `1:23:45`.
 
-        While no step of a kind has been timed, such steps count as the other kind, and a `>` in front says that it
-        will take longer (as before `selection.start`), a `<` less.
+        Until a step of one kind has been timed, such steps count as the other kind. A leading `>` then marks a lower
+        bound (as before `selection.start`), a leading `<` an upper bound.
         """
         selecting = self._selecting_steps(done)
         counts = {True: selecting, False: self._total - done - selecting}
@@ -61,16 +61,16 @@ class TimeLeft:
 
 
 class Progress:
-    """Progress of one run; a context manager.
+    """Progress display of one run; a context manager.
 
-    Both forms say the same, the most important first. A terminal's line drops what does not fit its width from the
-    end, and ends in a bar where there is room for one.
+    Both forms show the same fields, most important first. A terminal's line drops the last fields that do not fit and
+    ends in a bar if there is room for one.
 
     Args:
-        console: where it goes. A terminal gets the line that is redrawn; anything else a line every 10 seconds at most.
-        total_steps, epochs: of the whole run.
-        first_step: steps done before.
-        selecting_steps: which steps select, for the time that is left.
+        console: destination. A terminal gets the redrawn line; anything else at most one line every 10 seconds.
+        total_steps, epochs: lengths of the whole run.
+        first_step: steps already done.
+        selecting_steps: counts the remaining steps that select, for the remaining time.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Progress:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """One line that stays, above the one that is redrawn."""
+        """Print a permanent line above the redrawn one."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, done: int, epoch: int) -> None:
-        """`done` steps are done, the last of them in `epoch`, counted from 1."""
+        """Report that `done` steps are finished, the last of them in `epoch`, counted from 1."""
         now = time.monotonic()
-        # The first step here started the loader's workers, and says nothing about the others.
+        # The first step includes starting the loader's workers, so its duration does not count.
         if self._last_step is not None:
             self._time_left.add(done - 1, now - self._last_step)
         self._last_step = now
@@ -112,7 +112,7 @@ class Progress:
         self._left = self._time_left.after(done)
 
     def show(self, row: Mapping[str, object]) -> None:
-        """Takes the numbers of a row of the log."""
+        """Show a row of the log."""
         self._row = row
         now, done = time.monotonic(), int(row["step"])  # type: ignore[call-overload]
         if self._live is None and (now - self._last_plain >= PLAIN_LINE_SECONDS or done == self._total):
@@ -122,7 +122,7 @@ class Progress:
             self.note(GAP.join(self._fields()))
 
     def _fields(self) -> list[str]:
-        """Parts of the line, most important first; they are dropped from the end."""
+        """Return the fields of the line, most important first."""
         row = self._row
         fields = [f"step {self._done}/{self._total}", f"left {self._left}"]
         if row:
@@ -136,7 +136,7 @@ class Progress:
         return fields
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The terminal's line."""
+        """Render the terminal's line."""
         text, *others = self._fields()
         for field in others:
             if len(text) + len(GAP) + len(field) > options.max_width:
@@ -153,5 +153,5 @@ class Progress:
 
 
 def images_per_second(rate: float) -> str:
-    """`123 images/s`, or `1.2 images/s` where a digit more matters."""
+    """Format a rate, such as `123 images/s`, with one decimal below 10."""
     return f"{rate:.{0 if rate >= 10 else 1}f} images/s"

@@ -1,4 +1,4 @@
-"""Rescue in a trainer's step: how many images, their strong views, and what the log says of them."""
+"""Rescue in a training run: the number of images, their strong views, and statistics for the log."""
 
 import math
 from typing import Protocol
@@ -17,33 +17,31 @@ from hvp.common.views import ViewBatch, normalize
 from hvp.common.views.strong import StrongTransform, StrongViews
 
 IMAGES_FOR_ONE = 64
-"""Images of a batch for each that is rescued, the paper's rule of thumb."""
+"""Images of a batch per rescued image, the paper's rule of thumb."""
 
 
 class RescuedNetwork(Protocol):
-    """The network that learns, without what makes it parallel."""
+    """The network that learns, not wrapped for data parallelism."""
 
     def encode(self, x: Tensor) -> Features:
-        """What it makes of views [n, 3, H, W] of one resolution."""
+        """Return the features of views [n, 3, H, W] of one resolution."""
 
 
 class Rescuer:
-    """Rescue in a trainer's step:
-
-        if rescuer.enabled:
-            loss = loss + rescuer.loss(features, part)
+    """Rescue loss of a training step; `Step.rescue()` is built on it.
 
     The easiest images are chosen among those of all processes and parts of the batch. Every process makes and encodes
-    as many strong views, whoever the images belong to. With parts, all of this happens in the last one. The graphs of
-    the earlier ones are gone by then, so that the strong views alone have gradient, as with `rescue.stop_gradient`.
+    an equal share of the strong views, no matter which process the images belong to. With gradient accumulation this
+    happens in the last part. The graphs of the earlier parts are gone by then, so only the strong views have gradient,
+    as with `rescue.stop_gradient`.
 
     Args:
-        config: says how many images, and what to do with them.
-        network: the one that is trained; its strong views go through it as they are, in training mode. Batch norm then
-            takes the statistics of the strong views, but its running statistics remain those of common views.
-        strong: makes the strong views; None where `config` does not rescue.
+        config: number of images, weight and direction of the loss.
+        network: the network that learns, in training mode. Batch norm normalises strong views by their own statistics,
+            but its running statistics remain those of common views.
+        strong: maker of strong views; None if the run does not rescue.
         world: the processes.
-        device: of the network.
+        device: device of the network.
 
     Raises:
         UserError: rescue.k is 1 where batch norm needs 2.
@@ -67,16 +65,17 @@ class Rescuer:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is anything to add to the loss."""
+        """Whether the run rescues."""
         return self.k > 0
 
     def loss(self, features: Features, part: ViewBatch) -> Tensor:
-        """Rescue loss of a part of the batch; called under autocast. The parts' mean is the step's Rescue loss,
-        weighted: all of it comes with the last part.
+        """Return the weighted Rescue loss of a part of the batch; called under autocast.
+
+        The mean over the parts is the step's loss: the last part has all of it, the others 0.
 
         Args:
             features: of both views that are trained on, each [2 B, .], view after view, with gradient.
-            part: where they come from.
+            part: their images.
 
         Returns:
             Scalar float32.
@@ -106,9 +105,11 @@ class Rescuer:
         return config.s * self._num_parts * self._last.loss
 
     def statistics(self) -> dict[str, float]:
-        """For the log, of the step: mean cosine of the rescued images' common views, and of the first of them and the
-        strong view, whose mean over the processes is that over all images. The latter, or its negative, is the loss
-        before its weight."""
+        """Return columns for the log: mean cosine of the rescued images' common views, and of the first and the strong.
+
+        The second one, or its negative, is the loss before its weight; its mean over the processes is that over all
+        images.
+        """
         if self._last is None:
             return {}
         loss = self._last.loss.item()
@@ -118,10 +119,10 @@ class Rescuer:
         }
 
     def _strong_views(self, chosen: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """Normalised strong views [n, 3, H, W] of rows of all processes' images; `index` is this process's."""
+        """Make normalised strong views [n, 3, H, W] of chosen images of all processes; `index` is this process's."""
         assert self._strong is not None
-        everyones = gathered(index) if self.world.size > 1 else index
-        pixels = self._strong([(epoch, image) for image in everyones[chosen.cpu()].tolist()])
+        all_index = gathered(index) if self.world.size > 1 else index
+        pixels = self._strong([(epoch, image) for image in all_index[chosen.cpu()].tolist()])
         return normalize(pixels.to(self.device))
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class Rescuer:
 
 
 def images_to_rescue(config: RunConfig) -> int:
-    """Images that a step rescues, over all processes and parts; 0 where the run does not rescue."""
+    """Return the number of images that a step rescues, over all processes and parts; 0 if the run does not rescue."""
     rescue = config.rescue
     if not rescue.enabled:
         return 0
@@ -141,6 +142,6 @@ def images_to_rescue(config: RunConfig) -> int:
 
 
 def strong_transform(config: RunConfig) -> StrongTransform:
-    """The distribution of strong views: the crop of the method's first view, with RandAugment and Cutout before it."""
+    """Return the transform of strong views: RandAugment and Cutout, then the crop of the method's first view."""
     rescue = config.rescue
     return StrongTransform(config.view_slots()[0].transform, num_ops=rescue.num_ops, cutout=rescue.cutout)

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step: a resumed run reads off the same values, and nothing has to be saved."""
+"""Schedules as pure functions of the step, so a resumed run has the same values without saving any state."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 
 def cosine(step: int, *, base: float, final: float, total_steps: int) -> float:
-    """Half a cosine from `base` at step 0 to `final`, which the steps from `total_steps` on have.
+    """Half a cosine from `base` at step 0 to `final` at `total_steps` and after.
 
     Raises:
-        ValueError: a negative step or length.
+        ValueError: the step or length is negative.
     """
     if step < 0 or total_steps < 0:
         raise ValueError(f"cosine: step {step} of {total_steps}")
@@ -21,19 +21,19 @@ def cosine(step: int, *, base: float, final: float, total_steps: int) -> float:
 def warmup_cosine(
     step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0, start: float = 0.0
 ) -> float:
-    """A linear warm-up from `start` to `base`, then half a cosine to `final`.
+    """Linear warm-up from `start` to `base`, then half a cosine to `final`.
 
-    Both ends of the warm-up are reached, so the first step has `start` and the cosine begins by repeating `base`. The
-    last step is one short of `final`, which steps from `total_steps` on have.
+    The warm-up reaches both ends, so the first step has `start` and the cosine begins by repeating `base`. The last
+    step falls one short of `final`, the value from `total_steps` on.
 
     Args:
         step: counted from 0.
         base, final: values after the warm-up and at the end.
-        total_steps, warmup_steps: lengths in steps; the second is part of the first.
-        start: value of step 0 if there is a warm-up.
+        total_steps, warmup_steps: lengths in steps; the first includes the second.
+        start: value at step 0 if there is a warm-up.
 
     Raises:
-        ValueError: a negative step, or a warm-up longer than the whole.
+        ValueError: the step is negative, or the warm-up is longer than the whole schedule.
 
     Source: facebookresearch/dino utils.py cosine_scheduler.
     """
@@ -45,15 +45,15 @@ def warmup_cosine(
 
 
 def linear_then_constant(step: int, start: float, end: float, warmup_steps: int) -> float:
-    """`start` to `end` in a line over `warmup_steps` steps, both reached, then `end`.
+    """Linear ramp from `start` to `end` over `warmup_steps` steps, reaching both, then constant `end`.
 
     Args:
         step: counted from 0; an epoch, for DINO's teacher temperature.
-        start, end: the two values.
-        warmup_steps: length of the line; with 0 the value is always `end`, with 1 the first is `start`.
+        start, end: first and last value of the ramp.
+        warmup_steps: length of the ramp; with 0 the value is always `end`, with 1 the first value is `start`.
 
     Raises:
-        ValueError: a negative step or length.
+        ValueError: the step or length is negative.
 
     Source: facebookresearch/dino main_dino.py DINOLoss.teacher_temp_schedule.
     """
@@ -63,5 +63,5 @@ def linear_then_constant(step: int, start: float, end: float, warmup_steps: int)
 
 
 def _linear(step: int, first: float, last: float, num_steps: int) -> float:
-    """Value `step` of `num_steps` equally spaced ones from `first` to `last`; a single one is `first`."""
+    """Value `step` of `num_steps` equally spaced values from `first` to `last`; a single value is `first`."""
     return first + (last - first) * step / max(num_steps - 1, 1)

@@ -1,8 +1,10 @@
-"""When a run selects views, among which, and what its log says of it. What views cost is the method's to say."""
+"""The selection of hard views in a training run: when it acts, among which candidates, and its statistics."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +16,17 @@ from hvp.common.views.randomness import mix
 
 
 class ViewSelector:
-    """HVP in a trainer's step:
-
-        if selector.acts_on(step):
-            with selector.scoring(model):
-                losses = pair_losses(...)               # the method's, [B, T, V]
-            kept = selector.keep(views, losses, step)   # kept.views are trained on
-        else:
-            views = selector.first(views)
+    """HVP's schedule and search in a training step; `Step.hard_views()` is built on it.
 
     Args:
-        config: says what is sampled and how to select.
+        config: candidates of each slot, and how to select.
         total_steps: optimiser steps of the run, for `selection.start`.
-        rank: this process's, for choices that are an image's own.
+        rank: this process's rank, for random choices that differ between images.
     """
 
     def __init__(self, config: RunConfig, total_steps: int, rank: int = 0) -> None:
         self.selection, self.seed = config.selection, config.train.seed
-        # A list of combinations that a batch shares is the same in all processes. What is drawn for every image is not.
+        # Combinations shared by a batch are the same in all processes; those drawn for every image are not.
         drawn_per_image = config.selection.per_image or config.selection.policy == "random"
         self.stream = (rank,) if rank and drawn_per_image else ()
         self.slots = config.combination_slots()
@@ -39,7 +34,7 @@ class ViewSelector:
         self.first_step = math.ceil(config.selection.start * total_steps)
 
     def acts_on(self, step: int) -> bool:
-        """Whether this step selects: more than one combination, and `selection.start` and `.every` say so."""
+        """Return whether this step selects: there is a choice, and `selection.start` and `.every` ask for one."""
         return (
             self.slots.num_combinations > 1
             and step >= self.first_step
@@ -47,11 +42,11 @@ class ViewSelector:
         )
 
     def first(self, views: list[Tensor]) -> list[Tensor]:
-        """The first candidates of every slot, those of a vanilla step.
+        """Return the first candidates of every slot, those of a vanilla step.
 
         Args:
-            views: one tensor a resolution, [n, B, ...]: all candidates, or, as the loader makes them for a step that
-                does not select, these alone.
+            views: one tensor [n, B, ...] for each resolution: all candidates, or only the first ones, as the loader
+                makes them for a step that does not select.
         """
         if sum(map(len, views)) == self.slots.num_slots:
             return views
@@ -60,9 +55,9 @@ class ViewSelector:
 
     @contextmanager
     def scoring(self, *networks: nn.Module) -> Iterator[None]:
-        """For the forward passes of a selection: without gradient, the networks in the mode that `selection.mode` says.
+        """Run the forward passes of a selection: without gradient, networks in the mode of `selection.mode`.
 
-        In mode `train`, batch norm takes the statistics of the candidates and moves its running ones, as in HVP's
+        In mode `train`, batch norm uses the statistics of the candidates and updates its running ones, as in HVP's
         released code.
         """
         if self.selection.mode == "eval":
@@ -74,17 +69,17 @@ class ViewSelector:
         finally:
             for network in networks:
                 network.train()
-            # Autocast keeps the weights it has cast for as long as its block lasts. Of casts made here, the training
-            # pass would take the gradient after that of everything else, too late for DDP to send any of it before the
-            # end; FSDP's hooks, which look for gradients at the end of each block, would not find it at all.
+            # Autocast keeps the weights it has cast until its block ends. If the training pass reused casts made here,
+            # their gradients would come after all others: too late for DDP to overlap the exchange, and after FSDP's
+            # hooks, which expect gradients at the end of each block, have run.
             torch.clear_autocast_cache()
 
     def keep(self, views: list[Tensor], pair_loss: Tensor, step: int) -> Selection:
-        """The views that the policy asks for.
+        """Select the views that the policy asks for.
 
         Args:
-            views: one tensor a resolution, [n, B, ...].
-            pair_loss: [B, T, V], of all candidates.
+            views: one tensor [n, B, ...] for each resolution.
+            pair_loss: losses of all candidates, [B, T, V].
             step: optimiser step; with the seed it decides which combinations are compared.
         """
         return select(
@@ -99,7 +94,7 @@ class ViewSelector:
         )
 
     def statistics(self, kept: Selection | None) -> dict[str, float | list[float]]:
-        """For the log: which share of the images keeps each candidate, and images without a finite loss."""
+        """Return columns for the log: share of images that keep each candidate, and images without a finite loss."""
         if kept is None:
             return {}
         counts = torch.bincount(kept.index.flatten(), minlength=self.slots.num_views)
@@ -111,7 +106,7 @@ class ViewSelector:
 
 
 def selecting_steps(selection: SelectionConfig, total_steps: int) -> Callable[[int], int]:
-    """Number of a run's steps, from a given one on (counted from 0), for which `ViewSelector.acts_on()` is true."""
+    """Return a function that counts the selecting steps of a run from a given step on (counted from 0)."""
     first_step = math.ceil(selection.start * total_steps)
 
     def before(step: int) -> int:
@@ -120,7 +115,30 @@ def selecting_steps(selection: SelectionConfig, total_steps: int) -> Callable[[i
     return lambda step: before(total_steps) - before(step)
 
 
-def of_kept(kept: Selection, candidates: Tensor) -> Tensor:
-    """What belongs to the two kept global crops, [2 B, ...], out of that of all global candidates, [G, B, ...]."""
-    images = torch.arange(len(kept.index), device=candidates.device)
-    return candidates[kept.index[:, :2].T, images].flatten(0, 1)
+@dataclass(frozen=True)
+class Kept:
+    """The candidates that a part of a batch is trained on, for whatever else belongs to them."""
+
+    index: Tensor
+    """[B, S] int64: the candidate in each slot of each image, the two global crops first."""
+
+    scored: Any = None
+    """Network outputs of the selection, a tensor or a tuple of tensors [G, B, ...]; None if nothing was selected."""
+
+    def of(self, candidates: Tensor) -> Tensor:
+        """Return the rows of the two kept global crops, [2 B, ...], from those of all G global candidates, [G, B, ...].
+
+        Candidates are masks of the crops, for example.
+        """
+        images = torch.arange(len(self.index), device=candidates.device)
+        return candidates[self.index[:, :2].T, images].flatten(0, 1)
+
+    @property
+    def outputs(self) -> Any:
+        """Outputs of the selection for the two kept global crops, [2 B, ...] each; None if nothing was selected.
+
+        The network would compute them again, except where batch norm makes them depend on the other candidates.
+        """
+        if self.scored is None:
+            return None
+        return tuple(map(self.of, self.scored)) if isinstance(self.scored, tuple) else self.of(self.scored)

@@ -1,38 +1,55 @@
-"""What every trainer does around its loop: processes, device, seed, data, the run's folder."""
+"""Everything around a trainer's loop: processes, device, seed, data, the run's folder."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Generic, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from hvp.common.config.sections import RunConfig
-from hvp.common.data import ImageSource, open_dataset
-from hvp.common.errors import UserError
-from hvp.common.training.distributed import World, available_cores, joined, share_of_batch, threads_beside_loader
+from hvp.common.training.distributed import World, available_cores, joined, threads_beside_loader
+from hvp.common.training.folder import claimed
+from hvp.common.training.loading import Masks, build_loader, build_strong_views, open_training_data
 from hvp.common.training.precision import Precision, pick_device
-from hvp.common.training.rescuing import RescuedNetwork, Rescuer, images_to_rescue, strong_transform
-from hvp.common.training.run import Run, Stateful, available_workers, claimed, seeded
-from hvp.common.training.selecting import ViewSelector
+from hvp.common.training.rescuing import RescuedNetwork, Rescuer, images_to_rescue
+from hvp.common.training.resume import Stateful
+from hvp.common.training.run import Run
 from hvp.common.training.sharding import Whole
-from hvp.common.views import MultiViewLoader, steps_per_epoch
-from hvp.common.views.loader import Key
+from hvp.common.views import MultiViewLoader
 from hvp.common.views.strong import StrongViews
 
-Masks = Callable[[Sequence[Key]], Tensor]
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ConfigT_contra = TypeVar("ConfigT_contra", bound=RunConfig, contravariant=True)
+PartsT_co = TypeVar("PartsT_co", covariant=True)
+
+
+class NamedParts(Protocol):
+    """A named tuple of networks, losses with buffers, and the optimiser, under their names in a checkpoint."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+class Build(Protocol[ConfigT_contra, PartsT_co]):
+    """A trainer's function that makes what training changes, with fresh weights, equal in all processes.
+
+    Returns:
+        `NamedParts`.
+    """
+
+    def __call__(self, config: ConfigT_contra, world: World, device: torch.device) -> PartsT_co: ...
 
 
 class RunOptions(TypedDict, total=False):
-    """How a trainer treats the run's folder, and who is told. Every trainer takes these."""
+    """Options of every trainer: treatment of the run's folder, and who hears of its progress."""
 
     resume: bool
-    """Go on from the folder's last checkpoint."""
+    """Continue from the folder's last checkpoint."""
 
     overwrite: bool
     """Delete an earlier run in the folder first."""
@@ -44,20 +61,20 @@ class RunOptions(TypedDict, total=False):
     """Resume with the same images in another place."""
 
     console: Console | None
-    """Where progress goes; stderr if not given."""
+    """Destination of progress messages; stderr if left out."""
 
     on_row: Callable[[Mapping[str, Any]], None] | None
-    """Told every row of the log; what it raises ends the run."""
+    """Called with every row of the log; an exception from it stops the run."""
 
     temporary: bool
-    """The folder goes when the run ends, so a signal ends it without a checkpoint."""
+    """The folder will be deleted, so a signal stops the run without a checkpoint."""
 
 
 @dataclass
-class Session:
+class Session(Generic[ConfigT]):
     """One process's part in a run, before and while it trains."""
 
-    config: RunConfig
+    config: ConfigT
     out: Path
     options: RunOptions
     world: World
@@ -65,26 +82,34 @@ class Session:
     precision: Precision
     loader: MultiViewLoader
     strong: StrongViews | None
-    """Makes the strong views of a run that rescues."""
+    """Maker of strong views, in a run that rescues."""
 
-    def rescuer(self, network: RescuedNetwork) -> Rescuer:
-        """What adds the Rescue loss; `network` is the one that is trained, as it was before `data_parallel()`.
+    def build(self, build: Build[ConfigT, PartsT_co]) -> PartsT_co:
+        """Call a trainer's `build()`; an error in one process stops every process.
 
         Raises:
-            UserError: `rescue.k` does not suit the network.
+            UserError: the configuration does not suit the data or the processes.
         """
-        return Rescuer(self.config, network, self.strong, self.world, self.device)
+        with self.world.agreeing():
+            return build(self.config, self.world, self.device)
 
     @contextmanager
-    def run(self, method: str, parts: Mapping[str, Stateful]) -> Iterator[Run]:
-        """Claims the folder, restores what is resumed, and is the run.
+    def run(self, method: str, parts: NamedParts | Mapping[str, Stateful], *, trained: nn.Module) -> Iterator[Run]:
+        """Claim the folder, restore a resumed run, and yield the run.
 
         Args:
-            method: its name, for the checkpoint.
-            parts: what changes during training, by its name in the checkpoint. The precision is added.
+            method: name of the method, for the checkpoint.
+            parts: contents of a checkpoint, by name. The precision is added.
+            trained: the network that learns.
+
+        Raises:
+            UserError: the folder cannot be used, the checkpoint does not fit, or `rescue.k` does not suit the network.
         """
         options = self.options
         resume, overwrite = options.get("resume", False), options.get("overwrite", False)
+        named: Mapping[str, Stateful] = parts if isinstance(parts, Mapping) else parts._asdict()
+        with self.world.agreeing():
+            rescuer = Rescuer(self.config, cast(RescuedNetwork, trained), self.strong, self.world, self.device)
         with (
             claimed(self.out, self.world, resume=resume, overwrite=overwrite) as claim,
             Run(
@@ -93,8 +118,10 @@ class Session:
                 self.out,
                 claim,
                 self.loader,
-                {**parts, "precision": self.precision},
-                self.device,
+                named,
+                trained,
+                self.precision,
+                rescuer,
                 options.get("console") or Console(stderr=True, markup=False, emoji=False),
                 self.world,
                 resume=resume,
@@ -104,12 +131,12 @@ class Session:
                 temporary=options.get("temporary", False),
             ) as run,
         ):
-            for note in (*self.about(run, parts), *self.config.notes()):
-                run.log.note(note)
+            for note in (*self._header(run, named), *self.config.notes()):
+                run.note(note)
             yield run
 
-    def about(self, run: Run, parts: Mapping[str, Stateful]) -> Iterator[str]:
-        """The first lines of a run."""
+    def _header(self, run: Run, parts: Mapping[str, Stateful]) -> Iterator[str]:
+        """Yield the first lines that a run prints."""
         train, size = self.config.train, self.world.size
         place = self.device.type
         if self.device.type == "cuda":
@@ -129,24 +156,22 @@ class Session:
 
 @contextmanager
 def session(
-    config: RunConfig, out: Path, *, masks: Masks | None = None, **options: Unpack[RunOptions]
-) -> Iterator[Session]:
-    """Joins the run's processes and prepares this one: device, precision, seeded random numbers, the loader.
-
-    Networks are to be built inside `with session.world.agreeing():`, so that what is wrong in one process ends all.
+    config: ConfigT, out: Path, *, masks: Masks | None = None, **options: Unpack[RunOptions]
+) -> Iterator[Session[ConfigT]]:
+    """Join the run's processes and prepare this one: device, precision, seeded random numbers, the loader.
 
     Args:
-        config: what to do.
+        config: the resolved configuration.
         out: the run's folder.
         masks: as for `MultiViewLoader`.
         options: as in RunOptions.
 
     Raises:
-        UserError: something that the caller can mend, before the first step where it can be known by then.
+        UserError: an error that the user can fix, before the first step where possible.
     """
     with joined(config.train.device) as world, ExitStack() as held:
         if not world.leader:
-            logging.getLogger("hvp").setLevel(logging.ERROR)  # warnings are the same in every process: one gives them
+            logging.getLogger("hvp").setLevel(logging.ERROR)  # every process has the same warnings
         with world.agreeing():
             device = pick_device(config.train.device)
             precision = Precision(config.train.precision, device)
@@ -162,8 +187,17 @@ def session(
 
 
 @contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators, and restore the caller's state afterwards."""
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def _cores_for_loader(device: torch.device, world: World) -> Iterator[None]:
-    """Has PyTorch leave some of the cores to the loader's workers, unless OMP_NUM_THREADS says otherwise."""
+    """Leave some of the cores to the loader's workers, unless OMP_NUM_THREADS says otherwise."""
     before = torch.get_num_threads()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(before, threads_beside_loader(available_cores() // world.local_size)))
@@ -171,47 +205,3 @@ def _cores_for_loader(device: torch.device, world: World) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def open_training_data(config: RunConfig) -> ImageSource:
-    """The images to pretrain on.
-
-    Raises:
-        UserError: `data.path` is not given, or holds no images.
-    """
-    if config.data.path is None:
-        raise UserError("no images to train on: give --data DIR, or --data shapes for the embedded dataset")
-    return open_dataset(config.data.path, "train", shapes=config.data.shapes)
-
-
-def build_loader(
-    config: RunConfig,
-    source: ImageSource,
-    device: torch.device,
-    world: World = World(),
-    masks: Masks | None = None,
-) -> MultiViewLoader:
-    """The multi-view loader of a configuration, for this process's share of every batch."""
-    total_steps = config.train.epochs * steps_per_epoch(len(source), config.train.batch_size)
-    return MultiViewLoader(
-        source,
-        config.view_slots(),
-        batch_size=share_of_batch(config.train.batch_size, config.train.accumulate, world),
-        accumulate=config.train.accumulate,
-        seed=config.train.seed,
-        workers=available_workers(config.data.workers, device, world),
-        pipeline=config.data.loader,
-        on_bad_image=config.data.on_bad_image,
-        rank=world.rank,
-        world_size=world.size,
-        pin_memory=device.type == "cuda",
-        selects=ViewSelector(config, total_steps).acts_on,
-        masks=masks,
-        timeout=config.data.timeout,
-    )
-
-
-def build_strong_views(config: RunConfig, source: ImageSource, count: int, world: World = World()) -> StrongViews:
-    """What makes strong views, `count` at a time, on this process's share of the cores."""
-    threads = min(count, max(1, available_cores() // world.local_size))
-    return StrongViews(source, strong_transform(config), seed=config.train.seed, threads=threads)

@@ -1,16 +1,16 @@
-"""Networks and optimisers of which every process holds a share (FSDP2), for those too large for one device.
+"""Networks and optimisers sharded over the processes (FSDP2), for those too large for one device.
 
-    shard(student.shards(), world, device, dtype)     # before the optimiser is made of its parameters
+    shard(student.shards(), world, device, dtype)     # before building the optimiser from its parameters
     parts = {"student": Whole(student), "optimizer": Whole(optimizer)}
     ...                                               # the step's forward and backward passes
-    release(student)                                  # before its parameters or gradients are read
+    release(student)                                  # before reading its parameters or gradients
 
-The step stays the data-parallel one. The first forward pass gathers a unit's parameters, in the number format of
-autocast, and they stay until `release()`, however many forward and backward passes the step has. The backward pass
-averages gradients over the processes, in float32, and leaves each its share. Shares, optimiser and checkpoints are
-float32; a checkpoint is whole, so a run goes on with another number of processes, sharded or not.
+The step is the same as in data-parallel training. The first forward pass gathers a unit's parameters, in autocast's
+dtype, and they stay gathered until `release()`, through all forward and backward passes of the step. The backward pass
+averages gradients over the processes, in float32, and keeps each process's shard. Shards, optimiser and checkpoints are
+float32. A checkpoint holds whole tensors, so a run can resume with another number of processes, sharded or not.
 
-Source: the sharding of facebookresearch/dinov2 (SHARD_GRAD_OP, half-precision parameters), by FSDP2.
+Source: the sharding of facebookresearch/dinov2 (SHARD_GRAD_OP, half-precision parameters), with FSDP2.
 """
 
 from __future__ import annotations
@@ -23,53 +23,64 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from hvp.common.training.distributed import World
 
 Unit = tuple[nn.Module, Sequence[str]]
-"""A module, and its methods besides `forward` that read its parameters."""
+"""A module, and its methods besides `forward` that use its parameters."""
 
 
 def shard(units: Iterable[Unit], world: World, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Gives every process its share of each unit's parameters, in place. Processes must hold equal weights.
+    """Shard each unit's parameters over the processes, in place. All processes must hold equal weights.
 
     Args:
-        units: inner ones first. A unit is gathered as a whole; parameters of inner units are theirs.
+        units: modules that are gathered as a whole, inner ones first; a parameter belongs to its innermost unit.
         world: the processes.
-        device: where the parameters are.
-        dtype: number format of gathered parameters, that of autocast; None for float32.
+        device: device of the parameters.
+        dtype: autocast's dtype, which gathered parameters take; None for float32.
     """
     mesh = init_device_mesh(device.type, (world.size,))
-    # Inputs are left to autocast, which keeps the sum of the residual branches in float32.
+    # Autocast casts the inputs: it keeps the sum of the residual branches in float32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for module, methods in units:
         sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        # A unit has several backward passes in a step: of global and local views, and of strong ones.
+        # A unit has several backward passes in a step: for global, local and strong views.
         sharded.set_reshard_after_backward(False, recurse=False)
         for method in methods:
             register_fsdp_forward_method(module, method)
 
 
 def release(network: nn.Module) -> None:
-    """Frees gathered parameters, so that the network has its shares again: before gradients are clipped, the optimiser
-    steps, or the network is averaged."""
+    """Free the gathered parameters, leaving the shards.
+
+    To be called before gradients are clipped, the optimiser steps, or the EMA reads the network.
+    """
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """This process's shares of parameters, which change with them; what is not sharded, as it is."""
+    """Return this process's shards of parameters, as views of them; unsharded tensors are returned unchanged."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
 
+def is_sharded(part: object) -> bool:
+    """Return whether a module's or an optimiser's parameters are sharded."""
+    if isinstance(part, nn.Module):
+        return any(isinstance(p, DTensor) for p in part.parameters())
+    return isinstance(part, Optimizer) and any(isinstance(p, DTensor) for g in part.param_groups for p in g["params"])
+
+
 class Whole:
-    """A sharded module or optimiser, for checkpoints: its state is gathered, in all processes together, and is the same
-    as if it were not sharded. Only the leader keeps it.
+    """Adapter that saves and loads a sharded module or optimiser as if it were not sharded.
+
+    All processes must call each method together.
 
     Args:
-        part: the module, or the optimiser.
+        part: the module or optimiser.
         world: the processes.
     """
 
@@ -77,7 +88,7 @@ class Whole:
         self.part, self.world = part, world
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state on the CPU; elsewhere than in the leader only its form."""
+        """Return the whole state on the CPU in the leader, and its structure without tensors elsewhere."""
 
         def gather(share: DTensor) -> Tensor | None:
             whole = share.full_tensor()
@@ -87,10 +98,10 @@ class Whole:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes this process's share of a whole state.
+        """Load this process's shard of a whole state.
 
         Raises:
-            KeyError, ValueError: it is of another module.
+            KeyError, ValueError: the state belongs to another module.
         """
         if isinstance(self.part, nn.Module):
             own = self.part.state_dict()
@@ -105,8 +116,8 @@ class Whole:
 
 
 def _share(value: Any, like: Tensor | None) -> Any:
-    """A whole tensor, distributed as `like` is; anything else, such as an optimiser's count of steps, as it is."""
+    """Shard a whole tensor like `like`; return anything else, such as an optimiser's step count, unchanged."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
-    # every process has read the whole tensor, so each takes its part of its own copy
+    # Every process has read the whole tensor, so each takes its shard from its own copy.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

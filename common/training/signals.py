@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: it finishes its step, writes a checkpoint, and exits with a code of its own.
+"""Signals that stop a run: it finishes its step, writes a checkpoint, and exits with the signal's exit code.
 
-The command handles Ctrl-C from its first moment on, so this module imports nothing that takes time.
+The command handles Ctrl-C from the moment it starts, so this module imports nothing slow.
 """
 
 import atexit
@@ -14,24 +14,24 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
-"""What the command exits with after each of them. 130 and 143 are the shell's own; 75 (EX_TEMPFAIL, "try again later")
-answers SIGUSR1, which batch systems send ahead of the time limit: queue the same command again with --resume. Outside a
-run's steps nothing is saved, and SIGTERM kills as it does any program, which a shell calls 143, too."""
+"""Exit code of the command after each signal. 130 and 143 are the shell's conventions. 75 (EX_TEMPFAIL, "try again
+later") answers SIGUSR1, which batch systems send shortly before the time limit: queue the same command again with
+--resume. Outside a run's steps nothing is saved, and SIGTERM kills the process as usual, which a shell also reports as
+143."""
 
 _asked = False
-"""Whether a signal has asked the command to stop already."""
+"""Whether a signal has already asked the command to stop."""
 
 
 class StopSignals:
-    """Remembers the signal while it is active, and acknowledges it on stderr at once; a context manager.
+    """Context manager that records a stop signal and acknowledges it on stderr at once.
 
-    A second SIGINT does not wait for the step. It goes to the handler that was there before: the command's ends the
-    process, Python's own raises KeyboardInterrupt. Outside the main thread, where Python allows no handlers, nothing is
-    caught.
+    A second SIGINT does not wait for the step. It goes to the previous handler: the command's handler ends the process,
+    Python's own raises KeyboardInterrupt. Outside the main thread, where Python allows no handlers, nothing is caught.
 
     Args:
-        leader: whether this is the process that prints.
-        saves: whether the run is going to write a checkpoint.
+        leader: whether this process prints.
+        saves: whether the run will write a checkpoint.
     """
 
     def __init__(self, *, leader: bool = True, saves: bool = True) -> None:
@@ -56,8 +56,8 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         global _asked
         if os.getpid() != self._process:
-            return  # a loader worker just after its fork; the main process ends it
-        # Counting is one step: a second signal may interrupt this very function.
+            return  # a loader worker just after its fork; the main process will end it
+        # next() is atomic: a second signal may interrupt this very function.
         first, _asked = next(self._counted) == 0, True
         if number == signal.SIGINT and not first:
             before = self._before[signal.SIGINT]
@@ -67,23 +67,23 @@ class StopSignals:
             return
         self.received = signal.Signals(number)
         if self._leader and first:
-            words = f"{self.received.name}: stopping after this step" + (", saving" if self._saves else "")
+            message = f"{self.received.name}: stopping after this step" + (", saving" if self._saves else "")
             if number == signal.SIGINT:
-                words += "; press again to stop without" if self._saves else "; press again to stop at once"
-            _say(words)
+                message += "; press again to stop without saving" if self._saves else "; press again to stop at once"
+            _print_line(message)
 
 
 class CommandInterrupts:
-    """SIGINT and SIGUSR1 while the `hvp` command runs, other than in a run's steps; a context manager around all of it.
+    """Context manager that handles SIGINT and SIGUSR1 for the whole `hvp` command, except during a run's steps.
 
-    SIGUSR1 ends the process, with its exit code. The first SIGINT raises KeyboardInterrupt, so that whatever is in
-    progress cleans up behind itself; during an import, which that would break in some library's own way, it ends the
-    process. So does any later one, and one after the end of the block, where Python cleans up.
+    SIGUSR1 ends the process with its exit code. The first SIGINT raises KeyboardInterrupt, so that the work in progress
+    cleans up after itself. During an import, which the exception could break in unpredictable ways, SIGINT ends the
+    process instead. So does any later SIGINT, and one that arrives after the block while Python shuts down.
     """
 
     def __init__(self) -> None:
         self.raised = False
-        """Whether KeyboardInterrupt was raised. Libraries may turn it into another exception on its way."""
+        """Whether KeyboardInterrupt was raised. Libraries may turn it into another exception as it propagates."""
 
         self._process = 0
         self._hook = sys.unraisablehook
@@ -94,7 +94,7 @@ class CommandInterrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._receive)
             signal.signal(signal.SIGUSR1, self._end)
-            # When Python cleans up at last it takes handlers back, and a signal would replace the command's exit code.
+            # Python removes handlers when it shuts down, and a signal would then replace the command's exit code.
             for number in (signal.SIGINT, signal.SIGUSR1):
                 atexit.register(self._ignore, number)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -129,7 +129,7 @@ class CommandInterrupts:
             signal.signal(number, signal.SIG_IGN)
 
     def _unraisable(self, about: Any) -> None:
-        """A KeyboardInterrupt that was raised in a destructor or the like, where Python would print and ignore it."""
+        """Handle a KeyboardInterrupt raised in a destructor or the like, which Python would print and ignore."""
         if issubclass(about.exc_type, KeyboardInterrupt):
             say_interrupted()
             leave()
@@ -138,8 +138,7 @@ class CommandInterrupts:
 
 
 def leave(number: signal.Signals = signal.SIGINT) -> None:
-    """Ends this process and its loader workers at once. Files that are being written stay as they are, beside those
-    that they would have replaced."""
+    """End this process and its loader workers at once. Partly written files remain beside those they would replace."""
     if "multiprocessing" in sys.modules:
         with suppress(Exception):
             for child in sys.modules["multiprocessing"].active_children():
@@ -150,18 +149,18 @@ def leave(number: signal.Signals = signal.SIGINT) -> None:
 
 
 def say_interrupted() -> None:
-    """One of several processes says it, by the rank that torchrun or srun gave them."""
+    """Print that the command was interrupted, from rank 0 of torchrun's or srun's processes only."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        _say("hvp: interrupted")
+        _print_line("hvp: interrupted")
 
 
-def _say(line: str) -> None:
-    # behind what a progress bar or the terminal's ^C has left there
+def _print_line(line: str) -> None:
+    # A progress bar or the terminal's ^C may have left text on the current line.
     _write(f"\n{line}\n" if os.isatty(2) else f"{line}\n")
 
 
 def _write(text: str) -> None:
-    """Writes past Python's buffers, which a signal may find in the middle of a write."""
+    """Write to stderr without Python's buffers, which the signal may have interrupted in the middle of a write."""
     with suppress(OSError):
         os.write(2, text.encode())
 

@@ -1,4 +1,4 @@
-"""How long the parts of a step take."""
+"""Durations: a stopwatch for parts of a step, and their text form."""
 
 import time
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds spent inside `with watch.running():`.
+    """Total seconds spent inside `with watch.running():`.
 
-    On a GPU, kernels run after their launch returns, so events are put into the stream and read only in `take()`:
-    timing does not slow the step down.
+    On a GPU, kernels run after their launch returns, so events are recorded in the stream and read only in `take()`.
+    Timing therefore does not slow the step down.
     """
 
     def __init__(self, device: torch.device):
@@ -21,6 +21,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Context manager whose duration is counted."""
         if self._cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -33,7 +34,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - start
 
     def take(self) -> float:
-        """Seconds since the last call; waits for the GPU to get there."""
+        """Return the seconds counted since the last call, after waiting for the GPU."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -43,7 +44,7 @@ class Stopwatch:
 
 
 def duration(seconds: float) -> str:
-    """123456 as `1 d 10:17:36`."""
+    """Format seconds: 123456 as `1 d 10:17:36`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

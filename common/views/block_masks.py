@@ -1,9 +1,7 @@
 """Masks made of rectangles of patches, for methods that hide parts of a view from the network.
 
-They are drawn in the loader's workers, from streams that follow from (seed, epoch, image, view) alone.
+They are drawn in the loader's workers, from random streams that depend only on (seed, epoch, image, view).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -12,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_ASPECT = 1 / 0.3
-"""Of a block: its height over its width, or its width over its height."""
+"""Largest aspect ratio of a block: height over width, or width over height."""
 
 BLOCK_ATTEMPTS = 10
-"""Blocks that are tried in a row before a mask stays as it is."""
+"""Failed attempts in a row after which a mask is left as it is."""
 
 
 def mask_blocks(
@@ -26,16 +24,16 @@ def mask_blocks(
     smallest: int,
     largest: float = math.inf,
 ) -> None:
-    """Adds rectangles until `target` patches are masked, or until no more find a place; never more than that.
+    """Add rectangles until `target` patches are masked or no further one fits; never mask more than `target`.
 
-    A rectangle's area is uniform between `smallest` and what is missing, its aspect log-uniform up to MAX_ASPECT either
-    way, and it is smaller than the grid in both directions.
+    A rectangle's area is uniform between `smallest` and the number of missing patches, its aspect ratio is log-uniform
+    up to MAX_ASPECT either way, and it is smaller than the grid in both directions.
 
     Args:
-        uniforms: numbers in [0, 1), as many as are needed.
+        uniforms: random numbers in [0, 1), as many as needed.
         out: the mask of a view, [rows, columns], True for masked; changed in place.
         target: patches to mask.
-        smallest, largest: patches of a rectangle. What is missing may be less than `smallest`.
+        smallest, largest: patches of a rectangle. Fewer than `smallest` may be missing.
 
     Source: BEiT (arXiv:2106.08254) Algorithm 1; its form in bytedance/ibot and facebookresearch/dinov2.
     """
@@ -61,10 +59,10 @@ def mask_blocks(
 
 
 def between(uniform: float, first: float, last: float) -> float:
-    """A number in [0, 1) as one between two others, in any order."""
+    """Scale a number in [0, 1) to the interval between two numbers, in any order."""
     return first + (last - first) * uniform
 
 
 def whole(uniform: float, first: int, last: int) -> int:
-    """A number in [0, 1) as a whole one from `first` to `last`, both included."""
+    """Scale a number in [0, 1) to an integer from `first` to `last`, both included."""
     return first + int((last + 1 - first) * uniform)

@@ -1,8 +1,8 @@
-"""Renders views with torch's uint8 resize and OpenCV: the default pipeline.
+"""The default view pipeline: torch's uint8 resize and OpenCV.
 
-Each operation does what Pillow's does, on uint8 in place, in its cheapest form that stays close: Pillow truncates
-where OpenCV rounds (`_TRUNCATE`), its blur is a kernel of three box filters (`_blur_kernel`). How far the views are
-from `pil.py`'s is held by tests/common/views/test_views_pipelines.py.
+Each operation is the cheapest form of Pillow's that stays close to it, on uint8 in place. Pillow truncates where OpenCV
+rounds (`_TRUNCATE`), and its blur is a kernel of three box filters (`_blur_kernel`).
+tests/common/views/test_views_pipelines.py bounds the difference from the views of `pil.py`.
 """
 
 import math
@@ -22,19 +22,19 @@ _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 """Weights of red, green and blue in Pillow's grey level (ITU-R 601-2)."""
 
 _TRUNCATE = -0.499
-"""Pillow's blends drop the fraction where OpenCV rounds to nearest; this offset makes the second do the first."""
+"""Offset that makes OpenCV, which rounds to nearest, drop the fraction as Pillow's blends do."""
 
 
 def render(image: Pixels, rows: NDArray[np.float32], transform: ViewTransform, out: Pixels) -> None:
-    """Renders the views of one slot.
+    """Render the views of one slot.
 
     Args:
         image: [H, W, 3] uint8 RGB, the decoded source image.
-        rows: [n, C] float32, one row of `COLUMNS` a view, all of one slot.
+        rows: [n, C] float32, one row of `COLUMNS` per view, all of one slot.
         transform: the slot's transform.
         out: [n, size, size, 3] uint8, each out[i] C-contiguous; overwritten with the views.
     """
-    # Channels-last strides take torch's vectorised uint8 path, and a crop of it is a view without a copy.
+    # Channels-last strides take torch's vectorised uint8 path, and a crop needs no copy.
     source = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     for row, view in zip(rows.tolist(), out, strict=True):
         parameters = ViewParameters(*row)
@@ -56,7 +56,7 @@ def _crop(source: torch.Tensor, p: ViewParameters, transform: ViewTransform, out
 
 
 def _jitter(view: Pixels, p: ViewParameters) -> None:
-    # A neutral factor is one of a strength of 0, for which ColorJitter leaves the operation out.
+    # A neutral factor comes from a strength of 0, for which ColorJitter skips the operation.
     for operation in JITTER_ORDERS[int(p.order)]:
         if operation == "brightness" and p.brightness != 1:
             cv2.convertScaleAbs(view, view, p.brightness, _TRUNCATE)
@@ -70,7 +70,7 @@ def _jitter(view: Pixels, p: ViewParameters) -> None:
 
 
 def _saturation_matrix(factor: float) -> NDArray[np.float64]:
-    """[3, 4]: factor * pixel + (1 - factor) * its grey level, and the offset that truncates."""
+    """Matrix [3, 4] for factor * pixel + (1 - factor) * its grey level, with the offset that truncates."""
     red, green, blue = ((1 - factor) * weight for weight in _LUMA)
     return np.array(
         [
@@ -84,19 +84,19 @@ def _saturation_matrix(factor: float) -> NDArray[np.float64]:
 def _shift_hue(view: Pixels, turns: float) -> None:
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
     rows = hsv.reshape(view.shape[0], -1)
-    # Hue is a circle of 256 steps: uint8 wraps around. torchvision, too, cuts the shift to a whole number of steps.
+    # Hue is a circle of 256 steps: uint8 wraps around. torchvision also truncates the shift to whole steps.
     np.add(rows, _hue_row(int(turns * 255) % 256, view.shape[1]), out=rows)
     cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, view)
 
 
 @lru_cache(maxsize=1024)
 def _hue_row(shift: int, width: int) -> Pixels:
-    """(shift, 0, 0) for every pixel of a row: one addition of long rows is faster than one of every third byte."""
+    """(shift, 0, 0) for every pixel of a row: adding long rows is faster than adding to every third byte."""
     return np.tile(np.array([shift, 0, 0], dtype=np.uint8), width)
 
 
 def _finish(view: Pixels, p: ViewParameters, transform: ViewTransform) -> None:
-    """Grayscale, blur, solarize; a grey view stays in one channel until the end."""
+    """Apply grayscale, blur and solarize; a grey view stays in one channel until the end."""
     work = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) if p.grayscale else view
     if p.blur_sigma:
         kernel = _blur_kernel(p.blur_sigma)
@@ -108,7 +108,7 @@ def _finish(view: Pixels, p: ViewParameters, transform: ViewTransform) -> None:
 
 
 def _blur_kernel(sigma: float) -> NDArray[np.float32]:
-    """The taps of Pillow's GaussianBlur: three box filters whose borders have a fractional weight.
+    """Taps of Pillow's GaussianBlur: three box filters whose borders have a fractional weight.
 
     Source: Gwosdek, Grewenig, Bruhn, Weickert, "Theoretical foundations of Gaussian convolution by extended box
         filtering" (SSVM 2011), with 3 passes, which is what Pillow implements.
@@ -118,7 +118,7 @@ def _blur_kernel(sigma: float) -> NDArray[np.float32]:
     border = (2 * half + 1) * (half * (half + 1) - 3 * variance) / (6 * (variance - (half + 1) ** 2))
     weight = 1 / (2 * half + 1 + 2 * border)
     box = [border * weight, *[weight] * (2 * half + 1), border * weight]
-    # OpenCV's 8-bit filter rounds taps to 1/256. Rounded here, they still add up to 1, and empty ends can be cut off.
+    # OpenCV's 8-bit filter rounds taps to 1/256. Rounding them here keeps their sum at 1, and drops empty ends.
     steps = [round(256 * tap) for tap in _convolve(_convolve(box, box), box)]
     steps[len(steps) // 2] += 256 - sum(steps)
     while steps[0] == 0:
@@ -127,7 +127,7 @@ def _blur_kernel(sigma: float) -> NDArray[np.float32]:
 
 
 def _convolve(a: list[float], b: list[float]) -> list[float]:
-    # On a dozen numbers plain Python is several times faster than numpy.
+    # For a dozen numbers, plain Python is several times faster than numpy.
     out = [0.0] * (len(a) + len(b) - 1)
     for i, x in enumerate(a):
         for j, y in enumerate(b):

@@ -1,6 +1,6 @@
-"""The picture of a selection: real images, the crops sampled from them, and which ones were trained on.
+"""Picture of a selection: images, the crops sampled from them, and the ones chosen to train on.
 
-As Figures 1b and 5 of the HVP paper (arXiv:2310.03940).
+Like Figures 1b and 5 of the HVP paper (arXiv:2310.03940).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hvp.common.views.parameters import COLUMNS, ViewParameters, ViewSlot, resolutions, view_layout, view_slots
 
-# Sizes in points; the picture has SCALE pixels a point, so that it stays sharp on dense screens.
+# Sizes in points; the picture has SCALE pixels per point, so that it stays sharp on dense screens.
 SCALE = 2
 MARGIN = 24
 GAP = 7  # between two views
@@ -20,13 +20,13 @@ ROW_GAP = 22  # between two images
 COLUMN_GAP = 24  # between the image and its views
 HEADER = 78
 SOURCE_WIDTH = 360  # at most
-LARGE, SMALL = 131, 62  # views of the highest resolution, of the others: 4 or 8 make a line
+LARGE, SMALL = 131, 62  # views of the highest resolution, and all others: 4 or 8 per line
 VIEWS_WIDTH = 8 * SMALL + 7 * GAP
-FRAME, MEDIUM, THIN = 3.0, 2.0, 0.5  # lines: chosen views, boxes of chosen small views, views only sampled
+FRAME, MEDIUM, THIN = 3.0, 2.0, 0.5  # line widths: chosen views, boxes of chosen small views, other views
 
 PAPER, INK, QUIET = (255, 255, 255), (34, 38, 46), (112, 118, 128)
 COLOURS = ((230, 57, 70), (37, 110, 235), (247, 174, 0), (16, 160, 120), (150, 80, 200), (0, 170, 200))
-"""One colour a slot, in turn."""
+"""Colours of the slots, in turn."""
 
 
 def draw_selection(
@@ -36,22 +36,23 @@ def draw_selection(
     index: ArrayLike,
     slots: Sequence[ViewSlot],
 ) -> Image.Image:
-    """Draws, for each image, the image with the boxes of its crops, and beside it the views.
+    """Draw each image with the boxes of its crops, and its views beside it.
 
     Chosen views are framed in the colour of their slot; the others are dimmed, their boxes thin.
 
     Args:
         images: N source images, uint8 [H, W, 3], of any size.
         parameters: [N, V, C], the columns of `COLUMNS`; tensor or array.
-        pixels: the views as in `ViewBatch.pixels`, one a resolution, uint8 [n_views, N, size, size, 3], on the CPU.
-        index: [N, S], the numbers of the chosen views, as `Selection.index`.
+        pixels: the views as in `ViewBatch.pixels`, one tensor per resolution, uint8 [n_views, N, size, size, 3], on the
+            CPU.
+        index: [N, S], the numbers of the chosen views, as in `Selection.index`.
         slots: the slots the views were sampled for.
 
     Returns:
-        An RGB picture, 2 pixels a point, about 1900 pixels wide.
+        An RGB picture, 2 pixels per point, about 1900 pixels wide.
 
     Raises:
-        ValueError: there is no image, or the shapes do not belong together.
+        ValueError: there is no image, or the shapes do not fit together.
     """
     rows, chosen = np.asarray(parameters), np.asarray(index)
     arrays = [np.asarray(views) for views in pixels]
@@ -85,7 +86,7 @@ def draw_selection(
 
 
 def _tiles(slots: Sequence[ViewSlot]) -> list[tuple[float, float, float]]:
-    """Left, top and size of each view, in points from the corner of its image's views: a block a resolution."""
+    """Left, top and size of each view, in points from the corner of its image's views: one block per resolution."""
     largest = max(resolutions(slots))
     tiles: dict[int, tuple[float, float, float]] = {}
     top = 0.0
@@ -120,7 +121,7 @@ def _source(
     scale: float,
     slots: Sequence[ViewSlot],
 ) -> None:
-    """The source image with its crop boxes; what matters most is drawn last, on top."""
+    """Draw the source image with its crop boxes, the most important boxes last, on top."""
     left, top = corner
     canvas.paste(image, (left, top, image.shape[1] * scale, image.shape[0] * scale))
     largest = max(slot.transform.size for slot in slots)
@@ -139,13 +140,13 @@ def _source(
 
 
 class _Canvas:
-    """Drawing in points on an RGB image; boxes are (left, top, width, height)."""
+    """An RGB image to draw on, in points; boxes are (left, top, width, height)."""
 
     def __init__(self, width: float, height: float) -> None:
         self.image = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), PAPER)
 
     def paste(self, pixels: NDArray[np.uint8], box: tuple[float, float, float, float], dim: float = 0.0) -> None:
-        """An image, resized to the box and blended with the paper."""
+        """Draw an image, resized to the box and blended with the paper."""
         left, top, right, bottom = _pixels(box)
         tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
             (right - left, bottom - top), Image.Resampling.BICUBIC
@@ -161,7 +162,7 @@ class _Canvas:
         alpha: float = 1.0,
         inset: float = 0.0,
     ) -> None:
-        """A line along the inner side of the box."""
+        """Draw a line along the inside of the box."""
         left, top, right, bottom = _pixels((box[0] + inset, box[1] + inset, box[2] - 2 * inset, box[3] - 2 * inset))
         mask = Image.new("L", (right - left, bottom - top), 0)
         ImageDraw.Draw(mask).rectangle(
@@ -170,7 +171,7 @@ class _Canvas:
         self.image.paste(colour, (left, top), mask)
 
     def text(self, corner: tuple[float, float], text: str, size: float, colour: tuple[int, int, int]) -> float:
-        """A line of text; returns where it ends."""
+        """Draw a line of text; return its right end."""
         at = (corner[0] * SCALE, corner[1] * SCALE)
         ImageDraw.Draw(self.image).text(at, text, fill=colour, font=ImageFont.load_default(size * SCALE))
         return corner[0] + self.length(text, size)

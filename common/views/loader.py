@@ -1,8 +1,8 @@
-"""The multi-view loader: every image decoded once, all its views with the parameters they were made with.
+"""The multi-view loader: decodes every image once, and makes all its views and their parameters.
 
-What a batch holds follows from (seed, epoch, step) alone, not from the number of workers, of processes or of
-micro-batches, nor from where a run was resumed: `order.py` says which images a step sees, and a view depends on
-(seed, epoch, image index, view number). Workers hold no state but the data set.
+A batch depends only on (seed, epoch, step), not on the number of workers, processes or micro-batches, nor on where a
+run was resumed: `order.py` chooses the images of a step, and a view depends on (seed, epoch, image index, view number).
+Workers hold no state except the dataset.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +33,10 @@ from hvp.common.views.randomness import view_uniforms
 PIPELINES = {"fast": fast.render, "pil": pil.render}
 
 Key = tuple[int, int]
-"""(epoch, image index): what an image's views follow from."""
+"""(epoch, image index), which determine an image's views."""
 
 Part = tuple[list[Key], bool]
-"""A micro-batch: its images, and whether all candidates of each are made. All that a worker must be told."""
+"""The task of a worker, one micro-batch: its images, and whether to make all candidates of each."""
 
 
 @dataclass(frozen=True)
@@ -44,71 +44,68 @@ class ViewBatch:
     """One micro-batch: B images, V views each, ordered slot by slot."""
 
     pixels: list[Tensor]
-    """One tensor a resolution, in order of first appearance among the slots: [n_views, B, H, W, 3] uint8 RGB."""
+    """One tensor per resolution, in order of first appearance among the slots: [n_views, B, H, W, 3] uint8 RGB."""
 
     parameters: Tensor
-    """How each view was made: [B, V, len(COLUMNS)] float32."""
+    """Parameters of each view: [B, V, len(COLUMNS)] float32."""
 
     index: Tensor
-    """Data-set index of each image, [B] int64. With `on_bad_image="skip"` the one that was really used."""
+    """Dataset index of each image, [B] int64. With `on_bad_image="skip"`, of the image that was actually used."""
 
     epoch: int = 0
-    """In which the views were drawn."""
+    """Epoch for which the views were drawn."""
 
     masks: Tensor | None = None
-    """What `MultiViewLoader(masks=...)` made for these images; None without it."""
+    """Result of `MultiViewLoader(masks=...)` for these images; None without it."""
 
     skipped: list[str] = field(default_factory=list)
     """Images that did not decode and were replaced."""
 
     def pin_memory(self) -> "ViewBatch":
-        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        return replace(
-            self,
-            pixels=[pixels.pin_memory() for pixels in self.pixels],
-            parameters=self.parameters.pin_memory(),
-            index=self.index.pin_memory(),
-            masks=None if self.masks is None else self.masks.pin_memory(),
-        )
+        """Return the batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewBatch":
-        """The same batch with its tensors on a device."""
+        """Return the batch with its tensors on a device."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "ViewBatch":
         return replace(
             self,
-            pixels=[pixels.to(device, non_blocking=non_blocking) for pixels in self.pixels],
-            parameters=self.parameters.to(device, non_blocking=non_blocking),
-            index=self.index.to(device, non_blocking=non_blocking),
-            masks=None if self.masks is None else self.masks.to(device, non_blocking=non_blocking),
+            pixels=[change(pixels) for pixels in self.pixels],
+            parameters=change(self.parameters),
+            index=change(self.index),
+            masks=None if self.masks is None else change(self.masks),
         )
 
 
 class MultiViewLoader:
-    """Batches of views of an image source, an epoch at a time.
+    """Batches of views of an image source, one epoch at a time.
 
     Args:
         source: the images; sent to the workers, so it must be picklable.
-        slots: which views, and how many of each.
-        batch_size: images in a micro-batch of this process. The global batch, what one optimiser step sees, is
+        slots: the views, and the number of each.
+        batch_size: images in a micro-batch of this process. The global batch of an optimiser step is
             `batch_size * accumulate * world_size`.
-        seed: of the order and of the views, 0 or more.
+        seed: random seed of the order and the views, 0 or more.
         workers: processes that decode and render; 0 does it in this process, without touching its settings.
-        pipeline: "fast" (OpenCV) or "pil" (Pillow, as the upstreams do it). Both draw the same views.
+        pipeline: "fast" (OpenCV) or "pil" (Pillow, as in the upstreams). Both draw the same views.
         on_bad_image: "error" raises the first image that does not decode; "skip" takes the next index that does,
             and names the bad one in `ViewBatch.skipped`.
         accumulate: micro-batches per optimiser step.
-        rank, world_size: this process, and how many train together.
+        rank, world_size: this process, and the number of processes that train together.
         pin_memory: hand out batches in page-locked memory; without CUDA it has no effect.
-        selects: says of an optimiser step, counted over all epochs, whether it chooses among the candidates. One that
-            does not gets the first `kept` of every slot alone, the same views as among all candidates; None: all do.
-        masks: makes a tensor for a micro-batch of its keys, (epoch, index of the image that was used), for methods that
-            hide parts of views from the network. Runs in the workers, so it must be picklable, and should depend on
-            nothing but the keys.
-        timeout: seconds that a wait for the workers lasts although none of them gets on to another image; 0: for ever.
+        selects: whether an optimiser step, counted over all epochs, selects among the candidates. A step that does not
+            gets only the first `kept` of every slot, the same views as among all candidates. None: all steps select.
+        masks: makes a tensor from the keys of a micro-batch, (epoch, index of the image that was used), for methods
+            that hide parts of views from the network. It runs in the workers, so it must be picklable, and should
+            depend only on the keys.
+        timeout: seconds to wait for the workers while none of them begins another image; 0: for ever.
 
     Raises:
-        NoBatch: the machine's limits leave no room for workers.
+        NoBatch: the machine's limits do not allow the workers.
         UserError: the source is smaller than a global batch, or the seed is negative.
-        ValueError: a number is out of its range, or a name is unknown.
+        ValueError: a number is out of range, or a name is unknown.
     """
 
     def __init__(
@@ -142,7 +139,7 @@ class MultiViewLoader:
         if len(source) < global_batch:
             raise UserError(
                 f"{source.name}: {len(source)} images are fewer than one batch of {global_batch}.\n"
-                "    Make the batch size smaller or use more images; an incomplete batch is not trained on."
+                "    Use a smaller batch size or more images: an incomplete batch is dropped."
             )
         self.source = source
         self.global_batch = global_batch
@@ -162,15 +159,15 @@ class MultiViewLoader:
     def epoch(
         self, epoch: int, start_step: int = 0, *, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[list[ViewBatch]]:
-        """The batches of one epoch, from `start_step` on. One epoch is read at a time.
+        """Yield the batches of one epoch from `start_step` on. Only one epoch may be read at a time.
 
         Args:
             epoch: 0 or more.
             start_step: optimiser steps of this epoch that are already done.
-            stopped: asked twice a second while a batch is waited for; True ends the wait.
+            stopped: called twice a second while waiting for a batch; True ends the wait.
 
         Yields:
-            For every optimiser step its `accumulate` micro-batches.
+            The `accumulate` micro-batches of each optimiser step.
 
         Raises:
             UserError: an image does not decode.
@@ -189,27 +186,23 @@ class MultiViewLoader:
             yield [next(batches) for _ in range(self.accumulate)]
 
     def close(self) -> None:
-        """Ends the workers, which otherwise wait for the next epoch; a further epoch starts new ones."""
+        """End the workers, which otherwise wait for the next epoch; a further epoch starts new ones."""
         self._batches.close()
 
 
+@dataclass
 class _Keys:
-    """The images of each micro-batch, of whatever epoch is asked for next."""
+    """The parts of one epoch: set `epoch` and `start_step`, then iterate."""
 
-    def __init__(
-        self,
-        num_images: int,
-        seed: int,
-        batch_size: int,
-        accumulate: int,
-        rank: int,
-        world_size: int,
-        selects: Callable[[int], bool] | None,
-    ) -> None:
-        self.num_images, self.seed, self.selects = num_images, seed, selects
-        self.batch_size, self.accumulate, self.rank, self.world_size = batch_size, accumulate, rank, world_size
-        self.epoch = 0
-        self.start_step = 0
+    num_images: int
+    seed: int
+    batch_size: int
+    accumulate: int
+    rank: int
+    world_size: int
+    selects: Callable[[int], bool] | None
+    epoch: int = 0
+    start_step: int = 0
 
     def __iter__(self) -> Iterator[Part]:
         epoch = self.epoch
@@ -228,28 +221,23 @@ class _Keys:
                 yield [(epoch, index) for index in indices.tolist()], all_candidates
 
 
+@dataclass(frozen=True)
 class _Renderer:
-    """What runs in the workers: keys in, a finished micro-batch out."""
+    """The workers' function: turns a part into a finished micro-batch."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        slots: tuple[ViewSlot, ...],
-        seed: int,
-        pipeline: str,
-        on_bad_image: str,
-        masks: Callable[[Sequence[Key]], Tensor] | None,
-    ) -> None:
-        self.source, self.slots, self.seed = source, slots, seed
-        self.pipeline, self.on_bad_image, self.masks = pipeline, on_bad_image, masks
+    source: ImageSource
+    slots: tuple[ViewSlot, ...]
+    seed: int
+    pipeline: str
+    on_bad_image: str
+    masks: Callable[[Sequence[Key]], Tensor] | None
 
     def __call__(self, part: Part) -> ViewBatch:
         keys, all_candidates = part
-        num_candidates, numbers = len(view_layout(self.slots)), list(first_views(self.slots))
-        slots = self.slots
-        if all_candidates:
-            numbers = list(range(num_candidates))
-        else:
+        slots, num_candidates = self.slots, len(view_layout(self.slots))
+        numbers = list(range(num_candidates))
+        if not all_candidates:
+            numbers = list(first_views(slots))
             slots = tuple(replace(slot, candidates=slot.kept) for slot in slots)
         render, layout = PIPELINES[self.pipeline], view_layout(slots)
         pixels = []
@@ -277,7 +265,7 @@ class _Renderer:
         return ViewBatch(pixels, parameters, index, keys[0][0], masks, skipped)
 
     def _read(self, wanted: int, skipped: list[str]) -> tuple[NDArray[np.uint8], int]:
-        """The image, or the next one that decodes, and its index."""
+        """Read the image, or the next one that decodes; return it and its index."""
         count = len(self.source)
         for step in range(count):
             used = (wanted + step) % count

@@ -1,4 +1,4 @@
-"""From uint8 pixels to what the networks take: ImageNet's mean and standard deviation."""
+"""Conversion of uint8 pixels to network inputs, with ImageNet's mean and standard deviation."""
 
 from functools import lru_cache
 
@@ -9,22 +9,22 @@ MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue over ImageNet, in [0, 1]."""
 
 STD = (0.229, 0.224, 0.225)
-"""Their standard deviation."""
+"""Standard deviation of red, green and blue over ImageNet."""
 
 
 def normalize(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`(pixels / 255 - MEAN) / STD`, on the device where the pixels are.
+    """Compute `(pixels / 255 - MEAN) / STD` on the device of the pixels.
 
     Args:
         pixels: [..., H, W, 3] uint8, RGB.
-        dtype: of the result; computed in float32.
+        dtype: type of the result; computed in float32.
 
     Returns:
-        [..., 3, H, W] of that dtype. The memory keeps the pixels' order (channels last), which convolutions prefer;
-        nothing is transposed.
+        [..., 3, H, W] of that dtype. The memory keeps the order of the pixels (channels last), which convolutions
+        prefer; no data is transposed.
 
     Raises:
-        ValueError: the pixels are not uint8 or do not end in 3 channels.
+        ValueError: the pixels are not uint8, or their last dimension is not 3.
     """
     if pixels.dtype != torch.uint8 or pixels.shape[-1] != 3:
         raise ValueError(f"normalize: pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [..., H, W, 3]")
@@ -37,6 +37,6 @@ def normalize(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @lru_cache
 def _row(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Gain and offset of one row of pixels, [width * 3]: whole rows vectorise where three channels do not."""
+    """Gain and offset for one row of pixels, [width * 3]: whole rows vectorise where three channels do not."""
     mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
     return (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)

@@ -1,7 +1,7 @@
-"""Which views an image offers, and the random numbers that say what each of them looks like.
+"""The views of an image, and the random parameters of each.
 
 A method declares its views as slots (`ViewSlot`), each with the distribution its views are drawn from
-(`ViewTransform`). `sample_parameters` turns uniform random numbers into one row of numbers a view; the two pipelines
+(`ViewTransform`). `sample_parameters` turns uniform random numbers into one row of numbers per view; the two pipelines
 (`fast.py`, `pil.py`) only render rows. So both draw the same views, a recorded row says exactly how its view was made,
 and the statistics can be tested without an image.
 
@@ -20,20 +20,22 @@ from numpy.typing import NDArray
 
 from hvp.common.errors import UserError
 
+Floats = NDArray[np.float64]
+
 CROP_ATTEMPTS = 10
 """Boxes that RandomResizedCrop tries before it falls back to the central crop."""
 
 NUM_UNIFORMS = 2 * CROP_ATTEMPTS + 13
-"""Uniform random numbers a view is drawn from."""
+"""Uniform random numbers per view."""
 
 JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
 """The 24 orders of the colour operations; the `order` column is an index into it."""
 
 
 class ViewParameters(NamedTuple):
-    """How one view was made: one row of `ViewBatch.parameters`. Every value is exact in float32.
+    """Parameters of one view: one row of `ViewBatch.parameters`. Every value is exact in float32.
 
-    What was not applied has its neutral value: factors 1, hue 0, blur_sigma 0.
+    An operation that was not applied has its neutral value: factors 1, hue 0, blur_sigma 0.
     """
 
     slot: float
@@ -55,17 +57,17 @@ class ViewParameters(NamedTuple):
     jitter: float
     """1 if the four colour operations were applied, else 0."""
     brightness: float
-    """Factor of the brightness."""
+    """Factor on the brightness."""
     contrast: float
-    """Factor of the distance to the mean grey level."""
+    """Factor on the distance to the mean grey level."""
     saturation: float
-    """Factor of the distance to the pixel's own grey level."""
+    """Factor on the distance to the pixel's own grey level."""
     hue: float
     """Shift of the hue, in turns of the colour circle, -0.5 to 0.5."""
     order: float
     """Order of the colour operations, an index into `JITTER_ORDERS`."""
     grayscale: float
-    """1 if turned to grey, else 0."""
+    """1 if converted to greyscale, else 0."""
     blur_sigma: float
     """Radius of Pillow's GaussianBlur (its standard deviation), view pixels."""
     solarize: float
@@ -78,9 +80,9 @@ COLUMNS = ViewParameters._fields
 
 @dataclass(frozen=True, kw_only=True)
 class ViewTransform:
-    """The distribution of a view. Applied in this order: crop and resize, flip, jitter, grayscale, blur, solarize.
+    """Distribution of a view. Applied in this order: crop and resize, flip, jitter, grayscale, blur, solarize.
 
-    Defaults are those of DINO's `DataAugmentationDINO`; what differs between its three transforms has none.
+    Defaults are those of DINO's `DataAugmentationDINO`; fields that differ between its three transforms have none.
     """
 
     size: int
@@ -105,16 +107,16 @@ class ViewTransform:
     """Factors are uniform in [max(0, 1 - brightness), 1 + brightness]. Upstream: 0.4."""
 
     contrast: float = 0.4
-    """As brightness, for the contrast. Upstream: 0.4."""
+    """Same range as brightness, for the contrast. Upstream: 0.4."""
 
     saturation: float = 0.2
-    """As brightness, for the saturation. Upstream: 0.2."""
+    """Same range as brightness, for the saturation. Upstream: 0.2."""
 
     hue: float = 0.1
     """Shifts are uniform in [-hue, hue], turns of the colour circle, at most 0.5. Upstream: 0.1."""
 
     grayscale: float = 0.2
-    """Probability of turning grey. Upstream: 0.2."""
+    """Probability of conversion to greyscale. Upstream: 0.2."""
 
     blur: float
     """Probability of the Gaussian blur. Upstream: 1.0 (first global), 0.1 (second global), 0.5 (local)."""
@@ -148,19 +150,19 @@ class ViewTransform:
 
 @dataclass(frozen=True)
 class ViewSlot:
-    """One kind of view that the objective takes, and how many of it are sampled and trained on."""
+    """One kind of view that the objective takes, and the numbers of views to sample and to keep."""
 
     name: str
-    """Shown in pictures and messages, for example "local"."""
+    """Name in pictures and messages, for example "local"."""
 
     transform: ViewTransform
-    """What its views are drawn from."""
+    """Distribution of its views."""
 
     candidates: int
     """Views sampled per image."""
 
     kept: int
-    """Views the training step takes per image, at most `candidates`. Equal to it, nothing is selected."""
+    """Views per image to train on, at most `candidates`. If equal, all are kept."""
 
     def __post_init__(self) -> None:
         if not self.candidates >= self.kept >= 1:
@@ -171,17 +173,17 @@ class ViewSlot:
 
 
 def view_slots(slots: Sequence[ViewSlot]) -> list[int]:
-    """The slot number of each of the V views, in their order: all candidates of slot 0, then of slot 1, ..."""
+    """Return the slot number of each of the V views, in their order: all candidates of slot 0, then of slot 1, ..."""
     return [number for number, slot in enumerate(slots) for _ in range(slot.candidates)]
 
 
 def resolutions(slots: Sequence[ViewSlot]) -> list[int]:
-    """The sizes of the views in pixels, each once, in order of first appearance among the slots."""
+    """Return the distinct sizes of the views, pixels, in order of first appearance among the slots."""
     return list(dict.fromkeys(slot.transform.size for slot in slots))
 
 
 def view_layout(slots: Sequence[ViewSlot]) -> list[tuple[int, int]]:
-    """Where each of the V views lies in `ViewBatch.pixels`: (number of its resolution, position among those views)."""
+    """Locate each of the V views in `ViewBatch.pixels`: (number of its resolution, position among those views)."""
     sizes = resolutions(slots)
     filled = [0] * len(sizes)
     places = []
@@ -194,7 +196,7 @@ def view_layout(slots: Sequence[ViewSlot]) -> list[tuple[int, int]]:
 
 
 def first_views(slots: Sequence[ViewSlot]) -> Iterator[int]:
-    """The views that are trained on where none are chosen: the first `kept` of every slot."""
+    """Yield the views to train on without selection: the first `kept` of every slot."""
     start = 0
     for slot in slots:
         yield from range(start, start + slot.kept)
@@ -202,8 +204,8 @@ def first_views(slots: Sequence[ViewSlot]) -> Iterator[int]:
 
 
 @lru_cache(maxsize=16)
-def _limits(slots: tuple[ViewSlot, ...]) -> dict[str, NDArray[np.float64]]:
-    """What the transforms say, one [V] array a quantity, so that the views of all slots are drawn at once."""
+def _limits(slots: tuple[ViewSlot, ...]) -> dict[str, Floats]:
+    """The transforms' values, one [V] array per quantity, so that the views of all slots are drawn at once."""
     transforms = [slot.transform for slot in slots for _ in range(slot.candidates)]
     limits = {"slot": np.array(view_slots(slots), dtype=np.float64)}
     for name in ("flip", "jitter", "hue", "grayscale", "blur", "solarize"):
@@ -218,14 +220,14 @@ def _limits(slots: tuple[ViewSlot, ...]) -> dict[str, NDArray[np.float64]]:
 
 
 def sample_parameters(
-    uniforms: NDArray[np.float64], source_size: tuple[int, int] | NDArray[np.int64], slots: Sequence[ViewSlot]
+    uniforms: Floats, source_size: tuple[int, int] | NDArray[np.int64], slots: Sequence[ViewSlot]
 ) -> NDArray[np.float32]:
-    """Turns uniform random numbers into views: a pure function, row by row.
+    """Turn uniform random numbers into view parameters: a pure function, row by row.
 
     Args:
         uniforms: [..., V, NUM_UNIFORMS] float64 in [0, 1).
         source_size: (height, width) of the images, pixels; an array broadcasts as [..., 2].
-        slots: the slots, whose candidates add up to V.
+        slots: the views' slots, whose candidates add up to V.
 
     Returns:
         [..., V, C] float32, the columns of `COLUMNS`.
@@ -249,32 +251,13 @@ def sample_parameters(
     size = np.asarray(source_size, dtype=np.float64)
     source_height, source_width = size[..., 0, None], size[..., 1, None]  # [..., 1]
 
-    def between(name: str, uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    def between(name: str, uniform: Floats) -> Floats:
         return limits[f"{name}_min"] + (limits[f"{name}_max"] - limits[f"{name}_min"]) * uniform
 
-    # The first of ten boxes that fits into the image: [..., V, attempts].
-    scale_min, scale_max = limits["scale_min"][:, None], limits["scale_max"][:, None]
-    log_min, log_max = np.log(limits["ratio_min"])[:, None], np.log(limits["ratio_max"])[:, None]
-    area = (source_height * source_width)[..., None] * (scale_min + (scale_max - scale_min) * areas)
-    ratio = np.exp(log_min + (log_max - log_min) * ratios)
-    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (widths > 0) & (widths <= source_width[..., None]) & (heights > 0) & (heights <= source_height[..., None])
-    found, first = fits.any(-1), fits.argmax(-1)[..., None]
-
-    # Else the largest central box whose ratio is allowed.
-    source_ratio = source_width / source_height
-    central_width = np.where(
-        source_ratio > limits["ratio_max"], np.rint(source_height * limits["ratio_max"]), source_width
-    )
-    central_height = np.where(
-        source_ratio < limits["ratio_min"], np.rint(source_width / limits["ratio_min"]), source_height
-    )
-    width = np.where(found, np.take_along_axis(widths, first, -1)[..., 0], central_width)
-    height = np.where(found, np.take_along_axis(heights, first, -1)[..., 0], central_height)
+    found, height, width = _crop_sizes(areas, ratios, source_height, source_width, limits)
     free_rows, free_columns = source_height - height, source_width - width
-
     jittered = jitter < limits["jitter"]
-    columns: dict[str, NDArray[np.float64] | NDArray[np.bool_]] = {
+    columns: dict[str, Floats | NDArray[np.bool_]] = {
         "slot": limits["slot"],
         "source_height": source_height,
         "source_width": source_width,
@@ -297,3 +280,32 @@ def sample_parameters(
     for number, name in enumerate(COLUMNS):
         parameters[..., number] = columns[name]
     return parameters
+
+
+def _crop_sizes(
+    areas: Floats, ratios: Floats, source_height: Floats, source_width: Floats, limits: dict[str, Floats]
+) -> tuple[NDArray[np.bool_], Floats, Floats]:
+    """Choose the crop box of each view: whether one of its ten attempts fits into the image, its height and its width.
+
+    `areas` and `ratios` are uniform numbers [..., V, attempts]; the source's sides are [..., 1]; results are [..., V].
+    """
+    # The first attempt that fits.
+    scale_min, scale_max = limits["scale_min"][:, None], limits["scale_max"][:, None]
+    log_min, log_max = np.log(limits["ratio_min"])[:, None], np.log(limits["ratio_max"])[:, None]
+    area = (source_height * source_width)[..., None] * (scale_min + (scale_max - scale_min) * areas)
+    ratio = np.exp(log_min + (log_max - log_min) * ratios)
+    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (widths > 0) & (widths <= source_width[..., None]) & (heights > 0) & (heights <= source_height[..., None])
+    found, first = np.asarray(fits.any(-1)), fits.argmax(-1)[..., None]
+
+    # Or else the largest central box with an allowed ratio.
+    source_ratio = source_width / source_height
+    central_width = np.where(
+        source_ratio > limits["ratio_max"], np.rint(source_height * limits["ratio_max"]), source_width
+    )
+    central_height = np.where(
+        source_ratio < limits["ratio_min"], np.rint(source_width / limits["ratio_min"]), source_height
+    )
+    width = np.where(found, np.take_along_axis(widths, first, -1)[..., 0], central_width)
+    height = np.where(found, np.take_along_axis(heights, first, -1)[..., 0], central_height)
+    return found, height, width

@@ -1,6 +1,6 @@
-"""Renders views with Pillow and torchvision, operation by operation as the upstreams do: the reference pipeline.
+"""The reference view pipeline: Pillow and torchvision, operation by operation as in the upstreams.
 
-Given the same parameters the views equal those of torchvision's own transforms (v1) on PIL images, pixel by pixel.
+Given the same parameters, views equal those of torchvision's own transforms (v1) on PIL images, pixel by pixel.
 """
 
 import numpy as np
@@ -15,11 +15,11 @@ from hvp.common.views.parameters import JITTER_ORDERS, ViewParameters, ViewTrans
 def render(
     image: NDArray[np.uint8], rows: NDArray[np.float32], transform: ViewTransform, out: NDArray[np.uint8]
 ) -> None:
-    """Renders the views of one slot; same arguments as `fast.render`.
+    """Render the views of one slot; same arguments as `fast.render`.
 
     Args:
         image: [H, W, 3] uint8 RGB, the decoded source image.
-        rows: [n, C] float32, one row of `COLUMNS` a view, all of one slot.
+        rows: [n, C] float32, one row of `COLUMNS` per view, all of one slot.
         transform: the slot's transform.
         out: [n, size, size, 3] uint8; overwritten with the views.
     """
@@ -52,7 +52,7 @@ def _view(source: Image.Image, p: ViewParameters, transform: ViewTransform) -> I
 
 
 def _jitter(view: Image.Image, p: ViewParameters) -> Image.Image:
-    # A neutral factor is one of a strength of 0, for which ColorJitter leaves the operation out.
+    # A neutral factor comes from a strength of 0, for which ColorJitter skips the operation.
     for operation in JITTER_ORDERS[int(p.order)]:
         if operation == "brightness" and p.brightness != 1:
             view = TF.adjust_brightness(view, p.brightness)

@@ -1,7 +1,7 @@
 """Strong views: RandAugment and Cutout on the source image, then the crop of an ordinary view.
 
-Only the few images that Rescue chooses get one, so they are read again when they are chosen, by a few threads: Pillow
-lets the others run while it decodes and transforms. A view follows from (seed, epoch, image index) alone.
+Only the few images that Rescue chooses get one, so they are read again when chosen, by a few threads: Pillow lets other
+threads run while it decodes and transforms. A view depends only on (seed, epoch, image index).
 
 Source: Rescue, section 3; FixMatch (arXiv:2001.07685), Table 12, for the operations and their ranges; Cutout
     (arXiv:1708.04552).
@@ -27,30 +27,30 @@ from hvp.common.views.parameters import NUM_UNIFORMS, ViewParameters, ViewSlot, 
 from hvp.common.views.randomness import uniform_stream
 
 GREY = (127, 127, 127)
-"""What Cutout leaves."""
+"""Colour of Cutout's square."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One of RandAugment's operations; its magnitude is uniform between two ends."""
+    """One of RandAugment's operations; its magnitude is uniform between `first` and `last`."""
 
     apply: Callable[[Image.Image, float], Image.Image]
     first: float = 0.0
     last: float = 0.0
 
     def __call__(self, image: Image.Image, uniform: float) -> Image.Image:
-        """The image with the magnitude that a number in [0, 1) stands for."""
+        """Apply the operation, with its magnitude scaled from a number in [0, 1)."""
         return self.apply(image, self.first + (self.last - self.first) * uniform)
 
 
 def _shear(image: Image.Image, x: float, y: float) -> Any:
-    """Shears from the upper left corner; what comes into sight is black."""
+    """Shear from the upper left corner; uncovered pixels are black."""
     degrees = [math.degrees(math.atan(ratio)) for ratio in (x, y)]
     return TF.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, center=[0, 0])
 
 
 def _translate(image: Image.Image, x: float, y: float) -> Any:
-    """Moves by shares of the sides; what comes into sight is black."""
+    """Translate by fractions of the sides; uncovered pixels are black."""
     pixels = [round(x * image.width), round(y * image.height)]
     return TF.affine(image, angle=0.0, translate=pixels, scale=1.0, shear=[0.0, 0.0])
 
@@ -71,30 +71,30 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": Operation(lambda image, share: _translate(image, share, 0.0), -0.3, 0.3),
     "translate_y": Operation(lambda image, share: _translate(image, 0.0, share), -0.3, 0.3),
 }
-"""The 14 operations of FixMatch. Magnitudes are factors, bits, degrees, ratios, grey levels, and shares of the side."""
+"""FixMatch's 14 operations. Magnitudes are factors, bits, degrees, ratios, grey levels and fractions of the side."""
 
 
 @dataclass(frozen=True)
 class StrongTransform:
-    """The distribution of a strong view. Applied in this order: operations, Cutout, crop and resize, flip."""
+    """Distribution of a strong view. Applied in this order: operations, Cutout, crop and resize, flip."""
 
     view: ViewTransform
-    """The method's own view, whose crop, size and flip it takes; its colours and blur are left out."""
+    """The method's own view, which gives the crop, size and flip; its colour augmentation and blur are not used."""
 
     num_ops: int = 2
-    """Operations, drawn independently from all 14."""
+    """Number of operations, each drawn independently from all 14."""
 
     cutout: float = 0.5
     """Side of the grey square, as a fraction of the image's shorter side; 0: none. Its centre is anywhere inside."""
 
 
 def strong_view(image: NDArray[np.uint8], uniforms: Iterator[float], transform: StrongTransform) -> NDArray[np.uint8]:
-    """One strong view.
+    """Make a strong view.
 
     Args:
         image: [H, W, 3] uint8 RGB, the decoded source image; it is not changed.
         uniforms: independent random numbers in [0, 1).
-        transform: what to draw from.
+        transform: the distribution of the view.
 
     Returns:
         [size, size, 3] uint8 RGB.
@@ -116,7 +116,7 @@ def strong_view(image: NDArray[np.uint8], uniforms: Iterator[float], transform: 
 
 
 def _cut_out(image: Image.Image, side: float, x: float, y: float) -> Image.Image:
-    """The image with a grey square around a point; x and y in [0, 1) are shares of width and height."""
+    """Paste a grey square around a point into a copy; x and y in [0, 1) are fractions of width and height."""
     half = side * min(image.size) / 2
     left, top = x * image.width, y * image.height
     box = (
@@ -131,13 +131,13 @@ def _cut_out(image: Image.Image, side: float, x: float, y: float) -> Image.Image
 
 
 class StrongViews:
-    """Makes strong views of the images that are asked for; to be closed.
+    """Pool of threads that make strong views of given images; must be closed.
 
     Args:
         source: the images.
         transform: the distribution of a view.
-        seed: of the run, 0 or more.
-        threads: that read and transform at the same time.
+        seed: the run's seed, 0 or more.
+        threads: number of threads that read and transform.
     """
 
     def __init__(self, source: ImageSource, transform: StrongTransform, *, seed: int, threads: int) -> None:
@@ -145,10 +145,10 @@ class StrongViews:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="hvp-strong")
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
-        """The strong view of each image.
+        """Make the strong view of each image.
 
         Args:
-            keys: (epoch, image index) of k images, which also says what their views look like.
+            keys: (epoch, image index) of k images, which also determines their views.
 
         Returns:
             [k, size, size, 3] uint8 RGB.
@@ -160,7 +160,7 @@ class StrongViews:
         return torch.from_numpy(np.stack(views))
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
     def _make(self, key: Key) -> NDArray[np.uint8]:

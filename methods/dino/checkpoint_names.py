@@ -1,17 +1,19 @@
 """DINO's checkpoints in the layout of facebookresearch/dino, main_dino.py."""
 
-from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
+from hvp.common.convert.layouts import Layout, Optimizer, Part, on_meta
 from hvp.common.training.batch_norm import has_batch_norm
 from hvp.common.training.optimizers import split_weight_decay
+from hvp.methods.dino import METHOD
 from hvp.methods.dino.config import DinoConfig
-from hvp.methods.dino.main_dino import build_modules
 
 
 def upstream_layout(config: DinoConfig) -> Layout:
-    """The upstream's entries, keys and parameter groups. It wraps the teacher for batch norm's sake only."""
-    student, teacher, dino_loss = on_meta(build_modules, config)
+    """Upstream's entries, keys and parameter groups. It wraps the teacher only if there is batch norm."""
+    student, teacher, dino_loss = on_meta(METHOD.build_modules, config)
     groups = split_weight_decay(student.named_parameters())
-    ours_alone = config.model.arch == "vit_micro"
+    notes = []
+    if config.model.arch == "vit_micro":
+        notes.append("the upstream has no network like vit_micro: its loaders can read the file, but not use it")
     return Layout(
         repository="facebookresearch/dino",
         parts=(
@@ -21,7 +23,5 @@ def upstream_layout(config: DinoConfig) -> Layout:
         ),
         optimizer=Optimizer(config.optim.optimizer, groups, groups),
         scaler="fp16_scaler",
-        notes=("the upstream has no network like vit_micro: its loaders take the file apart, and have no use for it",)
-        if ours_alone
-        else (),
+        notes=notes,
     )

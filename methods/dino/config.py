@@ -1,4 +1,4 @@
-"""The configuration of DINO. Defaults are those of facebookresearch/dino, main_dino.py, unless said otherwise."""
+"""Configuration of DINO. Defaults are those of facebookresearch/dino, main_dino.py, unless stated otherwise."""
 
 from typing import Literal
 
@@ -13,22 +13,22 @@ class ModelConfig(Section):
     """Student and teacher."""
 
     arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_micro", "resnet50"] = "vit_small"
-    """Backbone. `vit_micro` is ours: width 96, depth 3, a convolutional stem, for pictures of 32 pixels."""
+    """Backbone. `vit_micro` is ours, for 32 x 32 images: width 96, depth 3, a convolutional stem."""
 
     patch_size: PatchSize = 16
-    """Height and width of a ViT's patch, pixels. Smaller patches cost memory and time. ResNet-50 does not read it."""
+    """Height and width of a ViT's patches, pixels. Smaller patches cost memory and time. Not used by ResNet-50."""
 
     drop_path_rate: Fraction = 0.1
-    """Stochastic depth of the student's last block; the teacher has none. ResNet-50 does not read it."""
+    """Stochastic-depth rate of the student's last block; the teacher has none. Not used by ResNet-50."""
 
     out_dim: Prototypes = 65536
-    """Prototypes K."""
+    """Number of prototypes, K."""
 
     norm_last_layer: bool = True
-    """Fix the gain of the last layer's weight norm at 1. Upstream: better off for ViT-S, on otherwise."""
+    """Fix the gain of the last layer's weight norm at 1. Upstream recommends off for ViT-S, on otherwise."""
 
     use_bn_in_head: bool = False
-    """Batch norm in the projection head."""
+    """Use batch norm in the projection head."""
 
     head_hidden_dim: Width = 2048
     """Width of the head's hidden layers."""
@@ -37,7 +37,7 @@ class ModelConfig(Section):
     """Width of the head's normalised output, before the prototypes."""
 
     momentum_teacher: Fraction = 0.996
-    """The teacher's EMA momentum at the first step; a cosine takes it to 1."""
+    """EMA momentum of the teacher at the first step; a cosine raises it to 1."""
 
 
 class LossConfig(Section):
@@ -50,7 +50,7 @@ class LossConfig(Section):
     """Teacher temperature after its linear warm-up."""
 
     warmup_teacher_temp_epochs: Epochs = 0
-    """Length of the temperature's warm-up, epochs."""
+    """Length of the teacher temperature's warm-up, epochs."""
 
     student_temp: Temperature = 0.1
     """Student temperature."""
@@ -60,10 +60,10 @@ class LossConfig(Section):
 
 
 class OptimConfig(TeacherOptimConfig):
-    """Optimiser and its schedules, which are functions of the step."""
+    """Optimiser and its schedules."""
 
     clip_by: Literal["tensor", "global"] = "tensor"
-    """Clip each parameter tensor's norm (upstream) or the norm over all (HVP's released code)."""
+    """Clip each parameter tensor's gradient norm (upstream), or the global norm (HVP's released code)."""
 
 
 class DinoConfig(MultiCropConfig):
@@ -86,10 +86,10 @@ class DinoConfig(MultiCropConfig):
         return self
 
     def objective_bytes(self, images: int) -> int:
-        """The student's logits of the [CLS] prototypes, float32."""
+        """Bytes of the student's logits, float32."""
         return self.logits_bytes(images, self.model.out_dim)
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up, by the linear scaling rule."""
+        """Learning rate after warm-up, by the linear scaling rule."""
         return self.optim.base_lr * self.train.batch_size / 256

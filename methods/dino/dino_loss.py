@@ -1,4 +1,4 @@
-"""DINO's objective: cross-entropy between teacher and student over pairs of different views, and its centre.
+"""DINO's objective: cross-entropy between teacher and student over pairs of different views, and the centre.
 
 # B images per process, K prototypes
 """
@@ -16,22 +16,22 @@ NUM_TEACHER_VIEWS = 2
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy of every student view against both teacher views, its own excepted; keeps the centre.
+    """Cross-entropy of every student view against both teacher views except its own, with an EMA centre.
 
-    With gradient accumulation call `center_step` after each micro-batch's loss, and `update_center` once per optimiser
-    step. Neither the loss nor a selection moves the centre.
+    Call `center_step` after each micro-batch's loss and `update_center` once per optimiser step. Neither the loss nor a
+    selection moves the centre.
 
     Args:
-        out_dim: prototypes K.
-        ncrops: student views, the two global ones first.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature grows linearly from the
-            first to the second over so many epochs, then stays.
+        out_dim: number of prototypes, K.
+        ncrops: number of student views, including the two global ones, which come first.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature goes linearly from the
+            first to the second over this many epochs, then stays constant.
         nepochs: epochs of the training.
         student_temp: the student's temperature.
         center_momentum: EMA momentum of the centre.
 
     Raises:
-        ValueError: fewer than two views, or a warm-up longer than the training.
+        ValueError: there are fewer than two views, or the warm-up is longer than the training.
 
     Source: DINO (arXiv:2104.14294) Eqs. 3 and 4; facebookresearch/dino main_dino.py DINOLoss.
     """
@@ -51,7 +51,7 @@ class DINOLoss(nn.Module):
     ) -> None:
         super().__init__()
         if ncrops < NUM_TEACHER_VIEWS:
-            raise ValueError(f"DINOLoss: ncrops is {ncrops}, but the two global views are part of it")
+            raise ValueError(f"DINOLoss: ncrops is {ncrops}, but it includes the two global views")
         if warmup_teacher_temp_epochs > nepochs:
             raise ValueError(
                 f"DINOLoss: the teacher temperature warms up over {warmup_teacher_temp_epochs} of {nepochs} epochs"
@@ -66,13 +66,13 @@ class DINOLoss(nn.Module):
         self._teacher_mean = GlobalMean()
 
     def teacher_temp(self, epoch: int) -> float:
-        """The teacher's temperature in an epoch, counted from 0."""
+        """Return the teacher's temperature in an epoch, counted from 0."""
         return linear_then_constant(
             epoch, self.warmup_teacher_temp, self.final_teacher_temp, self.warmup_teacher_temp_epochs
         )
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The mean over the pairs of different views of the batch's mean cross-entropy.
+        """Compute the mean cross-entropy over the batch and over all pairs of different views.
 
         Args:
             student_output: logits [ncrops * B, K], view after view; any float dtype, computed in float32.
@@ -81,6 +81,9 @@ class DINOLoss(nn.Module):
 
         Returns:
             Scalar float32, in nats.
+
+        Raises:
+            ValueError: the outputs do not have the right numbers of views; the message shows both shapes.
         """
         if len(student_output) * NUM_TEACHER_VIEWS != len(teacher_output) * self.ncrops:
             raise ValueError(
@@ -93,14 +96,14 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def center_step(self, teacher_output: Tensor) -> None:
-        """Count a micro-batch's teacher logits [n, K] into the next update of the centre."""
+        """Add a micro-batch's teacher logits [n, K] to the next update of the centre."""
         self._teacher_mean.add(teacher_output)
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Move the centre towards the mean of all teacher logits counted since the last update, over all processes.
+        """Move the centre towards the mean of all teacher logits added since the last update, over all processes.
 
         Raises:
-            ValueError: none were counted.
+            ValueError: none were added.
         """
         self.center.lerp_(self._teacher_mean.take(), 1 - self.center_momentum)

@@ -1,4 +1,4 @@
-"""The pair-loss matrix of DINO: what every candidate crop would cost against every target, per image.
+"""Pair-loss matrix of DINO: the loss of every candidate crop against every target, per image.
 
 # B images, G global and V candidate crops in all, K prototypes
 """
@@ -13,13 +13,13 @@ from hvp.methods.dino.multi_crop import MultiCropWrapper
 def pair_losses(
     student: MultiCropWrapper, teacher: MultiCropWrapper, crops: list[Tensor], dino_loss: DINOLoss, epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """Forwards every candidate once. To be called without gradient; moves neither centre nor teacher.
+    """Forward every candidate once and score all pairs. Call it without gradient; it moves neither centre nor teacher.
 
     Args:
-        student, teacher: in the mode they are to score in.
+        student, teacher: in the mode to score in.
         crops: [G, B, 3, H, W] global and [V - G, B, 3, h, w] local candidates, normalised.
-        dino_loss: its centre and temperatures.
-        epoch: decides the teacher's temperature.
+        dino_loss: provides the centre and the temperatures.
+        epoch: counted from 0; sets the teacher's temperature.
 
     Returns:
         [B, G, V] float32 in nats, entry [b, t, v] the cross-entropy of crop v against target crop t; and the teacher's

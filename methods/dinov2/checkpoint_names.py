@@ -2,18 +2,18 @@
 
 import re
 
-from hvp.common.convert.upstream import Layout, Part, on_meta
+from hvp.common.convert.layouts import Layout, Part, on_meta
 from hvp.common.networks.register_vision_transformer import SIZES
+from hvp.methods.dinov2 import METHOD
 from hvp.methods.dinov2.config import DINOv2Config
-from hvp.methods.dinov2.main_dinov2 import build_modules
 
 CHUNKS = 4
-"""The upstream's `student.block_chunks`: it names a block by its chunk, too, blocks.<chunk>.<block>."""
+"""The upstream's `student.block_chunks`. It puts the chunk into a block's name: blocks.<chunk>.<block>."""
 
 
 def upstream_layout(config: DINOv2Config) -> Layout:
-    """The names of SSLMetaArch before FSDP shards it, and the `teacher` that the upstream's evaluations read."""
-    student, teacher, dinov2_loss = on_meta(build_modules, config)
+    """Names of SSLMetaArch before FSDP shards it, and the `teacher` that the upstream's evaluations read."""
+    student, teacher, dinov2_loss = on_meta(METHOD.build_modules, config)
     _, depth = SIZES[config.model.arch]
     chunk_size = max(1, depth // CHUNKS)
 
@@ -21,8 +21,7 @@ def upstream_layout(config: DINOv2Config) -> Layout:
         return re.sub(r"^(backbone\.blocks)\.(\d+)\.", lambda m: f"{m[1]}.{int(m[2]) // chunk_size}.{m[2]}.", key)
 
     notes = [
-        "the upstream's trainer saves and resumes the shards of FSDP, a file for each process; its evaluations read "
-        "`teacher`"
+        "the upstream's trainer saves and resumes FSDP shards, one file per process; its evaluations read `teacher`"
     ]
     if config.model.arch == "vit_micro":
         notes.append("the upstream has no network like vit_micro")

@@ -1,5 +1,5 @@
-"""The configuration of DINOv2. Defaults are those of facebookresearch/dinov2, configs/ssl_default_config.yaml with
-configs/train/vitl16_short.yaml over it, unless said otherwise."""
+"""Configuration of DINOv2. Defaults are those of facebookresearch/dinov2, configs/ssl_default_config.yaml overridden by
+configs/train/vitl16_short.yaml, unless stated otherwise."""
 
 import math
 from typing import Literal
@@ -26,35 +26,35 @@ from hvp.common.hardviews import Slots
 
 
 class ModelConfig(Section):
-    """The backbone, of student and teacher."""
+    """Backbone of student and teacher."""
 
     arch: Literal["vit_micro", "vit_small", "vit_base", "vit_large"] = "vit_large"
-    """`vit_micro` is ours: width 96, depth 3, a convolutional stem, for pictures of 32 pixels."""
+    """Backbone. `vit_micro` is ours, for 32 x 32 images: width 96, depth 3, a convolutional stem."""
 
     patch_size: PatchSize = 16
-    """Height and width of a patch, pixels. 14 for the upstream's released networks."""
+    """Height and width of a patch, pixels. Upstream's released networks: 14."""
 
     drop_path_rate: Fraction = 0.3
-    """Stochastic depth of the student; the teacher has none."""
+    """Stochastic-depth rate of the student; the teacher has none."""
 
     drop_path_uniform: bool = True
-    """All blocks have that rate; off, it grows linearly from 0 at the first block."""
+    """Give all blocks that rate; off, it grows linearly from 0 at the first block."""
 
     layerscale: float = Field(1e-5, ge=0, le=10)
-    """LayerScale's gains at the start; 0: no LayerScale."""
+    """Initial gains of LayerScale; 0: no LayerScale."""
 
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"
-    """Feed-forward layers: a perceptron, or gated (the upstream's ViT-L/14 and ViT-g/14 recipes)."""
+    """Feed-forward layers: an MLP, or SwiGLU as in upstream's ViT-L/14 and ViT-g/14 recipes."""
 
     num_register_tokens: int = Field(0, ge=0, le=256)
-    """Tokens that hold no patch. Positions are then interpolated as in the released networks that have them."""
+    """Number of register tokens. With any, positions are interpolated as in the released networks with registers."""
 
 
 class HeadConfig(Section):
     """A projection head."""
 
     head_n_prototypes: Prototypes = 65536
-    """Prototypes."""
+    """Number of prototypes."""
 
     head_bottleneck_dim: Width = 256
     """Width of the head's normalised output, before the prototypes."""
@@ -67,17 +67,17 @@ class HeadConfig(Section):
 
 
 class DinoConfig(HeadConfig):
-    """The [CLS] term, KoLeo, and the head of [CLS] tokens."""
+    """[CLS] term, KoLeo, and the [CLS] head."""
 
     loss_weight: Weight = 1.0
     """Weight of the [CLS] cross-entropy."""
 
     koleo_loss_weight: Weight = 0.1
-    """Weight of KoLeo on each of the two global views."""
+    """Weight of KoLeo for each of the two global views."""
 
 
 class IbotConfig(HeadConfig):
-    """The masked-patch term, and the head of patches where it is separate."""
+    """Masked-patch term, and the patch head if it is separate."""
 
     loss_weight: Weight = 1.0
     """Weight of the masked-patch cross-entropy."""
@@ -89,74 +89,74 @@ class IbotConfig(HeadConfig):
     """Smallest and largest share of a masked crop's patches."""
 
     separate_head: bool = False
-    """Patches have a head of their own, with this section's sizes; off, they go through that of [CLS] tokens."""
+    """Use a separate head for patches, with this section's sizes; off, patches share the [CLS] head."""
 
 
 class TeacherConfig(Section):
     """The teacher and its targets."""
 
     momentum_teacher: Fraction = 0.992
-    """EMA momentum at the first step."""
+    """EMA momentum of the teacher at the first step."""
 
     final_momentum_teacher: Fraction = 1.0
-    """EMA momentum to which a cosine takes it."""
+    """EMA momentum of the teacher at the end of its cosine."""
 
     warmup_teacher_temp: Temperature = 0.04
-    """Temperature at the start."""
+    """Teacher temperature at the start."""
 
     teacher_temp: Temperature = 0.07
-    """Temperature after its linear warm-up."""
+    """Teacher temperature after its linear warm-up."""
 
     warmup_teacher_temp_epochs: Epochs = 30
-    """Length of that warm-up, epochs (see optim.epoch_length)."""
+    """Length of the teacher temperature's warm-up, epochs (see optim.epoch_length)."""
 
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"
-    """What keeps targets from collapsing: an EMA of the teacher's mean logits is subtracted, or the targets of a batch
-    are spread over the prototypes evenly (Sinkhorn-Knopp; the upstream's ViT-L/14 and ViT-g/14 recipes)."""
+    """Protection against collapse: `centering` subtracts an EMA of the teacher's mean logits; `sinkhorn_knopp` spreads
+    a batch's targets evenly over the prototypes, as in upstream's ViT-L/14 and ViT-g/14 recipes."""
 
     student_temp: Temperature = 0.1
-    """The student's temperature."""
+    """Student temperature."""
 
     center_momentum: Fraction = 0.9
-    """EMA momentum of the centres."""
+    """EMA momentum of the centres of the teacher's outputs."""
 
 
 class OptimConfig(sections.TeacherOptimConfig):
-    """Optimiser and schedules, which are functions of the step."""
+    """Optimiser and its schedules."""
 
     optimizer: Literal["adamw"] = "adamw"
-    """AdamW, betas 0.9 and 0.999."""
+    """AdamW with betas 0.9 and 0.999."""
 
     base_lr: LearningRate = 0.004
-    """Learning rate after warm-up at a batch of 1024: the run uses base_lr * sqrt(batch_size / 1024)."""
+    """Learning rate after warm-up at batch size 1024: the run uses base_lr * sqrt(batch_size / 1024)."""
 
     layerwise_decay: float = Field(0.9, ge=0.01, le=1)
-    """A layer's learning rate is that of the layer above it times this."""
+    """Ratio of a layer's learning rate to that of the layer above it."""
 
     patch_embed_lr_mult: float = Field(0.2, ge=1e-6, le=1000)
-    """The patch embedding's learning rate is multiplied by this, too."""
+    """Additional learning-rate multiplier for the patch embedding."""
 
     epoch_length: Every | None = None
-    """Steps that warm-ups and freezing count as an epoch; null: those of a pass over the images. Upstream: 1250,
-    whatever the data and the batch."""
+    """Steps per epoch, as the unit of warm-ups and freezing; null: one pass over the images. Upstream: 1250, regardless
+    of data set and batch size."""
 
 
 class ViewsConfig(MultiCropViews):
-    """The distribution of views: two global transforms and a local one (DataAugmentationDINO)."""
+    """Distribution of the views: two global transforms and a local one (DataAugmentationDINO)."""
 
     global_crops_scale: Scale = (0.32, 1.0)
-    """Area of a global crop, as a fraction of the image's, (min, max)."""
+    """Area of a global crop as a fraction of the image's area, (min, max)."""
 
     local_crops_scale: Scale = (0.05, 0.32)
-    """Area of a local crop, as a fraction of the image's, (min, max)."""
+    """Area of a local crop as a fraction of the image's area, (min, max)."""
 
 
 class TrainConfig(sections.TrainConfig):
-    """The run itself."""
+    """Length, batches, precision, checkpoints and sharding of a run."""
 
     sharding: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes, each has whole networks (DistributedDataParallel), or a share of student, teacher and
-    optimiser (FSDP2)."""
+    """Parallelism over several processes: `ddp` gives each whole networks (DistributedDataParallel); `fsdp` shards
+    student, teacher and optimiser (FSDP2)."""
 
 
 class DINOv2Config(MultiCropConfig):
@@ -176,31 +176,31 @@ class DINOv2Config(MultiCropConfig):
         return self
 
     def notes(self) -> list[str]:
-        """What differs from the same run in one part."""
+        """Warn that gradient accumulation changes some of the objective's terms."""
         parts = self.train.accumulate
         terms = ["KoLeo"] if self.dino.koleo_loss_weight else []
         terms += ["Sinkhorn-Knopp"] if self.teacher.centering == "sinkhorn_knopp" else []
         if parts == 1 or not terms:
             return super().notes()
         return [
-            f"train.accumulate = {parts}: {' and '.join(terms)} will see the images of one part at a time",
+            f"train.accumulate = {parts}: {' and '.join(terms)} will see only one part of the batch at a time",
             *super().notes(),
         ]
 
     def combination_slots(self) -> Slots:
-        """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
+        """Combinations of those views that `select()` compares; a global view's patch loss is on the diagonal."""
         return self.slots_of_crops(diagonal=True)
 
     @property
     def patch_head(self) -> HeadConfig:
-        """The sizes of the head that patches go through."""
+        """Sizes of the head that patches go through."""
         return self.ibot if self.ibot.separate_head else self.dino
 
     def objective_bytes(self, images: int) -> int:
-        """The student's logits of the [CLS] prototypes, float32."""
+        """Bytes of the student's [CLS] logits, float32."""
         return self.logits_bytes(images, self.dino.head_n_prototypes)
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up, by the square-root scaling rule."""
+        """Learning rate after warm-up, by the square-root scaling rule."""
         return self.optim.base_lr * math.sqrt(self.train.batch_size / 1024)

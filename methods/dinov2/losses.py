@@ -1,5 +1,5 @@
-"""DINOv2's objective: the teacher's targets, centred or balanced, and three terms: [CLS] cross-entropy over pairs of
-different views, masked-patch cross-entropy of each global view against itself, and KoLeo, which spreads features.
+"""DINOv2's objective: [CLS] cross-entropy over pairs of different views, masked-patch cross-entropy of each global view
+against itself, and KoLeo, which spreads features. The teacher's targets are centred or balanced.
 
 # B images per process, L local views, R masked patches in both global views together, D embedding dim
 # K and K2 prototypes ([CLS] and patches)
@@ -25,35 +25,35 @@ Centering = Literal["centering", "sinkhorn_knopp"]
 
 
 class Losses(NamedTuple):
-    """Scalars, float32, each times its weight; the first has a gradient through all others."""
+    """Scalar losses, float32, each multiplied by its weight."""
 
     loss: Tensor
-    """The sum of the others."""
+    """Sum of the others."""
     dino_global: Tensor
-    """[CLS] cross-entropy of the global views against each other, nats; with `dino_local` a mean over all pairs."""
+    """[CLS] cross-entropy of the global views against each other, nats; plus `dino_local`, a mean over all pairs."""
     dino_local: Tensor
     """[CLS] cross-entropy of the local views against both global ones, nats."""
     koleo: Tensor
-    """Minus the mean log distance to the nearest other image, of both global views together."""
+    """Minus the mean log distance to the nearest other image, summed over both global views."""
     ibot: Tensor
     """Masked-patch cross-entropy, nats."""
 
 
 class TeacherCenter(nn.Module):
-    """What is subtracted from the teacher's logits before their softmax.
+    """Centre of the teacher's logits, which keeps the targets from collapsing.
 
-    Both ways to keep the targets from collapsing are a centre c, with the targets softmax((t - c) / temperature). With
-    `centering` it is the EMA `center` of the mean logits. With `sinkhorn_knopp` it follows from the logits themselves,
-    see `sinkhorn_center()`, and the buffer stays as it is.
+    Targets are softmax((t - c) / temperature) with a centre c. With `centering`, c is the EMA of the mean logits in the
+    buffer `center`. With `sinkhorn_knopp`, c is computed from the logits themselves, see `sinkhorn_center()`, and the
+    buffer does not change.
 
     Args:
-        shape: of the buffer; its last dimension are the prototypes.
-        centering: which of the two.
-        momentum: of the EMA.
+        shape: shape of the buffer; its last dimension is the prototypes.
+        centering: one of the two.
+        momentum: momentum of the EMA.
 
-    Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py DINOLoss, ibot_patch_loss.py iBOTPatchLoss. There
-        an update is kept back until the next targets are made; here it is done at the end of the step, so a checkpoint
-        has it.
+    Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py DINOLoss, ibot_patch_loss.py iBOTPatchLoss, which
+        delay each update until the next targets are computed. Here it happens at the end of the step, so a checkpoint
+        contains it.
     """
 
     center: Tensor
@@ -65,47 +65,49 @@ class TeacherCenter(nn.Module):
         self._mean = GlobalMean()
 
     @torch.no_grad()
-    def of(self, logits: Tensor, temp: float) -> Tensor:
-        """The centre for these logits of the teacher's, [n, K], at a temperature; [K] float32. With Sinkhorn-Knopp all
-        processes call it together, each with its own rows."""
+    def center_for(self, logits: Tensor, temp: float) -> Tensor:
+        """Return the centre, [K] float32, for teacher logits [n, K] at a temperature.
+
+        With Sinkhorn-Knopp, all processes must call it together, each with its own rows.
+        """
         if self.centering == "centering":
             return self.center.reshape(-1)
         return sinkhorn_center(logits, temp)
 
     @torch.no_grad()
     def targets(self, logits: Tensor, temp: float) -> Tensor:
-        """The teacher's probabilities, [n, K] float32, of its logits [n, K] in any float dtype."""
-        return ((logits.float() - self.of(logits, temp)) / temp).softmax(dim=-1)
+        """Return the teacher's probabilities, [n, K] float32, for its logits [n, K] in any float dtype."""
+        return ((logits.float() - self.center_for(logits, temp)) / temp).softmax(dim=-1)
 
     @torch.no_grad()
     def step(self, logits: Tensor) -> None:
-        """Count a micro-batch's logits, [n, K], into the next update."""
+        """Add a micro-batch's logits, [n, K], to the next update."""
         if self.centering == "centering":
             self._mean.add(logits)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the centre towards the mean of what was counted since the last update, over all processes."""
+        """Move the centre towards the mean of all logits added since the last update, over all processes."""
         if self.centering == "centering":
             mean = self._mean.take()
-            # without a masked patch in any process there is no mean, and the centre stays
+            # Without a masked patch in any process there is no mean, and the centre stays.
             moved = self.center.lerp(mean.reshape(self.center.shape), 1 - self.momentum)
             self.center.copy_(torch.where(mean.isnan().any(), self.center, moved))
 
 
 @torch.no_grad()
 def sinkhorn_center(logits: Tensor, temp: float, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
-    """Sinkhorn-Knopp as a centre: softmax((logits - centre) / temp) are the assignments.
+    """Sinkhorn-Knopp as a centre: the assignments are softmax((logits - centre) / temp).
 
-    The algorithm scales Q = exp(logits / temp) in turns so that all prototypes, then all rows, have equal sums. What it
-    ends with is Q times a factor for each prototype, u, with rows that sum to 1: a softmax of the logits with
-    -temp * log(u) subtracted. Factors common to all prototypes, such as the number of rows, cancel in it. Computed with
-    logarithms, so that large logits do not overflow.
+    The algorithm alternately scales Q = exp(logits / temp) so that all prototypes, then all rows, have equal sums. The
+    result is Q times a factor u for each prototype, with rows that sum to 1: the softmax of the logits minus the centre
+    -temp * log(u). Factors common to all prototypes, such as the number of rows, cancel in the softmax. The computation
+    uses logarithms, so large logits do not overflow.
 
     Args:
         logits: [n, K], any float dtype; n may differ between processes, and be 0.
         temp: greater than 0.
-        iterations: of both scalings; the last one of the rows is the softmax.
+        iterations: number of scalings of prototypes and rows; the last scaling of the rows is the softmax.
 
     Returns:
         [K] float32, the same in all processes.
@@ -121,7 +123,7 @@ def sinkhorn_center(logits: Tensor, temp: float, iterations: int = SINKHORN_ITER
 
 
 def _global_logsumexp(x: Tensor) -> Tensor:
-    """logsumexp over the rows of all processes, [n, K] to [K]."""
+    """Compute logsumexp over the rows of all processes, [n, K] to [K]."""
     total = x.logsumexp(dim=0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
     if not (dist.is_available() and dist.is_initialized()):
         return total
@@ -133,10 +135,9 @@ def _global_logsumexp(x: Tensor) -> Tensor:
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """Minus the mean log distance of every feature, at length 1, to the nearest other one.
+    """KoLeo: minus the mean log distance of every L2-normalised feature to its nearest neighbour.
 
-    It is small when the features of a batch are spread evenly. Only the images of this process are looked at, as
-    upstream does.
+    It is small when the features of a batch are spread evenly. As upstream, only this process's images are compared.
 
     Args:
         features: [B, D], any float dtype; computed in float32. One view of each image, at least 2 images.
@@ -145,12 +146,12 @@ def koleo_loss(features: Tensor) -> Tensor:
         Scalar float32.
 
     Raises:
-        ValueError: there is no other image.
+        ValueError: there are fewer than 2 images.
 
     Source: Sablayrolles et al. (arXiv:1806.03198) Eq. 2; facebookresearch/dinov2 dinov2/loss/koleo_loss.py KoLeoLoss.
     """
     if len(features) < 2:
-        raise ValueError(f"koleo_loss: features {list(features.shape)}, but a nearest other image needs 2")
+        raise ValueError(f"koleo_loss: features {list(features.shape)}, but a nearest neighbour needs at least 2")
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features.float(), eps=KOLEO_EPS, dim=-1)
         with torch.no_grad():
@@ -160,16 +161,17 @@ def koleo_loss(features: Tensor) -> Tensor:
 
 
 class DINOv2Loss(nn.Module):
-    """Student against teacher, with the two centres `dino_loss.center` and `ibot_patch_loss.center`.
+    """All terms of the objective, with the two centres `dino_loss.center` and `ibot_patch_loss.center`.
 
-    With gradient accumulation call `center_step` after each micro-batch's loss, and `update_center` once per optimiser
-    step. Neither the loss nor a selection moves a centre.
+    Call `center_step` after each micro-batch's loss and `update_center` once per optimiser step. Neither the loss nor a
+    selection moves a centre.
 
     Args:
-        out_dim, patch_out_dim: prototypes K and K2.
-        ncrops: student views 2 + L, the two global ones first.
-        centering: how the teacher's targets are kept from collapsing.
-        dino_weight, koleo_weight, ibot_weight: of the three terms. KoLeo's is of each global view, so it counts twice.
+        out_dim, patch_out_dim: numbers of prototypes, K and K2.
+        ncrops: number of student views, 2 + L, including the two global ones, which come first.
+        centering: how the teacher's targets are kept from collapsing, as in `TeacherCenter`.
+        dino_weight, koleo_weight, ibot_weight: weights of the three terms. KoLeo applies to each of the two global
+            views, so it counts twice.
         student_temp: the student's temperature.
         center_momentum: EMA momentum of the centres.
 
@@ -206,20 +208,22 @@ class DINOv2Loss(nn.Module):
         masks: Tensor,
         teacher_temp: float,
     ) -> Losses:
-        """All terms, and their sum.
+        """Compute all terms and their sum.
 
-        The [CLS] terms together are the mean over the pairs of different views. The patch term is, for each global
-        view, the mean over an image's masked patches, then over the images (one without a masked patch counts, with 0),
-        then over the two views.
+        The two [CLS] terms add up to the mean over the pairs of different views. The patch term is the mean over an
+        image's masked patches (0 for an image without any), then over the images, then over the two global views.
 
         Args:
-            student_cls: logits [(2 + L) * B, K], view after view; any float dtype, as all; computed in float32.
+            student_cls: logits [(2 + L) * B, K], view after view; any float dtype, like all; computed in float32.
             student_patch: logits [R, K2] of the patches that `masks` marks, in its order.
             student_features: the backbone's [CLS] tokens of the two global views, [2 * B, D], for KoLeo.
             teacher_cls: logits [2 * B, K] of the two global views.
             teacher_patch: logits [R, K2] of the same patches, which the teacher sees unmasked.
             masks: [2 * B, N] bool, True for a masked patch.
             teacher_temp: the teacher's temperature.
+
+        Raises:
+            ValueError: shapes do not match; the message shows them.
         """
         if student_patch.shape != teacher_patch.shape or len(masks) != len(teacher_cls):
             raise ValueError(
@@ -246,11 +250,11 @@ class DINOv2Loss(nn.Module):
         return Losses(dino_global + dino_local + koleo + ibot, dino_global, dino_local, koleo, ibot)
 
     def center_step(self, teacher_cls: Tensor, teacher_patch: Tensor) -> None:
-        """Count a micro-batch's teacher logits, [n, K] and of the masked patches [R, K2], into the next update."""
+        """Add a micro-batch's teacher logits, [n, K] and of the masked patches [R, K2], to the next update."""
         self.dino_loss.step(teacher_cls)
         self.ibot_patch_loss.step(teacher_patch)
 
     def update_center(self) -> None:
-        """Move the centres towards the means of what was counted since the last update, over all processes."""
+        """Move the centres towards the means of all logits added since the last update, over all processes."""
         self.dino_loss.update()
         self.ibot_patch_loss.update()

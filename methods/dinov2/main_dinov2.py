@@ -10,28 +10,24 @@ Source: facebookresearch/dinov2 dinov2/train; HVP Algorithm 1.
 """
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from hvp.common.errors import UserError
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.register_vision_transformer import RegisterVisionTransformer, build_register_vit
 from hvp.common.training.collapse import feature_spread
-from hvp.common.training.distributed import assert_equal_weights, averaging, data_parallel, unwrapped
+from hvp.common.training.distributed import World, assert_equal_weights
 from hvp.common.training.ema import update_ema
 from hvp.common.training.optimizers import build_optimizer
-from hvp.common.training.precision import Precision
-from hvp.common.training.rescuing import Rescuer
-from hvp.common.training.run import Run, Stateful
-from hvp.common.training.selecting import ViewSelector, of_kept
 from hvp.common.training.session import RunOptions, session
-from hvp.common.training.sharding import Whole, local, release, shard
-from hvp.common.views.normalize import normalize
+from hvp.common.training.sharding import Whole, is_sharded, local, release, shard
+from hvp.common.training.step import Step
 from hvp.methods.dinov2.config import DINOv2Config, HeadConfig
 from hvp.methods.dinov2.losses import DINOv2Loss
 from hvp.methods.dinov2.masking import MaskSampler
@@ -40,12 +36,17 @@ from hvp.methods.dinov2.param_groups import parameter_groups
 from hvp.methods.dinov2.schedules import Schedules
 from hvp.methods.dinov2.score import pair_losses
 
+UNIFORM = (
+    "for {steps} steps the [CLS] loss has been ln(head_n_prototypes) = {loss:.3f}: the outputs are uniform. Lower the "
+    "learning rate or the teacher temperature"
+)
+
 
 def train_dinov2(config: DINOv2Config, out: Path, **options: Unpack[RunOptions]) -> Path:
-    """Pretrains an encoder, in one process or as one of those that a launcher started.
+    """Pretrain an encoder, in one process or as one of several that a launcher started.
 
     Args:
-        config: what to do.
+        config: the resolved configuration.
         out: the run's folder.
         options: as in RunOptions.
 
@@ -53,33 +54,22 @@ def train_dinov2(config: DINOv2Config, out: Path, **options: Unpack[RunOptions])
         The last checkpoint. `student`, `teacher` and `dinov2_loss` in it have the upstream's state-dict keys.
 
     Raises:
-        UserError: something that the caller can mend, before the first step where it can be known by then.
+        UserError: an error that the user can fix, before the first step where possible.
         Stopped: a signal asked to stop.
     """
     with session(config, out, masks=build_masks(config), **options) as s:
         with s.world.agreeing():
             check_lengths(config, s.loader.steps_per_epoch, s.world.size)
-            student, teacher = build_networks(config, s.device)
-            dinov2_loss = build_loss(config).to(s.device)
-            rescuer = s.rescuer(student)
-        sharded = config.train.sharding == "fsdp" and s.world.size > 1
-        if sharded:
-            assert_equal_weights(student, s.world)
-            for network in (student, teacher):
-                shard(network.shards(), s.world, s.device, s.precision.dtype)
-        optimizer = build_optimizer(config.optim.optimizer, build_groups(config, student))
-        parts: dict[str, Stateful] = {"student": student, "teacher": teacher, "optimizer": optimizer}
-        if sharded:
-            parts = {name: Whole(part, s.world) for name, part in parts.items()}
-        with s.run("dinov2", {**parts, "dinov2_loss": dinov2_loss}) as run:
-            model = student if sharded else data_parallel(student, s.world, s.device)
+        parts = s.build(partial(build, dtype=s.precision.dtype))
+        saved = {name: Whole(part, s.world) if is_sharded(part) else part for name, part in parts._asdict().items()}
+        with s.run("dinov2", saved, trained=parts.student) as run:
             for epoch in run.epochs:
-                train_one_epoch(model, teacher, dinov2_loss, optimizer, s.precision, rescuer, run, epoch, config)
+                train_one_epoch(run, parts, epoch, config)
             return run.last_checkpoint
 
 
 def check_lengths(config: DINOv2Config, steps_per_epoch: int, num_processes: int) -> None:
-    """What only a run knows to be too short or too small.
+    """Check what depends on the length of an epoch and the number of processes.
 
     Raises:
         UserError: the warm-up is longer than the run, or KoLeo has no second image to compare with.
@@ -95,7 +85,7 @@ def check_lengths(config: DINOv2Config, steps_per_epoch: int, num_processes: int
 
 
 def build_masks(config: DINOv2Config) -> MaskSampler:
-    """What draws the masks of the global candidates."""
+    """Build the sampler of the masks of global candidates."""
     side = config.views.global_crops_size // config.model.patch_size
     return MaskSampler(
         grid=(side, side),
@@ -107,7 +97,7 @@ def build_masks(config: DINOv2Config) -> MaskSampler:
 
 
 def build_encoder(config: DINOv2Config, *, drop_path_rate: float = 0.0) -> RegisterVisionTransformer:
-    """The backbone, with fresh weights."""
+    """Build the backbone, with fresh weights."""
     model = config.model
     return build_register_vit(
         model.arch,
@@ -122,7 +112,7 @@ def build_encoder(config: DINOv2Config, *, drop_path_rate: float = 0.0) -> Regis
 
 
 def build_networks(config: DINOv2Config, device: torch.device) -> tuple[Network, Network]:
-    """Student and teacher, which start with the same weights. The teacher has no stochastic depth and no gradient."""
+    """Build student and teacher with the same fresh weights. The teacher has no stochastic depth and no gradient."""
 
     def build(drop_path_rate: float) -> Network:
         backbone = build_encoder(config, drop_path_rate=drop_path_rate)
@@ -145,7 +135,7 @@ def build_networks(config: DINOv2Config, device: torch.device) -> tuple[Network,
 
 
 def build_groups(config: DINOv2Config, student: Network) -> list[dict[str, object]]:
-    """The student's parameters, grouped by their rates."""
+    """Group the student's parameters by their learning rates and weight decays."""
     optim = config.optim
     return parameter_groups(
         student, layerwise_decay=optim.layerwise_decay, patch_embed_lr_mult=optim.patch_embed_lr_mult
@@ -153,7 +143,7 @@ def build_groups(config: DINOv2Config, student: Network) -> list[dict[str, objec
 
 
 def build_loss(config: DINOv2Config) -> DINOv2Loss:
-    """The objective, with its centres."""
+    """Build the objective, with its centres."""
     return DINOv2Loss(
         config.dino.head_n_prototypes,
         config.patch_head.head_n_prototypes,
@@ -167,128 +157,96 @@ def build_loss(config: DINOv2Config) -> DINOv2Loss:
     )
 
 
-def build_modules(config: DINOv2Config, device: torch.device) -> Sequence[nn.Module]:
-    """Student, teacher and loss: what a checkpoint holds."""
-    return (*build_networks(config, device), build_loss(config).to(device))
+class Parts(NamedTuple):
+    """State that training changes, under its names in a checkpoint."""
+
+    student: Network
+    teacher: Network
+    optimizer: Optimizer
+    dinov2_loss: DINOv2Loss
 
 
-def train_one_epoch(
-    model: Network | DistributedDataParallel,
-    teacher: Network,
-    dinov2_loss: DINOv2Loss,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    rescuer: Rescuer,
-    run: Run,
-    epoch: int,
-    config: DINOv2Config,
-) -> None:
-    """The steps of one epoch that are not done yet. `model` is the student, as `data_parallel()` gave it back."""
-    student: Network = unwrapped(model)
-    optim, num_parts = config.optim, config.train.accumulate
-    uniform = math.log(config.dino.head_n_prototypes)
+def build(config: DINOv2Config, world: World, device: torch.device, dtype: torch.dtype | None = None) -> Parts:
+    """Build the networks, sharded over the processes if the configuration asks for it, objective and optimiser.
+
+    Args:
+        config: the resolved configuration.
+        world: the processes.
+        device: device of the networks.
+        dtype: number format of autocast, for gathered parameters; None for float32.
+    """
+    student, teacher = build_networks(config, device)
+    dinov2_loss = build_loss(config).to(device)
+    if config.train.sharding == "fsdp" and world.size > 1:
+        assert_equal_weights(student, world)
+        for network in (student, teacher):
+            shard(network.shards(), world, device, dtype)
+    optimizer = build_optimizer(config.optim.optimizer, build_groups(config, student))
+    return Parts(student, teacher, optimizer, dinov2_loss)
+
+
+def train_one_epoch(run: Step, parts: Parts, epoch: int, config: DINOv2Config) -> None:
+    """Train the steps of one epoch that are not done yet."""
+    student, teacher, optimizer, dinov2_loss = parts
     schedules = Schedules(config, run.total_steps, run.steps_per_epoch)
-    selector = ViewSelector(config, run.total_steps, run.world.rank)
-    for it, parts in run.steps(epoch):
-        # schedules are functions of the step
+    for it, batch in run.steps(epoch):
         lr, last_layer_lr, wd = schedules.lr(it), schedules.last_layer_lr(it), schedules.weight_decay(it)
-        momentum, teacher_temp = schedules.momentum(it), schedules.teacher_temp(it)
+        momentum, temp = schedules.momentum(it), schedules.teacher_temp(it)
         for group in optimizer.param_groups:
             group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_multiplier"]
             group["weight_decay"] = wd * group["wd_multiplier"]
 
         optimizer.zero_grad(set_to_none=True)
-        step_losses = torch.zeros(5, device=precision.device)  # as in Losses
-        kept = None
-        for number, part in enumerate(parts, start=1):
-            batch = part.to(precision.device, non_blocking=True)
-            crops = [normalize(pixels) for pixels in batch.pixels]
-            assert batch.masks is not None  # build_masks() made them
-            masks = batch.masks.flatten(2)  # [G, B, N]
-            embedding = None
-            with precision.autocast():
-                if selector.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
-                    with run.selecting.running():
-                        with selector.scoring(student):
-                            pairs, (cls, patches) = pair_losses(
-                                student, teacher, crops, masks, dinov2_loss, teacher_temp
-                            )
-                        kept = selector.keep(crops, pairs, it)
-                        crops, masks = kept.views, of_kept(kept, masks)  # a crop keeps its mask
-                        # the teacher's heads see every token alone, so its outputs are what they would be again
-                        embedding = of_kept(kept, cls), of_kept(kept, patches)[masks]
-                else:
-                    crops, masks = selector.first(crops), masks[selector.first_views[:2]].flatten(0, 1)
-                views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]; masks are [2 B, N]
-                teacher_cls, teacher_patch = teacher_logits(teacher, views[0], masks, embedding)
-                with averaging(model, on=number == num_parts):
-                    outputs = model(views, masks)
-                losses = dinov2_loss(
-                    outputs.cls,
-                    outputs.patch,
-                    outputs.features.backbone,
-                    teacher_cls,
-                    teacher_patch,
-                    masks,
-                    teacher_temp,
-                )
-                loss = losses.loss
-                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
-                    loss = loss + rescuer.loss(outputs.features, part)
-            precision.backward(loss / num_parts)
+        for part in batch:
+            crops, masks = run.views(part), run.masks(part)  # [G, B, ...] and [V - G, B, ...]; masks [G, B, N]
+            with run.precision.autocast():
+                # hvp: train on the hardest combination of the sampled crops, each with its own mask
+                score = partial(pair_losses, student, teacher, masks=masks, dinov2_loss=dinov2_loss, teacher_temp=temp)
+                crops = run.hard_views(crops, score, student)
+                views, masks = [crop.flatten(0, 1) for crop in crops], run.kept.of(masks)  # [2 B, ...], ...; [2 B, N]
+                # hvp: the teacher's heads see every token alone, so its outputs are what they would be again
+                teacher_cls, teacher_patch = teacher_logits(teacher, views[0], masks, run.kept.outputs)
+                outputs = run.model(views, masks)
+                student_logits, backbone = (outputs.cls, outputs.patch), outputs.features.backbone
+                losses = dinov2_loss(*student_logits, backbone, teacher_cls, teacher_patch, masks, temp)
+                # rescue: pull strong views of the easiest images to their common ones
+                loss = losses.loss + run.rescue(outputs.features, part)
+            _, cls_global, cls_local, koleo, patch = losses
+            run.backward(loss, loss_global=cls_global, loss_local=cls_local, loss_koleo=koleo, loss_patch=patch)
             dinov2_loss.center_step(teacher_cls, teacher_patch)
-            step_losses += torch.stack((loss, *losses[1:])).detach() / num_parts
 
         release(student)
         release(teacher)
-        precision.unscale(optimizer)
-        # before a loss or gradient that is not finite reaches the weights
-        loss_value = run.check(step_losses[0], optimizer, lr=lr, **precision.statistics())
-        if optim.clip_grad:
+        run.unscale(optimizer)
+        if config.optim.clip_grad:
             for module in student.children():  # backbone and heads, each by its own norm
-                nn.utils.clip_grad_norm_(module.parameters(), optim.clip_grad)
-        precision.step(optimizer)
+                nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad)
+        run.optimize(optimizer)
         update_ema(local(teacher.parameters()), local(student.parameters()), momentum)
         dinov2_loss.update_center()
 
-        _, loss_global, loss_local, loss_koleo, loss_patch = step_losses.tolist()
-        statistics = precision.statistics() | (
-            {"spread": feature_spread(outputs.features.projection), **selector.statistics(kept), **rescuer.statistics()}
-            if run.row_due
-            else {}
-        )
-        run.record(
-            loss_value,
-            loss_global=loss_global,
-            loss_local=loss_local,
-            loss_koleo=loss_koleo,
-            loss_patch=loss_patch,
-            lr=lr,
-            weight_decay=wd,
-            momentum=momentum,
-            teacher_temp=teacher_temp,
-            **statistics,
-        )
-        loss_cls = loss_global + loss_local
-        run.collapse.see(
-            it,
-            abs(loss_cls - config.dino.loss_weight * uniform) < 1e-3 * config.dino.loss_weight,
-            f"for {run.collapse.steps} steps the [CLS] loss has been ln(head_n_prototypes) = {uniform:.3f}: outputs "
-            "are uniform. Lower the learning rate or the teacher temperature",
-        )
+        spread = partial(feature_spread, outputs.features.projection)
+        run.record(lr=lr, weight_decay=wd, momentum=momentum, teacher_temp=temp, spread=spread)
+        uniform, weight = math.log(config.dino.head_n_prototypes), config.dino.loss_weight
+        loss_cls = run.loss_part("loss_global") + run.loss_part("loss_local")
+        collapsed = abs(loss_cls - weight * uniform) < 1e-3 * weight
+        run.collapse.see(it, collapsed, UNIFORM.format(steps=run.collapse.steps, loss=uniform))
 
 
 @torch.no_grad()
 def teacher_logits(
     teacher: Network, views: Tensor, masks: Tensor, embedding: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """What the loss and its centres need of the teacher: logits of [CLS] [2 B, K], of the masked patches [R, K2].
+    """Compute the teacher's logits: of the [CLS] tokens, [2 B, K], and of the masked patches, [R, K2].
 
     Args:
         teacher: in evaluation mode.
         views: the two global views, [2 B, 3, H, W].
         masks: [2 B, N] bool; the teacher sees these patches.
-        embedding: hvp: their bottlenecks, [2 B, b] and [R, b], where a selection has computed them already.
+        embedding: hvp: bottlenecks of [CLS] tokens [2 B, b] and of patches [2 B, N, b], if a selection computed them.
     """
-    cls, patches = embedding if embedding is not None else teacher.embed_teacher(views, masks)
+    if embedding is None:
+        cls, patches = teacher.embed_teacher(views, masks)
+    else:
+        cls, patches = embedding[0], embedding[1][masks]
     return teacher.dino_head.last_layer(cls), teacher.patch_head.last_layer(patches)

@@ -1,6 +1,6 @@
-"""Which patches of a global view the student does not see.
+"""Masks that hide patches of the global views from the student.
 
-Drawn in the loader's workers, from (seed, epoch, image, view) and the images of the micro-batch.
+The loader's workers draw them from (seed, epoch, image, view) and the images of the micro-batch.
 
 # B images, G global views of each: the candidates of the first transform, then those of the second
 # a grid of rows x columns patches
@@ -20,20 +20,20 @@ from hvp.common.views.loader import Key
 from hvp.common.views.randomness import uniform_stream
 
 SMALLEST_BLOCK = 4
-"""Patches."""
+"""Smallest number of patches in a masked rectangle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSampler:
-    """Masks for the loader's batches; picklable, as it is sent to the workers.
+    """Sampler of the masks of a micro-batch; picklable, because the loader sends it to its workers.
 
-    Of the 2 B crops of a micro-batch, one of each image and transform, exactly int(2 B probability) are masked, chosen
-    at random: n of them. The ratio of the i-th is uniform in the i-th of n equal slices of [ratio_min, ratio_max], so a
-    batch always has the whole range; that share of patches, rounded down, is the most that its blocks cover.
+    Of the 2 B crops of a micro-batch, one per image and transform, exactly n = int(2 B probability) are masked, chosen
+    at random. The ratio of the i-th is uniform in the i-th of n equal slices of [ratio_min, ratio_max], so a batch
+    always covers the whole range. That share of patches, rounded down, is the most that its blocks cover.
 
-    All candidates of an image and transform share whether and how much is masked, not where. So if one of each
-    transform is kept, the masked crops of the batch are as many as without hard views, and with the same ratios; and
-    selection cannot prefer a crop for being masked.
+    All candidates of an image and transform share whether they are masked and the ratio, but not the position. If one
+    of each transform is kept, a batch therefore has as many masked crops as without hard views, with the same ratios,
+    and selection cannot prefer a crop for being masked.
 
     Source: facebookresearch/dinov2 dinov2/data/collate.py collate_data_and_cast, dinov2/data/masking.py.
     """
@@ -51,21 +51,21 @@ class MaskSampler:
     """Smallest and largest share of a masked crop's patches."""
 
     seed: int
-    """Of the run."""
+    """Random seed of the run."""
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
-        """The masks of a micro-batch, [G, B, rows, columns] bool; True: masked."""
+        """Return the masks of a micro-batch, [G, B, rows, columns] bool; True means masked."""
         masks = np.zeros((2, self.num_candidates, len(keys), *self.grid), dtype=bool)
         crops = [(transform, b) for transform in range(2) for b in range(len(keys))]
-        own = {}  # of every crop two numbers: its place among the crops, and its place in its slice of the ratios
+        drawn = {}  # for each crop, two numbers: its rank among the crops, and its position in its slice of the ratios
         for transform, b in crops:
             uniforms = uniform_stream("masks", self.seed, *keys[b], transform)
-            own[transform, b] = next(uniforms), next(uniforms)
+            drawn[transform, b] = next(uniforms), next(uniforms)
         num_masked = int(len(crops) * self.probability)
-        for i, (transform, b) in enumerate(sorted(crops, key=own.__getitem__)[:num_masked]):
-            ratio = between((i + own[transform, b][1]) / num_masked, *self.ratio)
+        for i, (transform, b) in enumerate(sorted(crops, key=drawn.__getitem__)[:num_masked]):
+            ratio = between((i + drawn[transform, b][1]) / num_masked, *self.ratio)
             for candidate, mask in enumerate(masks[transform, :, b]):
-                # streams 0 and 1 are those above
+                # Streams 0 and 1 were used above.
                 uniforms = uniform_stream("masks", self.seed, *keys[b], 2 + 2 * candidate + transform)
                 mask_blocks(uniforms, mask, int(mask.size * ratio), smallest=SMALLEST_BLOCK, largest=mask.size // 2)
         return torch.from_numpy(masks).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""DINOv2's student and teacher: a backbone and heads, one for [CLS] tokens and, where it is separate, one for patches.
+"""DINOv2's student and teacher: a backbone, a head for [CLS] tokens and, optionally, a separate head for patches.
 
 # n global and m local views, N patches of a global view, R of them masked, D embedding dim, b bottleneck dim
 # K and K2 prototypes ([CLS] and patches)
@@ -19,21 +19,21 @@ from hvp.common.training.sharding import Unit
 
 
 class StudentOutputs(NamedTuple):
-    """What the objective reads of the student."""
+    """Outputs of the student for the objective."""
 
     cls: Tensor
     """Logits of all [CLS] tokens, [n + m, K]."""
     patch: Tensor
     """Logits of the masked patches, in the order of the masks, [R, K2]."""
     features: Features
-    """Of the global views, [n, .]: the backbone's [CLS] tokens, which KoLeo spreads, and the head's bottleneck."""
+    """[CLS] tokens and bottleneck embeddings of the global views, [n, .]; KoLeo spreads the [CLS] tokens."""
 
 
 class Network(nn.Module):
     """Student or teacher. Without a separate head for patches, `ibot_head` is None and `dino_head` serves both.
 
-    Source: facebookresearch/dinov2 dinov2/train/ssl_meta_arch.py SSLMetaArch, whose `student` and `teacher` hold the
-        same three modules.
+    Source: facebookresearch/dinov2 dinov2/train/ssl_meta_arch.py SSLMetaArch, with the same three modules in `student`
+        and `teacher`.
     """
 
     ibot_head: DINOHead | None
@@ -45,7 +45,7 @@ class Network(nn.Module):
         self.ibot_head = ibot_head
 
     def shards(self) -> Iterator[Unit]:
-        """What is gathered as a whole when the network is sharded, inner units first, and the methods that read it."""
+        """Yield the units of sharding, inner ones first, as `shard()` takes them."""
         for block in self.backbone.blocks:
             yield block, ()
         yield self.backbone, ("all_tokens",)
@@ -60,18 +60,22 @@ class Network(nn.Module):
         return self.dino_head if self.ibot_head is None else self.ibot_head
 
     def embed_teacher(self, views: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The bottleneck of [CLS] tokens, [n, b], and of the patches that `masks` marks, [R, b]; all are seen."""
+        """Compute bottleneck embeddings of unmasked views: [CLS] tokens, [n, b], and patches marked by `masks`, [R, b].
+
+        Args:
+            views: global views [n, 3, H, W].
+            masks: [n, N] bool, the patches that are masked for the student.
+        """
         return self._embed(self.backbone.all_tokens(views), masks)
 
     def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Features, Tensor]:
-        """[CLS] tokens and their bottleneck, [n, .], and the bottleneck of the marked patches, which are hidden,
-        [R, b]."""
+        """Compute [CLS] tokens and their bottleneck embeddings, [n, .], and those of the masked patches, [R, b]."""
         tokens = self.backbone.all_tokens(views, masks)
         cls, patches = self._embed(tokens, masks)
         return Features(tokens[:, 0], cls), patches
 
     def encode(self, x: Tensor) -> Features:
-        """[CLS] tokens of unmasked views [n, 3, H, W], and the head's bottleneck of them."""
+        """Compute the [CLS] tokens of unmasked views [n, 3, H, W] and their bottleneck embeddings."""
         cls = self.backbone(x)
         return Features(cls, self.dino_head.embed(cls))
 
@@ -80,11 +84,11 @@ class Network(nn.Module):
         return self.dino_head.embed(cls), self.patch_head.embed(patches)
 
     def forward(self, views: Sequence[Tensor], masks: Tensor) -> StudentOutputs:
-        """The student's outputs.
+        """Compute the student's outputs.
 
         Args:
-            views: global views [n, 3, H, W] and, where there are any, local ones [m, 3, h, w], which stay unmasked.
-            masks: [n, N] bool, the patches to hide in the global views.
+            views: global views [n, 3, H, W] and optionally local ones [m, 3, h, w], which stay unmasked.
+            masks: [n, N] bool, the patches to mask in the global views.
         """
         features, patches = self.embed_masked(views[0], masks)
         cls = torch.cat((features.projection, *(self.encode(local).projection for local in views[1:])))

@@ -1,4 +1,4 @@
-"""Parameter groups with rates of their own: lower for early layers, lowest for the patch embedding.
+"""Parameter groups with layer-wise learning rates: lower for early layers, lowest for the patch embedding.
 
 Source: facebookresearch/dinov2 dinov2/utils/param_groups.py.
 """
@@ -12,16 +12,16 @@ from torch import nn
 from hvp.methods.dinov2.networks import Network
 
 TOKENS = ("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed.")
-"""What comes before the first block."""
+"""Names of parameters before the first block."""
 
 
 def layer_decay(name: str, num_blocks: int, decay: float) -> float:
-    """By what a parameter's learning rate is multiplied: `decay` to the power of the layers above it.
+    """Return a parameter's learning-rate multiplier, `decay` to the power of the number of layers above it.
 
     Args:
-        name: within the network; heads and the final norm have 1.
-        num_blocks: of the backbone.
-        decay: one layer's.
+        name: the parameter's name in the network. Heads and the final norm have multiplier 1.
+        num_blocks: number of the backbone's blocks.
+        decay: multiplier for one layer.
     """
     name, in_backbone = name.removeprefix("backbone."), name.startswith("backbone.")
     layer = num_blocks + 1
@@ -33,8 +33,17 @@ def layer_decay(name: str, num_blocks: int, decay: float) -> float:
 
 
 def parameter_groups(network: Network, *, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict[str, Any]]:
-    """The network's parameters, grouped by what the schedules multiply: `lr_multiplier`, `wd_multiplier` (0 for biases,
-    norms and LayerScale's gains, which are the vectors), and whether they are a `last_layer`."""
+    """Group the network's parameters by the values that the schedules use.
+
+    Args:
+        network: the student.
+        layerwise_decay: learning-rate multiplier per layer.
+        patch_embed_lr_mult: additional learning-rate multiplier for the patch embedding.
+
+    Returns:
+        Groups with `params`, `lr_multiplier`, `wd_multiplier` (0 for 1-D tensors: biases, norms and LayerScale's
+        gains) and `last_layer` (whether these are prototypes, which start frozen).
+    """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         multiplier = layer_decay(name, network.backbone.num_blocks, layerwise_decay)

@@ -14,16 +14,15 @@ from hvp.methods.dinov2.config import DINOv2Config
 
 @dataclass(frozen=True)
 class Schedules:
-    """What changes from step to step.
+    """Values that change from step to step; steps are counted from 0.
 
     Args:
-        config: the values.
-        total_steps: of the run.
-        steps_per_epoch: of a pass over the images, which is the unit of the warm-ups unless `optim.epoch_length` is
-            given.
+        config: the configuration.
+        total_steps: optimiser steps of the run.
+        steps_per_epoch: steps of one pass over the images, the unit of warm-ups unless `optim.epoch_length` is set.
 
     Raises:
-        UserError: the warm-up of the learning rate is longer than the run.
+        UserError: the learning rate's warm-up is longer than the run.
     """
 
     config: DINOv2Config
@@ -42,7 +41,7 @@ class Schedules:
         return epochs * (self.config.optim.epoch_length or self.steps_per_epoch)
 
     def lr(self, step: int) -> float:
-        """The learning rate of everything but the last layers, before the groups' multipliers."""
+        """Learning rate of all parameters but the last layers, before the groups' multipliers."""
         return warmup_cosine(
             step,
             base=self.config.peak_lr,
@@ -52,16 +51,16 @@ class Schedules:
         )
 
     def last_layer_lr(self, step: int) -> float:
-        """The learning rate of the last layers: 0 while they are frozen."""
+        """Learning rate of the last layers: 0 while they are frozen."""
         return 0.0 if step < self._steps(self.config.optim.freeze_last_layer) else self.lr(step)
 
     def weight_decay(self, step: int) -> float:
-        """The weight decay, before the groups' multipliers."""
+        """Weight decay, before the groups' multipliers."""
         optim = self.config.optim
         return cosine(step, base=optim.weight_decay, final=optim.weight_decay_end, total_steps=self.total_steps)
 
     def momentum(self, step: int) -> float:
-        """The teacher's EMA momentum."""
+        """EMA momentum of the teacher."""
         teacher = self.config.teacher
         return cosine(
             step,
@@ -71,7 +70,7 @@ class Schedules:
         )
 
     def teacher_temp(self, step: int) -> float:
-        """The teacher's temperature."""
+        """Temperature of the teacher."""
         teacher = self.config.teacher
         return linear_then_constant(
             step,

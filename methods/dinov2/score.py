@@ -1,5 +1,5 @@
-"""The pair-loss matrix of DINOv2: [CLS] cross-entropies off the diagonal, masked-patch losses on it. KoLeo, which
-compares images and not views, takes no part.
+"""Pair-loss matrix of DINOv2: [CLS] cross-entropies off the diagonal, masked-patch losses on it. It leaves out KoLeo,
+which compares images, not views.
 
 # B images, G global views (targets), V online views, N patches of a global view, R masked patches in all of them
 # b bottleneck dim, K and K2 prototypes ([CLS] and patches)
@@ -24,21 +24,23 @@ def pair_losses(
     dinov2_loss: DINOv2Loss,
     teacher_temp: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Forwards every candidate once, each under its own mask. To be called without gradient; moves neither centre nor
-    teacher.
+    """Forward every candidate once, under its own mask, and score all pairs.
+
+    Call it without gradient; it moves neither centre nor teacher. With Sinkhorn-Knopp the targets are balanced over all
+    candidates.
 
     Args:
-        student, teacher: in the mode they are to score in.
-        crops: [G, B, 3, H, W] global and, where there are any, [V - G, B, 3, h, w] local candidates, normalised.
-        masks: [G, B, N] bool, of the global ones.
-        dinov2_loss: its centres and weights.
+        student, teacher: in the mode to score in.
+        crops: [G, B, 3, H, W] global and optionally [V - G, B, 3, h, w] local candidates, normalised.
+        masks: [G, B, N] bool, for the global candidates.
+        dinov2_loss: provides centres and weights.
         teacher_temp: the teacher's temperature.
 
     Returns:
-        The matrix, [B, G, V] float32 in nats: the weighted [CLS] cross-entropy where t != v, the weighted masked-patch
-        loss of the view where t == v. With `Slots(..., diagonal=True)` a combination's loss is the objective itself
-        without KoLeo. And the teacher's embedding of the global crops, [CLS] tokens [G, B, b] and patches [G, B, N, b],
-        of which those that are not masked are zero. With Sinkhorn-Knopp the targets are balanced over all candidates.
+        [B, G, V] float32 in nats, entry [b, t, v]: the weighted [CLS] cross-entropy if t != v, the view's weighted
+        masked-patch loss if t == v. With `Slots(..., diagonal=True)` a combination's loss is the objective itself
+        without KoLeo. And the teacher's bottleneck embeddings of the global crops, [CLS] tokens [G, B, b] and patches
+        [G, B, N, b], zero where not masked.
 
     Source: DINOv2 (arXiv:2304.07193) section 4, before the means over views and images; HVP Algorithm 1.
     """
@@ -76,40 +78,42 @@ def loss_matrix(
     teacher_layers: tuple[WeightNormLinear, WeightNormLinear],
     student_layers: tuple[WeightNormLinear, WeightNormLinear],
 ) -> Tensor:
-    """DINOv2's loss, without KoLeo, of every online view against every target view, kept per image.
+    """DINOv2's loss, without KoLeo, of every online view against every target view, per image.
 
     Args:
         teacher_cls: bottleneck embeddings of the global views, [G, B, b].
-        teacher_patch: those of the patches that `masks` marks, in its order, [R, b].
-        student_cls: those of the online views, [V, B, b], the global ones first.
-        student_patch: as `teacher_patch`, of the student, which does not see these patches.
+        teacher_patch: bottleneck embeddings of the patches that `masks` marks, in its order, [R, b].
+        student_cls: bottleneck embeddings of the online views, [V, B, b], the global ones first.
+        student_patch: as `teacher_patch`, from the student, which does not see these patches.
         masks: [G, B, N] bool.
-        dinov2_loss: gives centres and weights; nothing in it changes.
+        dinov2_loss: provides centres and weights; it is not changed.
         teacher_temp: the teacher's temperature.
-        teacher_layers, student_layers: their prototypes, of [CLS] tokens and of patches.
+        teacher_layers, student_layers: prototypes of [CLS] tokens and of patches.
 
     Returns:
-        As `pair_losses()`.
+        [B, G, V] float32, the matrix of `pair_losses()`.
     """
     temps = teacher_temp, dinov2_loss.student_temp
     logits = teacher_layers[0](teacher_cls)  # [G, B, K]
     losses = dinov2_loss.dino_weight * pair_cross_entropies(
         logits,
         student_cls,
-        dinov2_loss.dino_loss.of(logits.flatten(0, 1), teacher_temp),
+        dinov2_loss.dino_loss.center_for(logits.flatten(0, 1), teacher_temp),
         *temps,
         prototypes=student_layers[0].frozen(),
     )
-    of_teacher, of_student = teacher_layers[1].frozen(), student_layers[1].frozen()
-    center = dinov2_loss.ibot_patch_loss
+    teacher_prototypes, student_prototypes = teacher_layers[1].frozen(), student_layers[1].frozen()
+    patch_loss = dinov2_loss.ibot_patch_loss
+    patch_center = patch_loss.center
+    if patch_loss.centering == "sinkhorn_knopp":  # this centre needs all logits at once
+        patch_center = patch_loss.center_for(teacher_prototypes(teacher_patch), teacher_temp)
     patch = masked_patch_losses(
         teacher_patch,
         student_patch,
         masks.flatten(0, 1),
-        # a centre that follows from the logits needs all of them at once
-        center.center if center.centering == "centering" else center.of(of_teacher(teacher_patch), teacher_temp),
+        patch_center,
         *temps,
-        prototypes=(of_teacher, of_student),
+        prototypes=(teacher_prototypes, student_prototypes),
     )
     losses.diagonal(dim1=1, dim2=2).copy_(dinov2_loss.ibot_weight * patch.unflatten(0, masks.shape[:2]).T)  # [B, G]
     return losses

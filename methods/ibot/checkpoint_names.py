@@ -1,21 +1,21 @@
 """iBOT's checkpoints in the layout of bytedance/ibot, main_ibot.py."""
 
-from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
+from hvp.common.convert.layouts import Layout, Optimizer, Part, on_meta
 from hvp.common.training.batch_norm import has_batch_norm
 from hvp.common.training.optimizers import split_weight_decay
+from hvp.methods.ibot import METHOD
 from hvp.methods.ibot.config import IbotConfig
-from hvp.methods.ibot.main_ibot import build_modules
 
 
 def upstream_layout(config: IbotConfig) -> Layout:
-    """The upstream's entries, keys and parameter groups. It wraps the teacher for batch norm's sake only."""
-    student, teacher, ibot_loss = on_meta(build_modules, config)
+    """Upstream's entries, keys and parameter groups. It wraps the teacher only if there is batch norm."""
+    student, teacher, ibot_loss = on_meta(METHOD.build_modules, config)
     groups = split_weight_decay(student.named_parameters())
     notes = []
     if config.model.arch == "vit_micro":
         notes.append("the upstream has no network like vit_micro")
     if not config.model.shared_head:
-        notes.append("the teacher's head is separate, too: the upstream needs --shared_head_teacher false")
+        notes.append("the teacher's head is also separate: the upstream needs --shared_head_teacher false")
     return Layout(
         repository="bytedance/ibot",
         parts=(

@@ -1,4 +1,4 @@
-"""The configuration of iBOT. Defaults are those of bytedance/ibot, main_ibot.py, unless said otherwise."""
+"""Configuration of iBOT. Defaults are those of bytedance/ibot, main_ibot.py, unless stated otherwise."""
 
 from typing import Annotated, Literal
 
@@ -27,28 +27,28 @@ class ModelConfig(Section):
     """Student and teacher."""
 
     arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_micro"] = "vit_small"
-    """Backbone. `vit_micro` is ours: width 96, depth 3, a convolutional stem, for pictures of 32 pixels."""
+    """Backbone. `vit_micro` is ours, for 32 x 32 images: width 96, depth 3, a convolutional stem."""
 
     patch_size: PatchSize = 16
     """Height and width of a patch, pixels. Smaller patches cost memory and time."""
 
     drop_path_rate: Fraction = 0.1
-    """Stochastic depth of the student's last block; the teacher has none."""
+    """Stochastic-depth rate of the student's last block; the teacher has none."""
 
     out_dim: Prototypes = 8192
-    """[CLS] prototypes K."""
+    """Number of [CLS] prototypes, K."""
 
     patch_out_dim: Prototypes = 8192
-    """Patch prototypes K2; with a shared head they are the same as K."""
+    """Number of patch prototypes, K2; equal to K with a shared head."""
 
     shared_head: bool = True
-    """Patches and [CLS] tokens have the same prototypes, in the student and in the teacher. The upstream's recipes."""
+    """Use the same prototypes for patches and [CLS] tokens, in student and teacher, as in the upstream's recipes."""
 
     norm_last_layer: bool = True
-    """Fix the gain of the last layers' weight norm at 1. The upstream's ViT-S recipe: off."""
+    """Fix the gain of the last layers' weight norm at 1. Upstream's ViT-S recipe: off."""
 
     norm_in_head: Literal["bn"] | None = None
-    """Norm in the projection head. `bn`: batch norm, over [CLS] tokens and over patches separately."""
+    """Normalisation in the projection head. `bn`: batch norm, over [CLS] tokens and over patches separately."""
 
     head_hidden_dim: Width = 2048
     """Width of the head's hidden layers."""
@@ -57,45 +57,45 @@ class ModelConfig(Section):
     """Width of the head's normalised output, before the prototypes."""
 
     momentum_teacher: Fraction = 0.996
-    """The teacher's EMA momentum at the first step; a cosine takes it to 1."""
+    """EMA momentum of the teacher at the first step; a cosine raises it to 1."""
 
 
 class MasksConfig(Section):
-    """Which patches of the global views the student does not see."""
+    """Masks that hide patches of the global views from the student."""
 
     pred_ratio: Fractions = (0.3,)
-    """Shares of patches to mask; each view draws one of them. The upstream's recipes: 0 and 0.3."""
+    """Shares of patches to mask; each view draws one of them. Upstream's recipes: 0 and 0.3."""
 
     pred_ratio_var: Fractions = (0.0,)
-    """For each ratio, how far the share may be from it, evenly. The upstream's recipes: 0 and 0.2."""
+    """Largest deviation from each ratio, drawn uniformly. Upstream's recipes: 0 and 0.2."""
 
     pred_shape: Literal["block", "rand"] = "block"
-    """Rectangles of patches, or single ones."""
+    """Mask rectangles of patches, or single patches."""
 
     pred_start_epoch: Epochs = 0
     """First epoch with masks."""
 
 
 class LossConfig(Section):
-    """Cross-entropies between teacher and student, of [CLS] tokens and of masked patches."""
+    """Cross-entropies between teacher and student, for [CLS] tokens and for masked patches."""
 
     lambda1: Weight = 1.0
-    """Weight of the [CLS] part."""
+    """Weight of the [CLS] term."""
 
     lambda2: Weight = 1.0
-    """Weight of the patch part."""
+    """Weight of the patch term."""
 
     warmup_teacher_temp: Temperature = 0.04
-    """Teacher temperature of [CLS] tokens at the start."""
+    """Teacher temperature for [CLS] tokens at the start."""
 
     teacher_temp: Temperature = 0.04
-    """Teacher temperature of [CLS] tokens after its linear warm-up."""
+    """Teacher temperature for [CLS] tokens after its linear warm-up."""
 
     warmup_teacher_patch_temp: Temperature = 0.04
-    """Teacher temperature of patches at the start."""
+    """Teacher temperature for patches at the start."""
 
     teacher_patch_temp: Temperature = 0.07
-    """Teacher temperature of patches after its linear warm-up, which begins when masks do."""
+    """Teacher temperature for patches after its linear warm-up, which begins with masking."""
 
     warmup_teacher_temp_epochs: Epochs = 30
     """Length of both warm-ups, epochs."""
@@ -107,21 +107,21 @@ class LossConfig(Section):
     """EMA momentum of the centre of the teacher's [CLS] outputs."""
 
     center_momentum2: Fraction = 0.9
-    """EMA momentum of the centre of its patch outputs."""
+    """EMA momentum of the centre of the teacher's patch outputs."""
 
 
 class ViewsConfig(MultiCropViews):
-    """The distribution of views: two global transforms and a local one (DataAugmentationiBOT)."""
+    """Distribution of the views: two global transforms and a local one (DataAugmentationiBOT)."""
 
     local_crops_number: int = Field(0, ge=0, le=256)
-    """Local crops that are trained on. HVP: none; the upstream's recipes: 10."""
+    """Local crops per image to train on. HVP: none; upstream's recipes: 10."""
 
     global_crops_scale: Scale = (0.14, 1.0)
-    """Area of a global crop, as a fraction of the image's, (min, max)."""
+    """Area of a global crop as a fraction of the image's area, (min, max)."""
 
 
 class IbotSelection(MultiCropSelection):
-    """Which of the sampled crops are trained on (HVP)."""
+    """Selection of the crops to train on (HVP)."""
 
     local_candidates: int = Field(0, ge=0, le=256)
     """Local crops sampled. HVP: none."""
@@ -149,12 +149,12 @@ class IbotConfig(MultiCropConfig):
         if len(masks.pred_ratio) != len(masks.pred_ratio_var):
             raise ValueError(
                 f"masks.pred_ratio has {len(masks.pred_ratio)} values and masks.pred_ratio_var "
-                f"{len(masks.pred_ratio_var)}. Give a variation for each ratio"
+                f"{len(masks.pred_ratio_var)}. Give one variation for each ratio"
             )
         for ratio, variation in zip(masks.pred_ratio, masks.pred_ratio_var, strict=True):
             if variation > min(ratio, 1 - ratio):
                 raise ValueError(
-                    f"masks.pred_ratio {ratio} with masks.pred_ratio_var {variation} leaves the range from 0 to 1"
+                    f"masks.pred_ratio = {ratio} with masks.pred_ratio_var = {variation} leaves the range from 0 to 1"
                 )
         epochs = self.train.epochs
         warmup, start = self.loss.warmup_teacher_temp_epochs, masks.pred_start_epoch
@@ -162,20 +162,20 @@ class IbotConfig(MultiCropConfig):
             raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs} is longer than train.epochs = {epochs}")
         if warmup + start > epochs:
             raise ValueError(
-                f"loss.warmup_teacher_temp_epochs = {warmup} from masks.pred_start_epoch = {start} on is longer than "
+                f"loss.warmup_teacher_temp_epochs = {warmup} after masks.pred_start_epoch = {start} is longer than "
                 f"train.epochs = {epochs}"
             )
         return self
 
     def combination_slots(self) -> Slots:
-        """Which combinations of those views `select()` compares; a global view's patch loss is on the diagonal."""
+        """Combinations of those views that `select()` compares; a global view's patch loss is on the diagonal."""
         return self.slots_of_crops(diagonal=True)
 
     def objective_bytes(self, images: int) -> int:
-        """The student's logits of the [CLS] prototypes, float32."""
+        """Bytes of the student's [CLS] logits, float32."""
         return self.logits_bytes(images, self.model.out_dim)
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up, by the linear scaling rule."""
+        """Learning rate after warm-up, by the linear scaling rule."""
         return self.optim.base_lr * self.train.batch_size / 256

@@ -1,4 +1,4 @@
-"""iBOT's networks on top of the backbone: the head with prototypes for [CLS] and for patches, and the wrapper of both.
+"""iBOT's networks around the backbone: the head with prototypes for [CLS] tokens and patches, and the wrapper of both.
 
 # n views, N patches of each, R of them masked, D embedding dim, b bottleneck dim, K and K2 prototypes ([CLS], patches)
 """
@@ -20,13 +20,14 @@ class iBOTHead(DINOHead):
     """DINO's head with a second layer of prototypes, `last_layer2`, for patches.
 
     Args:
-        in_dim, out_dim: width of a token, and [CLS] prototypes K.
-        patch_out_dim: patch prototypes K2.
-        shared_head: `last_layer2` is `last_layer`; then K2 is K. In the state dict it stands twice, as upstream.
-        use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim: as in DINOHead, and for both layers.
+        in_dim, out_dim: width of a token, and number of [CLS] prototypes, K.
+        patch_out_dim: number of patch prototypes, K2.
+        shared_head: make `last_layer2` the same module as `last_layer`, so K2 is K. As upstream, the state dict then
+            contains it twice.
+        use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim: as in DINOHead, for both layers.
 
     Raises:
-        ValueError: a shared head with K2 other than K.
+        ValueError: the head is shared, but K2 differs from K.
 
     Source: bytedance/ibot models/head.py iBOTHead.
     """
@@ -46,7 +47,7 @@ class iBOTHead(DINOHead):
     ) -> None:
         super().__init__(in_dim, out_dim, use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim)
         if shared_head and patch_out_dim != out_dim:
-            raise ValueError(f"iBOTHead: a shared head of {out_dim} prototypes, but patch_out_dim is {patch_out_dim}")
+            raise ValueError(f"iBOTHead: a shared head has {out_dim} prototypes, but patch_out_dim is {patch_out_dim}")
         self.last_layer2 = (
             self.last_layer
             if shared_head
@@ -55,7 +56,7 @@ class iBOTHead(DINOHead):
 
 
 class MultiCropWrapper(nn.Module):
-    """Backbone and head: masked or unmasked global views with their patches, local views by their [CLS] alone.
+    """Backbone and head: [CLS] tokens and patches of global views, masked or not, and [CLS] tokens of local views.
 
     Source: bytedance/ibot utils.py MultiCropWrapper.
     """
@@ -64,23 +65,23 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        # Batch norm couples what goes through the head together: its statistics are those of all patches of a batch, or
-        # of all [CLS] tokens. Without it, patches that the loss does not read need not go through the head.
+        # Batch norm's statistics are over all patches of a batch, or over all [CLS] tokens. Without batch norm, patches
+        # that the loss does not use can skip the head.
         self.has_batch_norm = has_batch_norm(self)
 
     def embed(self, views: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The head's bottleneck of the [CLS] tokens, [n, b], and of all patches, [n, N, b].
+        """Compute the bottleneck embeddings of the [CLS] tokens, [n, b], and of all patches, [n, N, b].
 
         Args:
             views: images [n, 3, H, W].
-            masks: [n, N] bool; the backbone sees the mask token instead of these patches.
+            masks: [n, N] bool; the backbone sees the mask token in place of these patches.
         """
         tokens = self.backbone.all_tokens(views, masks)
         patches = self.head.embed(tokens[:, 1:].flatten(0, 1)).unflatten(0, (len(views), -1))
         return self.head.embed(tokens[:, 0]), patches
 
     def embed_masked(self, views: Tensor, masks: Tensor) -> tuple[Features, Tensor]:
-        """[CLS] tokens and the head's bottleneck of them, [n, .], and of the masked patches, [R, b]."""
+        """Compute the [CLS] tokens and their bottleneck embeddings, [n, .], and those of the masked patches, [R, b]."""
         tokens = self.backbone.all_tokens(views, masks)
         cls, patches = tokens[:, 0], tokens[:, 1:]
         if self.has_batch_norm:
@@ -90,20 +91,20 @@ class MultiCropWrapper(nn.Module):
         return Features(cls, embedding), patches
 
     def encode(self, x: Tensor) -> Features:
-        """[CLS] tokens of unmasked views [n, 3, H, W], and the head's bottleneck of them."""
+        """Compute the [CLS] tokens of unmasked views [n, 3, H, W] and their bottleneck embeddings."""
         cls = self.backbone(x)
         return Features(cls, self.head.embed(cls))
 
     def forward(self, views: Sequence[Tensor], masks: Tensor) -> tuple[Tensor, Tensor, Features]:
-        """The student's outputs.
+        """Compute the student's outputs.
 
         Args:
-            views: global views [n, 3, H, W] and, where there are any, local ones [m, 3, h, w], which stay unmasked.
+            views: global views [n, 3, H, W] and optionally local ones [m, 3, h, w], which stay unmasked.
             masks: [n, N] bool, the patches to mask in the global views.
 
         Returns:
             Logits of all [CLS] tokens, [n + m, K], and of the masked patches in the order of `masks`, [R, K2]; rescue:
-            the [CLS] tokens of the global views, and the bottleneck of them.
+            the global views' [CLS] tokens and bottleneck embeddings.
         """
         features, patches = self.embed_masked(views[0], masks)
         cls = torch.cat((features.projection, *(self.encode(local).projection for local in views[1:])))

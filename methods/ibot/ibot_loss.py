@@ -19,36 +19,36 @@ NUM_GLOBAL_VIEWS = 2
 
 
 class Losses(NamedTuple):
-    """Scalars, float32, in nats; the first has a gradient through both others."""
+    """Scalar losses, float32, in nats."""
 
     loss: Tensor
-    """lambda1 * [CLS] part + lambda2 * patch part."""
+    """Sum of both terms."""
     cls: Tensor
-    """lambda1 * [CLS] part."""
+    """lambda1 * [CLS] term."""
     patch: Tensor
-    """lambda2 * patch part."""
+    """lambda2 * patch term."""
 
 
 class iBOTLoss(nn.Module):
-    """Student against teacher, on [CLS] tokens and on masked patches; keeps the centres `center` and `center2`.
+    """Cross-entropies of [CLS] tokens and of masked patches, with the EMA centres `center` and `center2`.
 
-    With gradient accumulation call `center_step` after each micro-batch's loss, and `update_center` once per optimiser
-    step. Neither the loss nor a selection moves a centre.
+    Call `center_step` after each micro-batch's loss and `update_center` once per optimiser step. Neither the loss nor a
+    selection moves a centre.
 
     Args:
-        out_dim, patch_out_dim: prototypes K and K2.
-        ncrops: student views, the two global ones first.
+        out_dim, patch_out_dim: numbers of prototypes, K and K2.
+        ncrops: number of student views, including the two global ones, which come first.
         warmup_teacher_temp, teacher_temp: the teacher's [CLS] temperature at the start and after its warm-up.
-        warmup_teacher_patch_temp, teacher_patch_temp: the same for its patches, whose warm-up begins when masks do.
+        warmup_teacher_patch_temp, teacher_patch_temp: the same for patches, whose warm-up begins with masking.
         warmup_teacher_temp_epochs: length of both warm-ups.
         nepochs: epochs of the training.
-        student_temp: the student's temperature, for both.
+        student_temp: the student's temperature, for both terms.
         center_momentum, center_momentum2: EMA momenta of the centres.
-        lambda1, lambda2: weights of the [CLS] and of the patch part.
+        lambda1, lambda2: weights of the [CLS] and the patch term.
         pred_start_epoch: first epoch with masks.
 
     Raises:
-        ValueError: fewer than two views, or a warm-up longer than the training.
+        ValueError: there are fewer than two views, or a warm-up is longer than the training.
 
     Source: iBOT (arXiv:2111.07832) Eqs. 2 and 3; bytedance/ibot main_ibot.py iBOTLoss.
     """
@@ -77,11 +77,11 @@ class iBOTLoss(nn.Module):
     ) -> None:
         super().__init__()
         if ncrops < NUM_GLOBAL_VIEWS:
-            raise ValueError(f"iBOTLoss: ncrops is {ncrops}, but the two global views are part of it")
+            raise ValueError(f"iBOTLoss: ncrops is {ncrops}, but it includes the two global views")
         if warmup_teacher_temp_epochs + pred_start_epoch > nepochs:
             raise ValueError(
-                f"iBOTLoss: the teacher temperatures warm up over {warmup_teacher_temp_epochs} epochs, those of the "
-                f"patches from epoch {pred_start_epoch} on, but there are {nepochs} epochs"
+                f"iBOTLoss: the teacher temperatures warm up over {warmup_teacher_temp_epochs} epochs, for patches "
+                f"from epoch {pred_start_epoch} on, but there are {nepochs} epochs"
             )
         self.ncrops = ncrops
         self.cls_temps = warmup_teacher_temp, teacher_temp
@@ -98,11 +98,11 @@ class iBOTLoss(nn.Module):
         self._means = GlobalMean(), GlobalMean()
 
     def teacher_temp(self, epoch: int) -> float:
-        """The teacher's temperature for [CLS] tokens in an epoch, counted from 0."""
+        """Return the teacher's temperature for [CLS] tokens in an epoch, counted from 0."""
         return linear_then_constant(epoch, *self.cls_temps, self.warmup_teacher_temp_epochs)
 
     def teacher_patch_temp(self, epoch: int) -> float:
-        """The teacher's temperature for patches in an epoch, counted from 0."""
+        """Return the teacher's temperature for patches in an epoch, counted from 0."""
         if epoch < self.pred_start_epoch:
             return self.patch_temps[0]
         return linear_then_constant(epoch - self.pred_start_epoch, *self.patch_temps, self.warmup_teacher_temp_epochs)
@@ -116,19 +116,21 @@ class iBOTLoss(nn.Module):
         masks: Tensor,
         epoch: int,
     ) -> Losses:
-        """Both parts, and their sum.
+        """Compute both terms and their sum.
 
-        The [CLS] part is the mean over the pairs of different views. The patch part is, for each global view, the
-        mean over an image's masked patches, then over the images (one without a masked patch counts, with 0), then
-        over the two views.
+        The [CLS] term is the mean over the pairs of different views. The patch term is the mean over an image's masked
+        patches (0 for an image without any), then over the images, then over the two global views.
 
         Args:
-            student_cls: logits [ncrops * B, K], view after view; any float dtype, as all; computed in float32.
-            student_patch: logits [R, K2] of the patches that `masks` marks, in its order; no other is ever looked at.
+            student_cls: logits [ncrops * B, K], view after view; any float dtype, like all; computed in float32.
+            student_patch: logits [R, K2] of the patches that `masks` marks, in its order.
             teacher_cls: logits [2 * B, K] of the two global views.
             teacher_patch: logits [R, K2] of the same patches, which the teacher sees unmasked.
             masks: [2 * B, N] bool, True for a masked patch.
             epoch: counted from 0; sets the teacher's temperatures.
+
+        Raises:
+            ValueError: shapes do not match; the message shows them.
         """
         if student_patch.shape != teacher_patch.shape or len(masks) != len(teacher_cls):
             raise ValueError(
@@ -148,7 +150,7 @@ class iBOTLoss(nn.Module):
 
     @torch.no_grad()
     def center_step(self, teacher_cls: Tensor, teacher_patch_mean: Tensor) -> None:
-        """Count a micro-batch's teacher outputs into the next update of the centres.
+        """Add a micro-batch's teacher outputs to the next update of the centres.
 
         Args:
             teacher_cls: logits [n, K].
@@ -159,10 +161,10 @@ class iBOTLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Move the centres towards the means of what was counted since the last update, over all processes.
+        """Move the centres towards the means of all outputs added since the last update, over all processes.
 
         Raises:
-            ValueError: nothing was counted.
+            ValueError: none were added.
         """
         cls, patch = self._means
         self.center.lerp_(cls.take(), 1 - self.center_momentum)

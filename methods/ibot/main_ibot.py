@@ -1,7 +1,7 @@
 """iBOT, with hard views: the trainer.
 
-Shaped like the upstream's main_ibot.py; `# hvp:` and `# rescue:` mark what is not in it. With `--hard-views none`
-and `--no-rescue` none of that runs.
+Shaped like the upstream's main_ibot.py; `# hvp:` and `# rescue:` mark every departure from it, which
+`--hard-views none` and `--no-rescue` switch off.
 
     # B images, G global and V = G + M candidate crops (G = 2, V = 2 + M without hard views), N patches of a global crop
     # R of the patches are masked; K and K2 prototypes ([CLS] and patches), b bottleneck dim
@@ -10,38 +10,42 @@ Source: bytedance/ibot main_ibot.py; HVP Algorithm 1.
 """
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from torch.optim import Optimizer
 
 from hvp.common.networks.vision_transformer import VisionTransformer, build_vit
 from hvp.common.training.collapse import feature_spread
-from hvp.common.training.distributed import averaging, data_parallel, synchronised, unwrapped
+from hvp.common.training.distributed import World, synchronised
 from hvp.common.training.ema import update_ema
 from hvp.common.training.optimizers import build_optimizer, clip_gradients, split_weight_decay
-from hvp.common.training.precision import Precision
-from hvp.common.training.rescuing import Rescuer
-from hvp.common.training.run import Run, Stateful
 from hvp.common.training.schedules import warmup_cosine
-from hvp.common.training.selecting import ViewSelector, of_kept
 from hvp.common.training.session import RunOptions, session
-from hvp.common.views.normalize import normalize
+from hvp.common.training.step import Step
 from hvp.methods.ibot.config import IbotConfig
 from hvp.methods.ibot.head import MultiCropWrapper, iBOTHead
 from hvp.methods.ibot.ibot_loss import iBOTLoss
 from hvp.methods.ibot.masking import MaskSampler
 from hvp.methods.ibot.score import pair_losses
 
+UNIFORM = (
+    "for {steps} steps the [CLS] loss has been ln(out_dim) = {loss:.3f}: the outputs are uniform. Lower the learning "
+    "rate or the teacher temperature, or start selecting later (selection.start)"
+)
+
+TeacherEmbedding = tuple[Tensor, Tensor]
+"""Bottlenecks of [CLS] tokens, [2 B, b], and of all patches, [2 B, N, b]."""
+
 
 def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> Path:
-    """Pretrains an encoder, in one process or as one of those that a launcher started.
+    """Pretrain an encoder, in one process or as one of several that a launcher started.
 
     Args:
-        config: what to do.
+        config: the resolved configuration.
         out: the run's folder.
         options: as in RunOptions.
 
@@ -49,30 +53,19 @@ def train_ibot(config: IbotConfig, out: Path, **options: Unpack[RunOptions]) -> 
         The last checkpoint. `student`, `teacher` and `ibot_loss` in it have the upstream's state-dict keys.
 
     Raises:
-        UserError: something that the caller can mend, before the first step where it can be known by then.
+        UserError: an error that the user can fix, before the first step where possible.
         Stopped: a signal asked to stop.
     """
     with session(config, out, masks=build_masks(config), **options) as s:
-        with s.world.agreeing():
-            student, teacher = (synchronised(net, s.world, s.device) for net in build_networks(config, s.device))
-            ibot_loss = build_loss(config).to(s.device)
-            optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
-            rescuer = s.rescuer(student)
-        parts: dict[str, Stateful] = {
-            "student": student,
-            "teacher": teacher,
-            "ibot_loss": ibot_loss,
-            "optimizer": optimizer,
-        }
-        with s.run("ibot", parts) as run:
-            model = data_parallel(student, s.world, s.device)
+        parts = s.build(build)
+        with s.run("ibot", parts, trained=parts.student) as run:
             for epoch in run.epochs:
-                train_one_epoch(model, teacher, ibot_loss, optimizer, s.precision, rescuer, run, epoch, config)
+                train_one_epoch(run, parts, epoch, config)
             return run.last_checkpoint
 
 
 def build_masks(config: IbotConfig) -> MaskSampler:
-    """What draws the masks of the global candidates."""
+    """Build the sampler of the masks of global candidates."""
     side = config.views.global_crops_size // config.model.patch_size
     masks = config.masks
     return MaskSampler(
@@ -87,7 +80,7 @@ def build_masks(config: IbotConfig) -> MaskSampler:
 
 
 def build_encoder(config: IbotConfig, *, drop_path_rate: float = 0.0, mask_token: bool = False) -> VisionTransformer:
-    """The backbone, with fresh weights."""
+    """Build the backbone, with fresh weights."""
     return build_vit(
         config.model.arch,
         patch_size=config.model.patch_size,
@@ -98,7 +91,7 @@ def build_encoder(config: IbotConfig, *, drop_path_rate: float = 0.0, mask_token
 
 
 def build_networks(config: IbotConfig, device: torch.device) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher, which start with the same weights.
+    """Build student and teacher with the same fresh weights.
 
     The teacher has no stochastic depth, no gradient, and no mask token, as it sees no masks.
     """
@@ -126,7 +119,7 @@ def build_networks(config: IbotConfig, device: torch.device) -> tuple[MultiCropW
 
 
 def build_loss(config: IbotConfig) -> iBOTLoss:
-    """The objective, with its centres."""
+    """Build the objective, with its centres."""
     loss = config.loss
     return iBOTLoss(
         config.model.out_dim,
@@ -147,131 +140,101 @@ def build_loss(config: IbotConfig) -> iBOTLoss:
     )
 
 
-def build_modules(config: IbotConfig, device: torch.device) -> Sequence[nn.Module]:
-    """Student, teacher and loss: what a checkpoint holds."""
-    return (*build_networks(config, device), build_loss(config).to(device))
+class Parts(NamedTuple):
+    """State that training changes, under its names in a checkpoint."""
+
+    student: MultiCropWrapper
+    teacher: MultiCropWrapper
+    ibot_loss: iBOTLoss
+    optimizer: Optimizer
 
 
-def train_one_epoch(
-    model: MultiCropWrapper | DistributedDataParallel,
-    teacher: MultiCropWrapper,
-    ibot_loss: iBOTLoss,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    rescuer: Rescuer,
-    run: Run,
-    epoch: int,
-    config: IbotConfig,
-) -> None:
-    """The steps of one epoch that are not done yet. `model` is the student, as `data_parallel()` gave it back."""
-    student: MultiCropWrapper = unwrapped(model)
-    optim, num_parts = config.optim, config.train.accumulate
+def build(config: IbotConfig, world: World, device: torch.device) -> Parts:
+    """Build the networks, the objective and the optimiser."""
+    student, teacher = (synchronised(network, world, device) for network in build_networks(config, device))
+    optimizer = build_optimizer(config.optim.optimizer, split_weight_decay(student.named_parameters()))
+    return Parts(student, teacher, build_loss(config).to(device), optimizer)
+
+
+def train_one_epoch(run: Step, parts: Parts, epoch: int, config: IbotConfig) -> None:
+    """Train the steps of one epoch that are not done yet."""
+    student, teacher, ibot_loss, optimizer = parts
     weights = dict(student.named_parameters())
     averaged = [weights[name] for name, _ in teacher.named_parameters()]  # all but the mask token
-    last_layers = [weight for name, weight in weights.items() if "last_layer" in name]  # also last_layer2
-    uniform = math.log(config.model.out_dim)
-    selector = ViewSelector(config, run.total_steps, run.world.rank)
-    # hvp: with batch norm the outputs of the kept crops depend on the batch they are computed in
-    reuses_teacher = not teacher.has_batch_norm
-    for it, parts in run.steps(epoch):
-        # schedules are functions of the step
-        lr = warmup_cosine(
-            it,
-            base=config.peak_lr,
-            final=optim.min_lr,
-            total_steps=run.total_steps,
-            warmup_steps=optim.warmup_epochs * run.steps_per_epoch,
-        )
-        wd = warmup_cosine(it, base=optim.weight_decay, final=optim.weight_decay_end, total_steps=run.total_steps)
-        momentum = warmup_cosine(it, base=config.model.momentum_teacher, final=1.0, total_steps=run.total_steps)
+    for it, batch in run.steps(epoch):
+        lr, wd, momentum = schedules(it, run, config)
         for i, group in enumerate(optimizer.param_groups):
             group["lr"] = lr
             group["weight_decay"] = wd if i == 0 else 0.0  # only the first group is regularised
 
         optimizer.zero_grad(set_to_none=True)
-        step_losses = torch.zeros(3, device=precision.device)  # all together, [CLS] part, patch part
-        kept = None
-        for number, part in enumerate(parts, start=1):
-            batch = part.to(precision.device, non_blocking=True)
-            crops = [normalize(pixels) for pixels in batch.pixels]
-            assert batch.masks is not None  # build_masks() made them
-            masks = batch.masks.flatten(2)  # [G, B, N]
-            embedding = None
-            with precision.autocast():
-                if selector.acts_on(it):  # hvp: train on the hardest combination of the sampled crops
-                    with run.selecting.running():
-                        with selector.scoring(student, teacher):
-                            pairs, candidates = pair_losses(student, teacher, crops, masks, ibot_loss, epoch)
-                        kept = selector.keep(crops, pairs, it)
-                        crops, masks = kept.views, of_kept(kept, masks)  # a crop keeps its mask
-                        if reuses_teacher:
-                            embedding = of_kept(kept, candidates[0]), of_kept(kept, candidates[1])
-                else:
-                    crops, masks = selector.first(crops), masks[selector.first_views[:2]].flatten(0, 1)
-                views = [crop.flatten(0, 1) for crop in crops]  # [2 B, ...] and [local B, ...]; masks are [2 B, N]
+        for part in batch:
+            crops, masks = run.views(part), run.masks(part)  # [G, B, ...] and [V - G, B, ...]; masks [G, B, N]
+            with run.precision.autocast():
+                # hvp: train on the hardest combination of the sampled crops, each with its own mask
+                score = partial(pair_losses, student, teacher, masks=masks, ibot_loss=ibot_loss, epoch=epoch)
+                crops = run.hard_views(crops, score, student, teacher)
+                views, masks = [crop.flatten(0, 1) for crop in crops], run.kept.of(masks)  # [2 B, ...], ...; [2 B, N]
+                # hvp: reuse the teacher's outputs, unless batch norm makes them depend on the other crops
+                embedding: TeacherEmbedding | None = None if teacher.has_batch_norm else run.kept.outputs
                 if embedding is None:
                     with torch.no_grad():
-                        embedding = teacher.embed(views[0])  # [2 B, b] and [2 B, N, b]
+                        embedding = teacher.embed(views[0])
                 teacher_cls, teacher_patch, teacher_patch_mean = teacher_outputs(teacher.head, *embedding, masks)
-                with averaging(model, on=number == num_parts):
-                    # [(2 + local) B, K] and [R, K2]; of the global crops [2 B, .]
-                    student_cls, student_patch, features = model(views, masks)
+                # [(2 + local) B, K] and [R, K2]; of the global crops [2 B, .]
+                student_cls, student_patch, features = run.model(views, masks)
                 losses = ibot_loss(student_cls, student_patch, teacher_cls, teacher_patch, masks, epoch)
-                loss = losses.loss
-                if rescuer.enabled:  # rescue: pull strong views of the easiest images to their common ones
-                    loss = loss + rescuer.loss(features, part)
-            precision.backward(loss / num_parts)
+                # rescue: pull strong views of the easiest images to their common ones
+                loss = losses.loss + run.rescue(features, part)
+            run.backward(loss, loss_cls=losses.cls, loss_patch=losses.patch)
             ibot_loss.center_step(teacher_cls, teacher_patch_mean)
-            step_losses += torch.stack((loss, *losses[1:])).detach() / num_parts
 
-        precision.unscale(optimizer)
-        # before a loss or gradient that is not finite reaches the weights
-        loss_value = run.check(step_losses[0], optimizer, lr=lr, **precision.statistics())
-        if optim.clip_grad:
-            clip_gradients(student.parameters(), optim.clip_grad)
-        if epoch < optim.freeze_last_layer:
-            for parameter in last_layers:
-                parameter.grad = None
-        precision.step(optimizer)
+        run.unscale(optimizer)
+        if config.optim.clip_grad:
+            clip_gradients(student.parameters(), config.optim.clip_grad)
+        if epoch < config.optim.freeze_last_layer:
+            cancel_gradients_last_layer(student)
+        run.optimize(optimizer)
         update_ema(teacher.parameters(), averaged, momentum)
         ibot_loss.update_center()
 
-        _, loss_cls, loss_patch = step_losses.tolist()
-        statistics = precision.statistics() | (
-            {"spread": feature_spread(features.projection), **selector.statistics(kept), **rescuer.statistics()}
-            if run.row_due
-            else {}
-        )
-        run.record(
-            loss_value,
-            loss_cls=loss_cls,
-            loss_patch=loss_patch,
-            lr=lr,
-            weight_decay=wd,
-            momentum=momentum,
-            **statistics,
-        )
-        run.collapse.see(
-            it,
-            abs(loss_cls - config.loss.lambda1 * uniform) < 1e-3 * config.loss.lambda1,
-            f"for {run.collapse.steps} steps the [CLS] loss has been ln(out_dim) = {uniform:.3f}: the outputs are "
-            "uniform. Lower the learning rate or the teacher temperature, or start selecting later (selection.start)",
-        )
+        run.record(lr=lr, weight_decay=wd, momentum=momentum, spread=partial(feature_spread, features.projection))
+        uniform, weight = math.log(config.model.out_dim), config.loss.lambda1
+        collapsed = abs(run.loss_part("loss_cls") - weight * uniform) < 1e-3 * weight
+        run.collapse.see(it, collapsed, UNIFORM.format(steps=run.collapse.steps, loss=uniform))
+
+
+def schedules(it: int, run: Step, config: IbotConfig) -> tuple[float, float, float]:
+    """Return a step's learning rate, weight decay and teacher momentum; `it` counts from 0."""
+    optim, total = config.optim, run.total_steps
+    warmup_steps = optim.warmup_epochs * run.steps_per_epoch
+    return (
+        warmup_cosine(it, base=config.peak_lr, final=optim.min_lr, total_steps=total, warmup_steps=warmup_steps),
+        warmup_cosine(it, base=optim.weight_decay, final=optim.weight_decay_end, total_steps=total),
+        warmup_cosine(it, base=config.model.momentum_teacher, final=1.0, total_steps=total),
+    )
+
+
+def cancel_gradients_last_layer(student: MultiCropWrapper) -> None:
+    """Leave the prototypes, of [CLS] tokens and of patches, as they are in the coming optimiser step."""
+    for name, parameter in student.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None
 
 
 @torch.no_grad()
 def teacher_outputs(head: iBOTHead, cls: Tensor, patches: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the loss and its centres need of the teacher.
+    """Compute the teacher's outputs for the loss and its centres.
 
     The prototypes are linear, so the mean of the logits over all patches, which the centre follows, is the logits of
-    the mean, and no other logits are made than those of the masked patches.
+    the mean patch. No logits are computed besides those of the masked patches.
 
     Args:
-        head: the teacher's.
+        head: the teacher's head.
         cls, patches: the bottleneck of [CLS] tokens, [2 B, b], and of all patches, [2 B, N, b].
         masks: [2 B, N] bool.
 
     Returns:
-        Logits of [CLS] [2 B, K], of the masked patches [R, K2], and their mean over all patches of a view [2 B, K2].
+        Logits of [CLS] tokens [2 B, K], of masked patches [R, K2], and their mean over all patches of a view [2 B, K2].
     """
     return head.last_layer(cls), head.last_layer2(patches[masks]), head.last_layer2(patches.mean(dim=1))

@@ -1,6 +1,6 @@
-"""Which patches of a global view the student does not see.
+"""Masks that hide patches of the global views from the student.
 
-Drawn in the loader's workers, from (seed, epoch, image, view) alone.
+The loader's workers draw them from (seed, epoch, image, view) alone.
 
 # B images, G global views of each, a grid of rows x columns patches
 """
@@ -23,13 +23,13 @@ from hvp.common.views.randomness import uniform_stream
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSampler:
-    """Masks for the loader's batches; picklable, as it is sent to the workers.
+    """Sampler of the masks of a micro-batch; picklable, because the loader sends it to its workers.
 
-    A view draws one of the ratios, evenly; with ratio r and variation d the share of patches to mask is uniform in
-    [r - d, r + d]. `rand` masks that share, rounded down to whole patches. `block` adds rectangles until the share is
-    reached, never more, so that it may stay below; a rectangle covers at least (shorter side of the grid // 3)^2
-    patches, or what is missing where that is less, its aspect is log-uniform up to MAX_ASPECT either way, and it is
-    smaller than the grid in both directions.
+    Each view draws one of the ratios with equal probability. With ratio r and variation d, the share of patches to mask
+    is uniform in [r - d, r + d]. `rand` masks that share, rounded down to whole patches. `block` adds rectangles up to
+    that share and may fall short of it. A rectangle covers at least (shorter side of the grid // 3)^2 patches, or the
+    missing number if that is smaller; its aspect is log-uniform up to MAX_ASPECT either way; and it is smaller than the
+    grid in both directions.
 
     Source: bytedance/ibot loader.py ImageFolderMask; its block masks follow BEiT (arXiv:2106.08254).
     """
@@ -41,22 +41,22 @@ class MaskSampler:
     """Global views of an image, G."""
 
     ratios: tuple[float, ...]
-    """Shares of patches to mask, one of which is drawn for a view; 0 leaves it unmasked."""
+    """Shares of patches to mask, one of which is drawn for each view; 0 leaves it unmasked."""
 
     variations: tuple[float, ...]
-    """For each ratio, how far the share may be from it."""
+    """Largest deviation of the share from each ratio."""
 
     shape: Literal["block", "rand"]
     """Rectangles, or single patches."""
 
     start_epoch: int
-    """Earlier epochs mask nothing."""
+    """First epoch with masks."""
 
     seed: int
-    """Of the run."""
+    """Random seed of the run."""
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
-        """The masks of a micro-batch, [G, B, rows, columns] bool; True: masked."""
+        """Return the masks of a micro-batch, [G, B, rows, columns] bool; True means masked."""
         masks = np.zeros((self.num_views, len(keys), *self.grid), dtype=bool)
         for b, (epoch, image) in enumerate(keys):
             if epoch < self.start_epoch:
@@ -66,12 +66,12 @@ class MaskSampler:
         return torch.from_numpy(masks)
 
     def _mask(self, uniforms: Iterator[float], out: NDArray[np.bool_]) -> None:
-        """Masks one view, `out` [rows, columns], which is all False."""
+        """Draw the mask of one view into `out`, [rows, columns], which is all False."""
         kind = whole(next(uniforms), 0, len(self.ratios) - 1)
         ratio, variation = self.ratios[kind], self.variations[kind]
         target = out.size * between(next(uniforms), ratio - variation, ratio + variation)
         if self.shape == "rand":
-            # the patches with the smallest of independent numbers are a uniformly random subset
+            # The patches with the smallest of independent random numbers are a uniformly random subset.
             order = np.argsort([next(uniforms) for _ in range(out.size)], kind="stable")
             out.reshape(-1)[order[: int(target)]] = True
         else:

@@ -1,4 +1,4 @@
-"""The pair-loss matrix of iBOT: DINO's cross-entropies off the diagonal, masked-patch losses on it.
+"""Pair-loss matrix of iBOT: DINO's cross-entropies off the diagonal, masked-patch losses on it.
 
 # B images, G global views (targets), V online views, N patches of a global view, R masked patches in all of them
 # b bottleneck dim, K and K2 prototypes ([CLS] and patches)
@@ -17,7 +17,7 @@ from hvp.methods.ibot.ibot_loss import iBOTLoss
 
 
 class Prototypes(NamedTuple):
-    """Layers that make logits of bottleneck embeddings, linear without bias; their results are overwritten."""
+    """Linear layers without bias that map bottleneck embeddings to logits; their results are overwritten."""
 
     student_cls: Layer
     student_patch: Layer
@@ -32,19 +32,20 @@ def pair_losses(
     ibot_loss: iBOTLoss,
     epoch: int,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Forwards every candidate once, each under its own mask. To be called without gradient; moves neither centre nor
-    teacher.
+    """Forward every candidate once, under its own mask, and score all pairs.
+
+    Call it without gradient; it moves neither centre nor teacher.
 
     Args:
-        student, teacher: in the mode they are to score in.
-        crops: [G, B, 3, H, W] global and, where there are any, [V - G, B, 3, h, w] local candidates, normalised.
-        masks: [G, B, N] bool, of the global ones.
-        ibot_loss: its centres, temperatures and weights.
-        epoch: decides the teacher's temperatures.
+        student, teacher: in the mode to score in.
+        crops: [G, B, 3, H, W] global and optionally [V - G, B, 3, h, w] local candidates, normalised.
+        masks: [G, B, N] bool, for the global candidates.
+        ibot_loss: provides centres, temperatures and weights.
+        epoch: counted from 0; sets the teacher's temperatures.
 
     Returns:
-        The matrix, as `loss_matrix()` has it; and the teacher's embedding of the global crops, [CLS] tokens [G, B, b]
-        and all patches [G, B, N, b]. Kept as embeddings, they are a thirtieth of the logits.
+        [B, G, V] float32, as `loss_matrix()`; and the teacher's bottleneck embeddings of the global crops, [CLS] tokens
+        [G, B, b] and all patches [G, B, N, b], which take a thirtieth of the logits' memory.
     """
     num_global, batch = crops[0].shape[:2]
     views, rows = [crop.flatten(0, 1) for crop in crops], masks.flatten(0, 1)
@@ -78,25 +79,25 @@ def loss_matrix(
     epoch: int,
     prototypes: Prototypes | None = None,
 ) -> Tensor:
-    """iBOT's loss of every online view against every target view, kept per image.
+    """iBOT's loss of every online view against every target view, per image.
 
     With `Slots(..., diagonal=True)` a combination's loss is the objective itself: the mean of its entries off the
-    diagonal, which is its [CLS] part, plus the mean of those on it, which is its patch part.
+    diagonal, its [CLS] term, plus the mean of those on the diagonal, its patch term.
 
     Args:
-        teacher_cls: logits of the global views, [G, B, K], any float dtype, as all; computed in float32.
-        teacher_patch: bottleneck embeddings of the patches that `masks` marks, [R, b], or their logits [R, K2] when
-            `prototypes` is left out.
+        teacher_cls: logits of the global views, [G, B, K], any float dtype, like all; computed in float32.
+        teacher_patch: bottleneck embeddings of the patches that `masks` marks, in its order, [R, b], or their logits
+            [R, K2] when `prototypes` is left out.
         student_cls: bottleneck embeddings of the online views, [V, B, b], the global ones first, or logits [V, B, K].
-        student_patch: as `teacher_patch`, of the student, which does not see these patches.
+        student_patch: as `teacher_patch`, from the student, which does not see these patches.
         masks: [G, B, N] bool.
-        ibot_loss: gives centres, temperatures and weights; nothing in it changes.
-        epoch: counted from 0; decides the teacher's temperatures.
-        prototypes: see there. Left out, all inputs are logits.
+        ibot_loss: provides centres, temperatures and weights; it is not changed.
+        epoch: counted from 0; sets the teacher's temperatures.
+        prototypes: layers from embeddings to logits. When left out, all inputs are logits.
 
     Returns:
-        [B, G, V] float32 in nats: lambda1 times the [CLS] cross-entropy where t != v, lambda2 times the masked-patch
-        loss of the view where t == v.
+        [B, G, V] float32 in nats, entry [b, t, v]: lambda1 times the [CLS] cross-entropy if t != v, lambda2 times the
+        view's masked-patch loss if t == v.
 
     Source: iBOT (arXiv:2111.07832) Eqs. 2 and 3, before the means over views and images; automl/hvp, branch ibot,
         main_ibot.py iBOTLoss.hvs.

@@ -1,17 +1,16 @@
 """MoCo v3 (arXiv:2104.02057), with hard views and rescued easy samples."""
 
 from hvp.methods import Method
-from hvp.methods.mocov3.checkpoint_names import upstream_layout
 from hvp.methods.mocov3.config import MoCoConfig
-from hvp.methods.mocov3.main_mocov3 import build_encoder, build_modules, train_mocov3
+from hvp.methods.mocov3.main_mocov3 import build, build_encoder, train_mocov3, train_one_epoch
 
 METHOD = Method(
     "mocov3",
     MoCoConfig,
     train_mocov3,
+    build,
+    train_one_epoch,
     build_encoder,
-    build_modules,
-    upstream_layout,
     linear={
         "epochs": 90,
         "optimizer": "sgd",

@@ -1,4 +1,4 @@
-"""MoCo v3's networks: an encoder with projector, its moving average, and a predictor.
+"""MoCo v3's networks: a base encoder with projector, its moving average, and a predictor.
 
 # B images of this process, D projection dim
 """
@@ -18,30 +18,30 @@ from hvp.methods.mocov3.vits import VisionTransformerMoCo
 
 
 class MoCoOutput(NamedTuple):
-    """What a forward pass makes of two views of every image."""
+    """Outputs of a forward pass over two views of every image."""
 
     q1: Tensor
     """Queries, the predictor's output: [B, D]."""
     q2: Tensor
     k1: Tensor
-    """Keys, the momentum encoder's projections: [B, D], without gradient."""
+    """Keys, the momentum encoder's projections: [B, D], detached."""
     k2: Tensor
     features: Features
     """rescue: the base encoder's features and projections of both views, [2 B, .], with gradient."""
 
 
 class MoCo(nn.Module):
-    """A base encoder that learns, and a momentum encoder that follows it.
+    """A base encoder that is trained, and a momentum encoder that follows it.
 
     Args:
-        base_encoder: with its projector in place.
-        predictor: from projections to queries.
+        base_encoder: encoder with its projector in place.
+        predictor: maps projections to queries.
 
     Source: facebookresearch/moco-v3 moco/builder.py.
     """
 
     projector = ""
-    """Name of the encoder's layer that the projector stands for; a subclass says it."""
+    """Name of the encoder's layer that the projector replaces; subclasses define it."""
 
     def __init__(self, base_encoder: ConvNet | VisionTransformerMoCo, predictor: nn.Sequential) -> None:
         super().__init__()
@@ -51,22 +51,24 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
-        """Moves the momentum encoder's parameters towards the base encoder's; m = 1 leaves them where they are.
-        Batch norm's running statistics are its own."""
+        """Move the momentum encoder's parameters towards the base encoder's; m = 1 leaves them unchanged.
+
+        It keeps its own running statistics of batch norm.
+        """
         update_ema(self.momentum_encoder.parameters(), self.base_encoder.parameters(), m)
 
     def encode(self, x: Tensor) -> Features:
-        """The base encoder's features and projections of views [n, 3, H, W]; the predictor comes after them."""
+        """Compute the base encoder's features and projections of views [n, 3, H, W], without the predictor."""
         features = self.base_encoder.pooled(x)
         return Features(features, getattr(self.base_encoder, self.projector)(features))
 
     def forward(self, x1: Tensor, x2: Tensor, m: float | None) -> MoCoOutput:
-        """Both views of every image, one after the other: batch norm sees one view at a time.
+        """Forward both views of every image, one after the other, so batch norm sees one view at a time.
 
         Args:
             x1, x2: the views, [B, 3, H, W].
-            m: momentum of the momentum encoder's update, between the queries and the keys; None for none, as for all
-                but the first part of an accumulated batch.
+            m: momentum of the momentum encoder's update, which happens between the queries and the keys; None for no
+                update, in all but the first part of an accumulated batch.
         """
         (h1, z1), (h2, z2) = self.encode(x1), self.encode(x2)
         q1, q2 = self.predictor(z1), self.predictor(z2)
@@ -78,7 +80,7 @@ class MoCo(nn.Module):
 
 
 class MoCo_ResNet(MoCo):
-    """MoCo v3 on a convolutional encoder: two layers of projector and of predictor, which ends without batch norm.
+    """MoCo v3 with a convolutional encoder: a 2-layer projector, and a 2-layer predictor without batch norm at its end.
 
     Args:
         base_encoder: its `fc` is replaced by the projector.
@@ -94,7 +96,7 @@ class MoCo_ResNet(MoCo):
 
 
 class MoCo_ViT(MoCo):
-    """MoCo v3 on a ViT: three layers of projector and two of predictor, both of which end in batch norm.
+    """MoCo v3 with a ViT: a 3-layer projector and a 2-layer predictor, both ending in batch norm.
 
     Args:
         base_encoder: its `head` is replaced by the projector.
@@ -110,12 +112,12 @@ class MoCo_ViT(MoCo):
 
 
 def build_mlp(num_layers: int, input_dim: int, mlp_dim: int, output_dim: int, last_bn: bool = True) -> nn.Sequential:
-    """Linear layers without bias, batch norm and ReLU between them, and at the end a batch norm that only normalises.
+    """Build an MLP of linear layers without bias, with batch norm and ReLU between them.
 
     Args:
         num_layers: linear layers.
-        input_dim, mlp_dim, output_dim: widths at the start, in between and at the end.
-        last_bn: end in batch norm.
+        input_dim, mlp_dim, output_dim: widths of the input, the hidden layers and the output.
+        last_bn: end in batch norm without gain and bias.
     """
     layers: list[nn.Module] = []
     width = input_dim

@@ -1,16 +1,18 @@
 """MoCo v3's checkpoints in the layout of facebookresearch/moco-v3, main_moco.py."""
 
-from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
+from hvp.common.convert.layouts import Layout, Optimizer, Part, on_meta
 from hvp.methods.mocov3.config import MoCoConfig
 from hvp.methods.mocov3.main_mocov3 import build_model, parameter_groups
 
 ARCHS = ("resnet50", "resnet18", "vit_small", "vit_base")
-"""The upstream's networks among ours."""
+"""Our networks that the upstream also has."""
 
 
 def upstream_layout(config: MoCoConfig) -> Layout:
-    """The upstream's entries, keys and parameter groups. Its optimiser holds what is not trained, too: the momentum
-    encoder, and positions."""
+    """Upstream's entries, keys and parameter groups.
+
+    Its optimiser also holds the parameters that are not trained: the momentum encoder and the positions.
+    """
     model = on_meta(build_model, config)
     arch = config.model.arch
     return Layout(

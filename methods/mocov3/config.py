@@ -1,4 +1,4 @@
-"""The configuration of MoCo v3. Defaults are those of facebookresearch/moco-v3, main_moco.py, unless said otherwise."""
+"""Configuration of MoCo v3. Defaults are those of facebookresearch/moco-v3, main_moco.py, unless stated otherwise."""
 
 from dataclasses import replace
 from typing import Literal, Self
@@ -22,7 +22,7 @@ from hvp.common.hardviews import Slots
 from hvp.common.views import ViewSlot
 from hvp.methods.mocov3.vits import PATCH_SIZE
 
-# Networks whose patches are made by a single convolution.
+# Networks with a patch projection of a single convolution.
 WITH_CONV1 = ("vit_small", "vit_base")
 
 
@@ -30,11 +30,11 @@ class ModelConfig(Section):
     """Encoders, projector and predictor."""
 
     arch: Literal["resnet50", "resnet18", "vit_small", "vit_base", "vit_micro", "convnet_micro"] = "resnet50"
-    """Both encoders. ViT-S has 12 heads, patches are 16 pixels; `vit_micro` (patches of 8 pixels) and `convnet_micro`
-    are ours, for images of 32 pixels."""
+    """Architecture of both encoders. ViT-S has 12 heads, and patches are 16 pixels wide; `vit_micro` (8 pixels) and
+    `convnet_micro` are ours, for 32 x 32 images."""
 
     stop_grad_conv1: bool = False
-    """Do not train the patch projection of `vit_small` or `vit_base`. Upstream: on in the ViTs' commands."""
+    """Freeze the patch projection of `vit_small` or `vit_base`. Upstream: on in the ViTs' commands."""
 
     dim: int = Field(256, ge=2, le=65536)
     """Width D of projections, queries and keys."""
@@ -43,10 +43,10 @@ class ModelConfig(Section):
     """Width of the hidden layers of projector and predictor."""
 
     momentum: Fraction = 0.99
-    """Of the momentum encoder's moving average, in every step."""
+    """EMA momentum of the momentum encoder, applied at every step."""
 
     momentum_cosine: bool = False
-    """Raise it to 1 in half a cosine over the run. Upstream: on in every command of its README."""
+    """Raise the momentum to 1 along half a cosine over the run. Upstream: on in every command of its README."""
 
 
 class LossConfig(Section):
@@ -57,10 +57,10 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimiser and its schedule: a linear warm-up from 0, then half a cosine to 0, a function of the step."""
+    """Optimiser and learning-rate schedule: a linear warm-up from 0, then half a cosine to 0."""
 
     optimizer: Literal["lars", "adamw"] = "lars"
-    """LARS (trust 0.001, momentum 0.9) for ResNet-50, AdamW for ViTs."""
+    """LARS (trust coefficient 0.001, momentum 0.9) for ResNet-50, AdamW for ViTs."""
 
     base_lr: LearningRate = 0.6
     """Learning rate after warm-up, per 256 images: the run uses base_lr * batch_size / 256."""
@@ -69,36 +69,36 @@ class OptimConfig(Section):
     """Linear warm-up of the learning rate from 0, epochs."""
 
     weight_decay: Weight = 1e-6
-    """With AdamW of everything that is trained; with LARS not of biases and batch norm."""
+    """Weight decay, of all trained parameters with AdamW; LARS exempts biases and batch norm."""
 
 
 class ViewsConfig(ColorConfig):
-    """The distributions of the two views, which differ in blur and solarisation (BYOL's)."""
+    """Distributions of the two views, which differ in blur and solarisation (BYOL's)."""
 
     crop_size: CropSize = 224
     """Height and width of a view, pixels."""
 
     crop_scale: Scale = (0.08, 1.0)
-    """Area of a view, as a fraction of the image's, (min, max). Upstream: from 0.2 in ResNet-50's commands."""
+    """Area of a view's crop as a fraction of the image's area, (min, max). Upstream: from 0.2 for ResNet-50."""
 
     blur_view1: Fraction = 1.0
     """Probability of blur (sigma 0.1 to 2 pixels) in the first view."""
 
     blur_view2: Fraction = 0.1
-    """The same in the second."""
+    """Probability of blur in the second view."""
 
     solarize: Fraction = 0.2
     """Probability of solarisation (threshold 128) in the second view."""
 
 
 class SelectionConfig(sections.SelectionConfig):
-    """Which pair of the sampled views is trained on (HVP)."""
+    """Selection of the pair of views to train on (HVP)."""
 
     candidates: int = Field(2, ge=1, le=32)
-    """Views sampled of each of the two distributions. 2 makes HVP's 4 views in all."""
+    """Views sampled with each of the two transforms. 2 gives HVP's total of 4."""
 
     pairs: Literal["by_transform", "any"] = "by_transform"
-    """One view of each distribution, or any two."""
+    """Pairs of views to compare: one of each transform (`by_transform`), or any two (`any`)."""
 
 
 class MoCoConfig(sections.RunConfig):
@@ -115,8 +115,8 @@ class MoCoConfig(sections.RunConfig):
         model, train = self.model, self.train
         if model.stop_grad_conv1 and model.arch not in WITH_CONV1:
             raise ValueError(
-                f"model.stop_grad_conv1 = true, but model.arch = {model.arch} has no patch projection of one "
-                f"convolution. Set it to false, or take {' or '.join(WITH_CONV1)}"
+                f"model.stop_grad_conv1 = true, but model.arch = {model.arch} has no patch projection of a single "
+                f"convolution. Set it to false, or use {' or '.join(WITH_CONV1)}"
             )
         patch_size = PATCH_SIZE.get(model.arch, 1)
         if self.views.crop_size % patch_size:
@@ -133,17 +133,17 @@ class MoCoConfig(sections.RunConfig):
         if train.batch_size // train.accumulate < 2:
             raise ValueError(
                 f"train.batch_size = {train.batch_size} in train.accumulate = {train.accumulate} parts leaves an image "
-                "without another one to tell it from: InfoNCE needs at least 2 a part"
+                "without negatives: InfoNCE needs at least 2 images in each part"
             )
         return self
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up, by the linear scaling rule."""
+        """Learning rate after warm-up, by the linear scaling rule."""
         return self.optim.base_lr * self.train.batch_size / 256
 
     def view_slots(self) -> tuple[ViewSlot, ...]:
-        """What the loader samples for an image: views of the first distribution, then of the second."""
+        """Views that the loader samples for an image: those of the first transform, then of the second."""
         views, selection = self.views, self.selection
         view1 = views.transform(views.crop_size, views.crop_scale, views.blur_view1, "bilinear")
         view2 = replace(view1, blur=views.blur_view2, solarize=views.solarize)
@@ -154,24 +154,24 @@ class MoCoConfig(sections.RunConfig):
         )
 
     def combination_slots(self) -> Slots:
-        """Which pairs of those views `select()` compares."""
+        """Pairs of those views that `select()` compares."""
         num_first, num_second = (slot.candidates for slot in self.view_slots())
         if self.selection.pairs == "any":
             return Slots.from_counts((num_first + num_second,), (2,))
         return Slots.from_counts((num_first, num_second), (1, 1))
 
     def objective_bytes(self, images: int) -> int:
-        """The similarities of a process's queries and keys, float32."""
+        """Bytes of the similarities between the process's queries and keys, float32."""
         return 4 * images**2
 
     def notes(self) -> list[str]:
-        """That parts of a batch change the objective, where there are any."""
+        """Warn that gradient accumulation changes the objective."""
         train = self.train
         if train.accumulate == 1:
             return super().notes()
         return [
             f"train.accumulate = {train.accumulate} changes the objective: a query has "
-            f"{train.batch_size // train.accumulate - 1} negatives, those of its part, instead of "
+            f"{train.batch_size // train.accumulate - 1} negatives, from its part of the batch, instead of "
             f"{train.batch_size - 1}",
             *super().notes(),
         ]

@@ -12,16 +12,16 @@ from hvp.common.training.distributed import World
 
 
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float, world: World = World()) -> Tensor:
-    """How badly the queries of one view find their own images' keys of the other among those of all images.
+    """Mean InfoNCE of one view's queries against the other view's keys of all processes.
 
     Args:
         q: queries of one view, [B, D], any float dtype; computed in float32.
-        k: keys of the other view, [B, D]; no gradient flows to them.
+        k: keys of the other view, [B, D]; they receive no gradient.
         temperature: greater than 0.
-        world: the processes, each with as many images.
+        world: the processes, all with the same number of images.
 
     Returns:
-        Scalar, the mean of `info_nce()` over the images. The objective is the sum of both views' losses.
+        Scalar float32, the mean of `info_nce()` over the images. The objective is the sum of both views' losses.
 
     Raises:
         ValueError: q and k differ in shape; the message shows both.
@@ -34,16 +34,16 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float, world: World = Wo
 
 
 def info_nce(q: Tensor, k: Tensor, temperature: float, world: World = World()) -> Tensor:
-    """InfoNCE of every image: with s = cos / temperature,
+    """InfoNCE of every image. With s = cos / temperature:
 
         2 * temperature * (logsumexp over all images j of s(q_i, k_j) - s(q_i, k_i)).
 
-    The factor keeps the gradient's size when the temperature changes. Keys that are all alike cost
-    2 * temperature * ln(M).
+    The factor keeps the gradient's size when the temperature changes. The loss is 2 * temperature * ln(M) if all keys
+    are equal.
 
     Args:
         q: queries of this process's images, [B, D], any float dtype; computed in float32.
-        k: keys of everybody's, [M, D], process after process.
+        k: keys of all processes' images, [M, D], process after process.
         temperature, world: as for `contrastive_loss()`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The Vision Transformers of MoCo v3: positions that are not trained, and weights that start differently."""
+"""Vision Transformers of MoCo v3, with fixed position embeddings and their own initialisation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hvp.common.networks.vision_transformer import (
 )
 
 PATCH_SIZE = {"vit_small": 16, "vit_base": 16, "vit_micro": 8}
-"""Side of a network's patches, pixels."""
+"""Height and width of each network's patches, pixels."""
 
 
 class VisionTransformerMoCo(VisionTransformer):
-    """A ViT with fixed sine and cosine positions, all of whose linear layers start Xavier-uniform.
+    """A ViT with fixed sine-cosine position embeddings and Xavier-uniform initialisation of all linear layers.
+
+    `head` is the identity; `MoCo_ViT` replaces it by the projector.
 
     Args:
-        stop_grad_conv1: do not train the patch projection; a convolutional stem is always trained.
+        stop_grad_conv1: freeze the patch projection; a convolutional stem is always trained.
         sizes: as for `VisionTransformer`.
-
-    `head` is the identity; `MoCo_ViT` puts the projector there.
 
     Source: facebookresearch/moco-v3 vits.py VisionTransformerMoCo.
     """
@@ -39,7 +39,7 @@ class VisionTransformerMoCo(VisionTransformer):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 rows, columns = module.weight.shape
-                # queries, keys and values are three matrices that lie in one
+                # Queries, keys and values are three matrices stored in one.
                 _xavier_uniform(module, columns + (rows // 3 if name.endswith("qkv") else rows))
         nn.init.normal_(self.cls_token, std=1e-6)
         if isinstance(self.patch_embed, PatchEmbed):
@@ -47,17 +47,17 @@ class VisionTransformerMoCo(VisionTransformer):
             self.patch_embed.proj.requires_grad_(not stop_grad_conv1)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features before `head`, the normalised [CLS] tokens, [B, D]."""
+        """Map images [B, 3, H, W] to the features before `head`, the normalised [CLS] tokens, [B, D]."""
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features [B, D], or to what `head` makes of them."""
+        """Map images [B, 3, H, W] to the output of `head`: the features, [B, D], or projections."""
         y: Tensor = self.head(self.pooled(x))
         return y
 
 
 def _xavier_uniform(layer: nn.Linear | nn.Conv2d, fans: int) -> None:
-    """Weights uniform within +- sqrt(6 / (fan in + fan out)), biases 0."""
+    """Initialise weights uniformly within +- sqrt(6 / (fan in + fan out)), and biases to 0."""
     bound = math.sqrt(6 / fans)
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
@@ -65,17 +65,17 @@ def _xavier_uniform(layer: nn.Linear | nn.Conv2d, fans: int) -> None:
 
 
 def vit_small(*, img_size: int = 224, stop_grad_conv1: bool = False) -> VisionTransformerMoCo:
-    """ViT-S/16 with 12 heads, twice as many as DINO's; 22 M parameters."""
+    """Build a ViT-S/16 with 12 heads, twice as many as DINO's; 22 M parameters."""
     return _vit("vit_small", 384, 12, img_size, stop_grad_conv1=stop_grad_conv1)
 
 
 def vit_base(*, img_size: int = 224, stop_grad_conv1: bool = False) -> VisionTransformerMoCo:
-    """ViT-B/16, 86 M parameters."""
+    """Build a ViT-B/16; 86 M parameters."""
     return _vit("vit_base", 768, 12, img_size, stop_grad_conv1=stop_grad_conv1)
 
 
 def vit_micro(*, img_size: int = 32, stop_grad_conv1: bool = False) -> VisionTransformerMoCo:
-    """Ours, for images of 32 pixels: 0.4 M parameters and a convolutional stem."""
+    """Build our tiny ViT for 32 x 32 images, with a convolutional stem; 0.4 M parameters."""
     return _vit("vit_micro", 96, 3, img_size, stop_grad_conv1=stop_grad_conv1, conv_stem=True)
 
 

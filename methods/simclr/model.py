@@ -1,4 +1,4 @@
-"""SimCLR's network: a backbone and a projector. Its state dict has the keys of HVP's released code.
+"""SimCLR's network: a backbone and a projector. State-dict keys are those of HVP's released code.
 
 # B images, D embedding dim
 """
@@ -12,12 +12,12 @@ from hvp.common.networks.resnet import ConvNet
 
 
 class SimCLRProjectionHead(nn.Module):
-    """A perceptron with batch norm after every layer, the last one included.
+    """MLP with batch norm after every layer, including the last.
 
     Args:
         in_dim, hidden_dim, output_dim: widths.
         num_layers: linear layers, at least 2. google-research/simclr: 2 in version 1, 3 in version 2.
-        use_bn: batch norm; the linear layers then have no bias.
+        use_bn: use batch norm, and no bias in the linear layers.
 
     Source: google-research/simclr tf2/model.py ProjectionHead; automl/hvp, branch simclr, methods/simclr.py.
     """
@@ -34,7 +34,7 @@ class SimCLRProjectionHead(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, in_dim] to projections [B, output_dim], which are not normalised."""
+        """Map features [B, in_dim] to projections [B, output_dim], which are not normalised."""
         projections: Tensor = self.layers(x)
         return projections
 
@@ -48,11 +48,10 @@ class SimCLR(nn.Module):
         self.projector = projector
 
     def forward(self, x: Tensor) -> Features:
-        """Images [B, 3, H, W] to features and projections. All views of a step are one batch, whose statistics they
-        share."""
+        """Map images [B, 3, H, W] to features and projections, [B, .]. Batch norm sees all views as one batch."""
         return self.encode(x)
 
     def encode(self, x: Tensor) -> Features:
-        """rescue: the same."""
+        """rescue: the same, under the name that Rescue calls."""
         features: Tensor = self.backbone(x)
         return Features(features, self.projector(features))

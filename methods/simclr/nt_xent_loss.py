@@ -12,27 +12,27 @@ from hvp.common.training.distributed import World
 
 
 def nt_xent_loss(z: Tensor, temperature: float, world: World = World()) -> Tensor:
-    """How badly each view finds the other view of its image among all views of the batch, mean over the 2 B views.
+    """NT-Xent: cross-entropy of identifying each view's partner among all other views, mean over the 2 B views.
 
-    With i's other view p(i), s = cos / temperature, and k over the 2 M views of all processes without i itself:
-    mean over i of logsumexp_k s(i, k) - s(i, p(i)). A view that is worth no more than chance costs ln(2 M - 1).
+    With view i, its partner p(i), s = cos / temperature, and k over the 2 M views of all processes except i:
+    mean over i of logsumexp_k s(i, k) - s(i, p(i)). The loss at chance is ln(2 M - 1).
 
-    Rows are this process's, columns everybody's. The gradient of a column is the sum over the processes, so that the
-    mean over processes, which `data_parallel()` takes, is the gradient of one process with the whole batch.
+    Rows are this process's views, columns those of all processes. A column's gradient is the sum over the processes, so
+    the mean over processes that `data_parallel()` takes equals the gradient of one process with the whole batch.
 
     Args:
         z: projections of both views, [2, B, D], any float dtype; computed in float32.
         temperature: greater than 0.
-        world: the processes, each with as many images.
+        world: the processes, all with the same number of images.
 
     Returns:
-        Scalar in nats, 0 or more.
+        Scalar float32 in nats, 0 or more.
 
     Raises:
-        ValueError: z is no [2, B, D]; the message shows its shape.
+        ValueError: z is not [2, B, D]; the message shows its shape.
 
     Source: SimCLR (arXiv:2002.05709) Eq. 1; automl/hvp, branch simclr, losses/nt_xent_loss.py. The loss of
-        google-research/simclr tf2/objective.py adds the two views of an image, and is exactly twice this one.
+        google-research/simclr tf2/objective.py sums over the two views of an image and is exactly twice this one.
     """
     if z.dim() != 3 or len(z) != 2:
         raise ValueError(f"nt_xent_loss: z is {list(z.shape)}, expected [2, B, D]")
@@ -48,7 +48,7 @@ def nt_xent_loss(z: Tensor, temperature: float, world: World = World()) -> Tenso
 
 
 def own_columns(num_views: int, num_images: int, world: World, device: torch.device) -> Tensor:
-    """Where this process's views stand among everybody's: view v of image b is column v M + rank B + b.
+    """Columns of this process's views among those of all processes: v M + rank B + b for view v of image b.
 
     Returns:
         [num_views * num_images] int64, view after view.

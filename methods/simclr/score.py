@@ -1,4 +1,4 @@
-"""The pair-loss matrix of SimCLR: what every pair of candidate views would cost, per image.
+"""Pair-loss matrix of SimCLR: the loss of every pair of candidate views, per image.
 
 # B images of this process, M images of all processes, N candidate views, D embedding dim
 """
@@ -12,22 +12,22 @@ from hvp.common.training.distributed import World
 from hvp.methods.simclr.model import SimCLR
 from hvp.methods.simclr.nt_xent_loss import own_columns
 
-# Similarities in float32 that exist at the same time, at least one row of them: 4 MB on a CPU, near its cache; a GPU
-# wants more work for a launch. The passes over them need twice that again.
+# Float32 similarities that exist at the same time, at least one row: 4 MB on a CPU, near its cache; a GPU needs more
+# work per launch. The passes over them take twice as much memory again.
 SIMILARITIES_AT_ONCE_CPU = 2**20
 SIMILARITIES_AT_ONCE_CUDA = 2**24
 
 
 def pair_losses(model: SimCLR, views: list[Tensor], temperature: float, world: World = World()) -> Tensor:
-    """Forwards all candidates as one batch, as HVP's released code does. To be called without gradient.
+    """Forward all candidates as one batch, as HVP's released code does, and score all pairs. Call it without gradient.
 
     Args:
-        model: in the mode that it is to score in.
-        views: one tensor [N, B, 3, H, W], the candidates, normalised.
+        model: in the mode to score in.
+        views: one tensor [N, B, 3, H, W] of normalised candidates.
         temperature, world: as for `pair_nt_xent()`.
 
     Returns:
-        [B, N, N], the result of `pair_nt_xent()`.
+        [B, N, N] float32, as `pair_nt_xent()`.
     """
     (candidates,) = views
     z = model(candidates.flatten(0, 1)).projection.unflatten(0, candidates.shape[:2])  # [N, B, D]
@@ -38,34 +38,33 @@ def pair_losses(model: SimCLR, views: list[Tensor], temperature: float, world: W
 def pair_nt_xent(
     z: Tensor, temperature: float, world: World = World(), similarities_at_once: int | None = None
 ) -> Tensor:
-    """NT-Xent of every candidate view against every other one of its image, the negatives being everybody's views of
-    the same two numbers.
+    """NT-Xent of every ordered pair of candidate views, per image.
 
-    The anchor (n, i), view n of image i, with partner (m, i) has the negatives (n, j) and (m, j) of all other images j.
-    With s = cos / temperature and L(n, i, m) = logsumexp over images j of s((n, i), (m, j)), itself left out, its loss
-    is
+    The anchor (n, i), view n of image i, with partner (m, i) has the negatives (n, j) and (m, j) of all other images j
+    of all processes. With s = cos / temperature and L(n, i, m) = logsumexp over images j of s((n, i), (m, j)), except
+    the anchor itself, its loss is
 
         logaddexp(L(n, i, n), L(n, i, m)) - s((n, i), (m, i)),
 
-    so that one matrix of similarities, [N B, N M], serves all pairs. A slice of its rows exists at a time.
+    so one matrix of similarities, [N B, N M], serves all pairs. Only a slice of its rows exists at a time.
 
     Args:
         z: projections of the candidates, [N, B, D], any float dtype; computed in float32.
         temperature: greater than 0.
-        world: the processes, each with as many images.
-        similarities_at_once: bounds the slice; SIMILARITIES_AT_ONCE_* when left out.
+        world: the processes, all with the same number of images.
+        similarities_at_once: largest number of similarities in a slice; SIMILARITIES_AT_ONCE_* when left out.
 
     Returns:
-        [B, N, N] float32 in nats, entry [b, t, v] of anchor v with partner t; higher is harder. The mean of both orders
-        is what the image adds to `nt_xent_loss()` of a batch whose images all keep that pair. The diagonal, which is no
-        pair, is 0. A view that is not finite is a negative of all images: it spoils the entries of its number, and no
-        others.
+        [B, N, N] float32 in nats, entry [b, t, v] for anchor v with partner t; higher is harder. The mean of a pair's
+        two entries is the image's contribution to `nt_xent_loss()` of a batch whose images all keep that pair. The
+        diagonal, which is no pair, is 0. A view that is not finite is a negative of all images: it spoils the entries
+        of its view number, and no others.
 
     Raises:
-        ValueError: z is no [N, B, D]; the message shows its shape.
+        ValueError: z is not [N, B, D]; the message shows its shape.
 
     Source: SimCLR (arXiv:2002.05709) Eq. 1, before the mean; automl/hvp, branch simclr, losses/nt_xent_loss.py acs_fwd
-        (which adds the two orders).
+        (which sums the two orders).
     """
     if z.dim() != 3:
         raise ValueError(f"pair_nt_xent: z is {list(z.shape)}, expected [N, B, D]")

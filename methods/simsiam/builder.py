@@ -15,15 +15,15 @@ from hvp.common.networks.resnet import ConvNet
 
 
 class SimSiam(nn.Module):
-    """An encoder whose `fc` is the projector, and a predictor that looks from one view's projection to the other's.
+    """An encoder whose `fc` is the projector, and a predictor from one view's projection to the other's.
 
     Args:
-        encoder: its `fc` is replaced by the projector, whose hidden layers are as wide as the encoder's feature.
+        encoder: its `fc` is replaced by the projector, whose hidden layers are as wide as the encoder's features.
         dim: D, width of the projection.
         pred_dim: width of the predictor's hidden layer.
         projector_layers: 3 for ImageNet, 2 for CIFAR's ResNet-18.
-        projector_bias: the projector's last linear layer has a bias. It is never trained, since the batch norm behind
-            it takes it away again; upstream has it, HVP's released code has not.
+        projector_bias: give the projector's last linear layer a bias. It is never trained, because the batch norm after
+            it cancels it. Upstream has it, HVP's released code does not.
 
     Source: facebookresearch/simsiam simsiam/builder.py; automl/hvp builder.py.
     """
@@ -55,14 +55,14 @@ class SimSiam(nn.Module):
         )
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Features]:
-        """Both views of every image, one after the other: batch norm sees one view at a time.
+        """Forward both views of every image, one after the other, so batch norm sees one view at a time.
 
         Args:
             x1, x2: the views, [B, 3, H, W].
 
         Returns:
             p1, p2: predictions, [B, D].
-            z1, z2: projections, [B, D]; no gradient flows through them.
+            z1, z2: projections, [B, D], detached.
             features: rescue: features and projections of both views, [2 B, .], with gradient.
         """
         (h1, z1), (h2, z2) = self.encode(x1), self.encode(x2)
@@ -70,12 +70,12 @@ class SimSiam(nn.Module):
         return p1, p2, z1.detach(), z2.detach(), Features(torch.cat((h1, h2)), torch.cat((z1, z2)))
 
     def encode(self, x: Tensor) -> Features:
-        """Features and projections of views [n, 3, H, W]."""
+        """Compute features and projections of views [n, 3, H, W]."""
         features = self.encoder.pooled(x)
         return Features(features, self.encoder.fc(features))
 
     def single_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """hvp: any views [N, 3, H, W] in one batch, over all of which batch norm takes its statistics.
+        """hvp: forward views [N, 3, H, W] as one batch, over which batch norm takes its statistics.
 
         Returns:
             p, z: predictions and projections, [N, D].

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from hvp.common.convert.upstream import Layout, Optimizer, Part, on_meta
+from hvp.common.convert.layouts import Layout, Optimizer, Part, on_meta
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import build_model, parameter_groups
 
 
 def upstream_layout(config: SimSiamConfig) -> Layout:
-    """The upstream's entries, keys and parameter groups.
+    """Upstream's entries, keys and parameter groups.
 
-    Its groups hold the projector's fixed bias, too; and there are two of them with --fix-pred-lr only.
+    Its groups include the projector's fixed bias. There are two groups with --fix-pred-lr, and one without.
     """
     model = on_meta(build_model, config)
     theirs: list[dict[str, Any]] = [{"params": list(model.parameters())}]

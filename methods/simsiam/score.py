@@ -1,4 +1,4 @@
-"""The pair-loss matrix of SimSiam: what predicting every candidate view from every other would cost, per image.
+"""Pair-loss matrix of SimSiam: the loss of predicting every candidate view from every other, per image.
 
 # B images, N candidate views, D projection dim
 """
@@ -10,21 +10,21 @@ from torch.nn.functional import normalize
 from hvp.methods.simsiam.builder import SimSiam
 
 EPS = 1e-8
-"""Vectors shorter than this are divided by it instead of their length, as `torch.nn.CosineSimilarity` does."""
+"""Lower bound of the norm that a vector is divided by, as in `torch.nn.CosineSimilarity`."""
 
 
 def pair_losses(model: SimSiam, views: list[Tensor]) -> Tensor:
-    """Forwards all candidates in one batch. To be called without gradient.
+    """Forward all candidates as one batch and score all pairs. Call it without gradient.
 
-    So batch norm sees all views of a batch together, as in HVP's released code, where a training step shows it the two
-    kept views one after the other.
+    Batch norm therefore sees all candidates together, as in HVP's released code, whereas a training step forwards the
+    two kept views one after the other.
 
     Args:
-        model: in the mode it is to score in; in training mode its running statistics move.
-        views: one tensor [N, B, 3, H, W] of candidates, normalised.
+        model: in the mode to score in; in training mode its running statistics move.
+        views: one tensor [N, B, 3, H, W] of normalised candidates.
 
     Returns:
-        [B, N, N] as `negative_cosines()`.
+        [B, N, N] float32, as `negative_cosines()`.
 
     Source: HVP (arXiv:2310.03940) Eq. 2; automl/hvp select_crops.py.
     """
@@ -35,16 +35,16 @@ def pair_losses(model: SimSiam, views: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def negative_cosines(p: Tensor, z: Tensor) -> Tensor:
-    """Negative cosine of every view's prediction to every view's projection, kept per image.
+    """Negative cosine between every view's prediction and every view's projection, per image.
 
-    A pair's loss is the mean of its two entries. The diagonal, a view against itself, is no term of the objective.
+    A pair's loss is the mean of its two entries. The diagonal, a view against itself, is not part of the objective.
 
     Args:
         p: predictions (online views), [N, B, D], any float dtype; computed in float32.
         z: projections (target views), [N, B, D].
 
     Returns:
-        [B, N, N] float32, unitless, in [-1, 1]; entry [b, t, v] is target t against online v; higher is harder.
+        [B, N, N] float32, unitless, in [-1, 1]; entry [b, t, v] for target t and online view v; higher is harder.
 
     Raises:
         ValueError: p and z differ in shape; the message shows both.

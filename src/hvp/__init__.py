@@ -1,13 +1,12 @@
 """Self-supervised pretraining of image encoders on hard views.
 
-The top of the import package: pyproject.toml maps this folder to `hvp`, and those at the top of the repository to
-`hvp.cli`, `hvp.common`, `hvp.methods` and `hvp.patches`.
+The sub-packages are links to the folders at the top of the repository. Edit the files there, not through the links.
 """
 
 import os
 
 __version__ = "0.1.0"
 
-# OpenMP's threads spin while they wait for each other, which slows a step tenfold as soon as anything else needs a
-# core, be it the loader's workers. OpenMP reads this once, when PyTorch is imported. What the user has set stays.
+# OpenMP threads spin while they wait for each other. Once anything else needs a core, such as a loader worker, this
+# slows a step tenfold. OpenMP reads the variable once, when PyTorch is imported; a value the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

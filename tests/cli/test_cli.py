@@ -1,4 +1,4 @@
-"""The `hvp` command through its entry point: what it prints, leaves, and says when something is wrong."""
+"""The `hvp` command through its entry point: its output, its files and its error messages."""
 
 import json
 import os
@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvp.benchmarks.__main__ import command_line as benchmarks
-from hvp.cli import evaluate
+from hvp.cli import output
 from hvp.cli.main import main
 from hvp.common.errors import UserError
 from hvp.common.evaluation import results
@@ -37,7 +36,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
 
 @pytest.fixture
 def imagenet(tmp_path) -> Path:
-    """A folder laid out as ImageNet: 2 classes, 20 training and 10 validation images of each."""
+    """A folder laid out like ImageNet: 2 classes with 20 training and 10 validation images each."""
     for split, count in (("train", 20), ("val", 10)):
         for number, name in enumerate(("n01", "n02")):
             write_images(tmp_path / "imagenet" / split / name, count, seed=number)
@@ -46,7 +45,7 @@ def imagenet(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
-    """A finished run on a few shapes; not to be changed."""
+    """A finished run on a few shapes; do not change it."""
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["hvp", "pretrain", "dino", "--preset", "tiny", *QUICK, "--out", str(out)])
@@ -96,21 +95,21 @@ def test_pretrain_evaluate_resume(hvp, run_folder, tmp_path):
 
     ran = hvp("pretrain", "dino", "--preset", "tiny", *QUICK, "--out", "run", "--resume")
     assert ran.code == 0
-    assert "going on after step 5 of 5" in ran.err
+    assert "continuing after step 5 of 5" in ran.err
 
 
 def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
     assert hvp("pretrain", "simsiam", "--preset", "tiny", *SMALL, "--out", "run").code == 0
-    asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
-    asked += ("--out", "linear.json")
-    for arguments, said, expected in (
+    asked = ["eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1"]
+    asked += ["--out", "linear.json"]
+    for arguments, message, expected in (
         ((), "protocol: simsiam, 1 epochs of lars, base lr 0.1, batch size 4096", ("lars", 0.1, 4096)),
         (("--preset", "dino"), "protocol: dino, 1 epochs of sgd, base lr 0.00075", ("sgd", 0.00075, 1024)),
         (("--optimizer", "sgd", "--base-lr", "3", "--batch-size", "8"), "simsiam, 1 epochs of sgd", ("sgd", 3.0, 8)),
     ):
         ran = hvp(*asked, *arguments)
         assert ran.code == 0, ran.err
-        assert said in ran.err
+        assert message in ran.err
         settings = json.loads(Path("linear.json").read_text())["settings"]
         assert (settings["optimizer"], settings["base_lr"], settings["batch_size"]) == expected
         assert settings["resolution"] == 32
@@ -121,7 +120,7 @@ def test_the_linear_protocol_is_that_of_the_checkpoints_method(hvp, tmp_path):
 
 
 @pytest.mark.parametrize(("arch", "base_lr"), [("convnet_micro", 0.1), ("vit_micro", 3.0)])
-def test_the_linear_protocol_may_differ_for_a_vit_and_say_which_features(hvp, tmp_path, arch, base_lr):
+def test_the_linear_protocol_of_a_vit_may_differ_and_sets_its_features(hvp, tmp_path, arch, base_lr):
     trained = ("pretrain", "mocov3", "--preset", "tiny", *SMALL, "--set", f"model.arch={arch}", "--out", "run")
     assert hvp(*trained).code == 0
     asked = ("eval", "linear", "run", "--data", "shapes", "--workers", "0", "--no-augment", "--epochs", "1")
@@ -179,7 +178,7 @@ def test_dry_run_shows_table_8(hvp, imagenet, tmp_path):
     assert shown["train.batch_size"] == ["4", "--batch-size"]
     assert "10 per epoch, 1000 in all" in ran.out
     assert "128 of 51480" in ran.out
-    assert "1.00 MiB an image" in ran.out
+    assert "1.00 MiB per image" in ran.out
     assert not (tmp_path / "runs").exists()
 
 
@@ -242,7 +241,7 @@ def test_a_bad_image_is_named_or_skipped(hvp, imagenet, tmp_path):
         ([], "no images to train on"),
     ],
 )
-def test_mistakes_are_one_message_and_leave_nothing(hvp, tmp_path, arguments, message):
+def test_errors_are_one_message_and_leave_no_files(hvp, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("text")
     before = sorted(tmp_path.rglob("*"))
@@ -253,7 +252,7 @@ def test_mistakes_are_one_message_and_leave_nothing(hvp, tmp_path, arguments, me
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_unwritable_folder_is_said_before_training(hvp, monkeypatch):
+def test_an_unwritable_folder_is_refused_before_training(hvp, monkeypatch):
     def refuse(self, **_):
         raise PermissionError(13, "Permission denied")
 
@@ -284,14 +283,14 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(hvp, run_folder, tmp_path):
     assert "extra" in ran.err
 
 
-def test_evaluating_on_unlabelled_images_says_what_is_needed(hvp, run_folder, tmp_path):
+def test_evaluating_on_unlabelled_images_is_refused(hvp, run_folder, tmp_path):
     write_images(tmp_path / "pictures", 3)
     ran = hvp("eval", "knn", "run", "--data", "pictures")
     assert ran.code == 2
     assert "pictures" in ran.err
 
 
-def test_an_unwritable_result_is_said_before_evaluating(hvp, run_folder, tmp_path):
+def test_an_unwritable_result_is_refused_before_evaluating(hvp, run_folder, tmp_path):
     (tmp_path / "file").write_text("")
     ran = hvp("eval", "knn", "run", "--data", "shapes", "--out", "file/result.json")
     assert ran.code == 2
@@ -303,8 +302,8 @@ def knn(hvp, *arguments):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_result_that_cannot_be_kept_is_shown(hvp, run_folder, monkeypatch, moment):
-    """A read-only folder, or one that is full or read-only by the time the evaluation is through."""
+def test_a_result_that_cannot_be_saved_is_printed(hvp, run_folder, monkeypatch, moment):
+    """The folder is read-only from the start, or becomes full or read-only during the evaluation."""
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -322,14 +321,14 @@ def test_a_result_that_cannot_be_kept_is_shown(hvp, run_folder, monkeypatch, mom
     assert "k = 5" in ran.out
     assert "wrote" not in ran.out
     assert "last-knn-teacher-k=5.json: cannot be written" in ran.err.splitlines()[-2]
-    assert "shown above, but its file is missing" in ran.err
+    assert "printed above but not saved" in ran.err
     assert "--out FILE" in ran.err.splitlines()[-1]
     assert ("note: " in ran.err) == (moment == "before")
     assert not list(run_folder.glob("*.json.part"))
     monkeypatch.undo()
 
 
-def test_a_result_replaces_that_of_the_same_evaluation_only(hvp, run_folder):
+def test_a_result_replaces_only_that_of_the_same_evaluation(hvp, run_folder):
     def told(*arguments):
         ran = knn(hvp, *arguments)
         assert ran.code == 0, ran.err
@@ -345,11 +344,11 @@ def test_a_result_replaces_that_of_the_same_evaluation_only(hvp, run_folder):
     content = torch.load(run_folder / "last.pt", weights_only=True)
     content["step"] += 1
     content["teacher"]["backbone.cls_token"] += 1
-    torch.save(content, run_folder / "last.pt")  # as training goes on
+    torch.save(content, run_folder / "last.pt")  # as if training went on
     ran = told("--k", "5")
     assert "wrote run/last-knn-teacher-k=5-2.json" in ran.out
     assert (
-        f"{first.name} holds another evaluation, and stays; it differs in checkpoint's step, checkpoint's weights"
+        f"{first.name} holds another evaluation and is kept; it differs in checkpoint's step, checkpoint's weights"
         in (ran.err)
     )
     assert {**json.loads(first.read_text()), "seconds": 0} == {**before, "seconds": 0}
@@ -363,7 +362,7 @@ def test_other_images_have_results_of_their_own(hvp, run_folder, imagenet):
     assert "wrote run/last-knn-teacher-k=5.json" in knn(hvp, "--k", "5").out
 
 
-def test_out_replaces_results_alone(hvp, run_folder, tmp_path):
+def test_out_replaces_only_results(hvp, run_folder, tmp_path):
     before = (run_folder / "last.pt").read_bytes()
     for name in ("run/last.pt", "run/config.yaml", "run/run.json"):
         ran = knn(hvp, "--k", "5", "--out", name)
@@ -377,7 +376,7 @@ def test_out_replaces_results_alone(hvp, run_folder, tmp_path):
     assert json.loads((tmp_path / "empty.json").read_text())["settings"]["k"] == [1]
 
 
-def test_an_evaluation_says_what_it_read_and_how_far_it_is(hvp, run_folder):
+def test_an_evaluation_reports_its_inputs_and_progress(hvp, run_folder):
     ran = knn(hvp, "--k", "5")
     assert "weights: run/last.pt: the teacher of dino, epoch 1, step 5, not the student, its keys backbone.*" in ran.err
     assert "network: VisionTransformer, width 96, 3 blocks, patches of 8 pixels, 0.4 M parameters" in ran.err
@@ -388,10 +387,10 @@ def test_an_evaluation_says_what_it_read_and_how_far_it_is(hvp, run_folder):
     assert "resolution: 16 pixels, as asked; otherwise 32, as pretrained" in ran.err
 
 
-def test_progress_in_lines_comes_now_and_then(monkeypatch, capsys):
+def test_progress_without_a_terminal_is_occasional_lines(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
-    with evaluate.evaluation_progress() as show:
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    with output.stage_progress() as show:
         for done in range(1, 61):
             show("features", done, 60)
             now[0] += 1
@@ -409,7 +408,7 @@ def test_progress_in_lines_comes_now_and_then(monkeypatch, capsys):
 
 
 def test_upstream_checkpoints_evaluate(hvp, run_folder, imagenet, tmp_path):
-    """The upstream trainer's layout: `module.` before the student's keys, optimiser and arguments beside them."""
+    """Upstream layout: the student's keys start with `module.`; optimiser and arguments are beside them."""
     ours = torch.load(run_folder / "last.pt", weights_only=True)
     student = {f"module.{key}": value for key, value in ours["student"].items()}
     torch.save({"student": student, "teacher": ours["teacher"], "epoch": 3}, tmp_path / "checkpoint.pth")
@@ -468,23 +467,10 @@ def test_diversity_of_common_and_strong_views(hvp, run_folder):
     assert json.loads(Path("like.json").read_text())["views"] == ["view"]
 
 
-def test_diversity_wants_to_know_what_views_look_like(hvp, run_folder, tmp_path):
+def test_diversity_needs_a_configuration_of_the_views(hvp, run_folder, tmp_path):
     encoder, _ = load_encoder(run_folder)
     torch.save(encoder.state_dict(), tmp_path / "bare.pt")
     ran = hvp("analyze", "diversity", "bare.pt", "--data", "shapes")
     assert ran.code == 2
     assert "Name a preset that does: --like METHOD/PRESET" in ran.err
     assert hvp("analyze", "diversity", "bare.pt", "--data", "shapes", "--like", "dino/none").code == 2
-
-
-def test_bench_rescue_says_which_methods_it_knows(hvp):
-    ran = hvp("rescue", "simsiam", main=benchmarks)
-    assert ran.code == 2
-    assert "simsiam: its step with Rescue has no benchmark" in ran.err
-
-
-def test_bench_writes_rows(hvp, tmp_path):
-    assert hvp("loader", "--rounds", "1", "--json", "rows.json", main=benchmarks).code == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 3
-    assert {"benchmark", "case", "ratio", "target", "ok", "memory_mb"} <= set(rows[0])

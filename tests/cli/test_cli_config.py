@@ -1,4 +1,4 @@
-"""`hvp config`: every key with its meaning, the values it takes, its default, and a preset's value."""
+"""`hvp config`: every key with its meaning, allowed values, default, and value in a preset."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_a_key_a_section_and_a_preset(hvp):
         (["dino", "--preset", "vitb16"], "Did you mean vitb16-400ep?"),
     ],
 )
-def test_what_there_is_none_of_is_said(hvp, arguments, message):
+def test_unknown_names_are_refused(hvp, arguments, message):
     ran = hvp("config", *arguments)
     assert ran.code == 2
     assert message in ran.err
@@ -62,13 +62,13 @@ def test_what_there_is_none_of_is_said(hvp, arguments, message):
         ("loss.temp", "loss.warmup_teacher_temp or loss.teacher_temp or loss.warmup_teacher_temp_epochs"),
     ],
 )
-def test_an_unknown_key_suggests_the_one_that_is_meant(hvp, key, meant):
+def test_an_unknown_key_suggests_the_likely_one(hvp, key, meant):
     ran = hvp("pretrain", "dino", "--set", f"{key}=3")
     assert (ran.code, ran.err) == (2, f"hvp: --set: unknown key {key}. Did you mean {meant}?\n")
 
 
 @pytest.mark.parametrize("value", ["1,2", "0.5", "[0.5]", "[0.1, 0.5, 1]", "{a: 1}"])
-def test_what_is_no_pair_gets_an_example(hvp, value):
+def test_a_value_that_is_not_a_pair_gets_an_example(hvp, value):
     ran = hvp("pretrain", "dino", "--set", f"views.global_crops_scale={value}")
     assert ran.code == 2
     if value.startswith("{"):
@@ -78,7 +78,7 @@ def test_what_is_no_pair_gets_an_example(hvp, value):
         assert "for example 'views.global_crops_scale=[0.4, 1.0]'" in ran.err
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_leaves_anything(hvp, tmp_path):
+def test_a_run_that_cannot_fit_is_refused_and_leaves_no_files(hvp, tmp_path):
     values = ["--set", "model.out_dim=16777216", "--set", "model.head_bottleneck_dim=65536"]
     ran = hvp("pretrain", "dino", "--preset", "tiny", *values, "--device", "cpu", "--out", "run")
     assert ran.code == 2

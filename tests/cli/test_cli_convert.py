@@ -1,4 +1,4 @@
-"""hvp convert"""
+"""`hvp convert`: to an upstream's format, to libraries, and back to a run."""
 
 import argparse
 import json
@@ -37,17 +37,17 @@ def run(hvp: Callable[..., Any], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_there_and_back_and_on(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
-    """The first epoch's checkpoint, as the upstream's trainer would leave it; the resumed run ends as the whole one."""
+def test_a_run_survives_conversion_to_upstream_and_back(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+    """Convert the first epoch's checkpoint; the run resumed from it ends like the uninterrupted one."""
     there = hvp("convert", run / "epoch0001.pt", "--to", "upstream", "--out", "up.pth")
     assert there.code == 0, there.err
-    assert "random numbers: the upstream keeps none" in " ".join(there.out.split())
+    assert "random state: the upstream saves none" in " ".join(there.out.split())
     assert "wrote up.pth" in there.out
     about = json.loads((tmp_path / "up.pth.meta.json").read_text())
     assert (about["layout"], about["method"], about["epoch"], about["step"]) == ("facebookresearch/dino", "dino", 1, 2)
     content = torch.load("up.pth", weights_only=True)
     assert content["epoch"] == 1
-    # as the upstream's has them
+    # as in a checkpoint of the upstream
     content["args"] = argparse.Namespace(arch="vit_small", epochs=2)
     for group in content["optimizer"]["param_groups"]:
         group["lr"] = np.float64(group["lr"])
@@ -57,7 +57,7 @@ def test_there_and_back_and_on(run: Path, hvp: Callable[..., Any], tmp_path: Pat
         "convert", "up.pth", "--from", "upstream", "--method", "dino", "--config", run / "config.yaml", "--out", "back"
     )
     assert back.code == 0, back.err
-    assert "note: the upstream trained with arch = vit_small, the run goes on with model.arch = vit_micro" in back.out
+    assert "note: the upstream trained with arch = vit_small, the run continues with model.arch = vit_micro" in back.out
     assert hvp("eval", "knn", "back", "--data", "shapes", "--workers", 0, "--k", 1).code == 0
     resumed = hvp("resume", "back", "--workers", 0)
     assert resumed.code == 0, resumed.err
@@ -84,8 +84,8 @@ def test_a_backbone(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("to", "out"), [("upstream", "up.pth"), ("safetensors", "b.safetensors"), ("timm", "b.pth")])
 def test_a_converted_network_scores_as_before(to: str, out: str, request: Any, hvp: Any, tmp_path: Path) -> None:
-    """On images of the same size, drawn and probed the same way."""
-    if to == "timm":  # which lacks the demo's network
+    """Same image size, same sampling, same probe."""
+    if to == "timm":  # timm has no network like the demo's
         encoder = CONVNETS["resnet50"]()
         weights = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
         config = {"views": {"crop_size": 36}, "data": {"path": "shapes", "shapes": {"size": 32, "train": 8, "val": 4}}}
@@ -111,7 +111,7 @@ def test_a_converted_network_scores_as_before(to: str, out: str, request: Any, h
         assert after["checkpoint"]["described_in"] == f"{out}.meta.json"
 
 
-def test_files_that_are_there_stay(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+def test_existing_files_are_kept(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
     convert = ("convert", "run", "--to", "safetensors", "--out", "b.safetensors")
     (tmp_path / "b.safetensors").write_text("mine")
     refused = hvp(*convert)
@@ -129,46 +129,46 @@ def test_files_that_are_there_stay(run: Path, hvp: Callable[..., Any], tmp_path:
     assert "is not empty" in hvp(*into, "--out", "run").err
 
 
-def test_files_that_do_not_fit(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
+def test_files_that_do_not_match_are_refused(run: Path, hvp: Callable[..., Any], tmp_path: Path) -> None:
     assert hvp("convert", "run", "--to", "upstream", "--out", "up.pth").code == 0
     back = ("convert", "up.pth", "--from", "upstream", "--out", "back", "--data", "shapes")
-    for arguments, said in [
+    for arguments, message in [
         (("--method", "simsiam", "--preset", "tiny"), "up.pth: has no state_dict; it has: student, teacher"),
         (("--method", "dino", "--preset", "tiny", "--set", "model.out_dim=17"), "other shapes"),
         (("--method", "dino", "--preset", "vits16-100ep"), "Give the preset or the configuration"),
         (("--method", "dyno", "--preset", "tiny"), "unknown method dyno. Did you mean dino?"),
         (
             ("--method", "dino", "--preset", "tiny", "--set", "train.epochs=1"),
-            "2 epochs are done, but train.epochs = 1",
+            "2 epochs are finished, but train.epochs = 1",
         ),
     ]:
         ran = hvp(*back, *arguments)
         assert ran.code == 2
-        assert said in ran.err
+        assert message in ran.err
         assert not (tmp_path / "back").exists()
     whole = (tmp_path / "up.pth").read_bytes()
     (tmp_path / "up.pth").write_bytes(whole[: len(whole) // 2])
-    assert "is truncated, or no checkpoint" in hvp(*back, "--method", "dino", "--preset", "tiny").err
-    assert "is truncated, or no checkpoint" in hvp("convert", "up.pth", "--to", "upstream", "--out", "b.pth").err
+    assert "is truncated, or not a checkpoint" in hvp(*back, "--method", "dino", "--preset", "tiny").err
+    assert "is truncated, or not a checkpoint" in hvp("convert", "up.pth", "--to", "upstream", "--out", "b.pth").err
     assert "there is no such file" in hvp("convert", "nowhere.pth", "--to", "timm", "--out", "b.pth").err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "give either --to"),
         (("--to", "timm", "--from", "upstream"), "give either --to"),
-        (("--to", "timm", "--preset", "tiny"), "--preset belongs to --from upstream"),
-        (("--to", "upstream", "--which", "teacher"), "--which belongs to --to timm"),
+        (("--to", "timm", "--preset", "tiny"), "--preset needs --from upstream"),
+        (("--to", "upstream", "--which", "teacher"), "--which needs --to timm"),
         (("--from", "upstream"), "--from upstream needs --method"),
     ],
 )
-def test_options_that_do_not_go_together(arguments: tuple[str, ...], said: str, hvp: Callable[..., Any]) -> None:
+def test_options_that_do_not_combine(arguments: tuple[str, ...], message: str, hvp: Callable[..., Any]) -> None:
     ran = hvp("convert", "x.pth", "--out", "y.pth", *arguments)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
 
 
-def test_names_of_files(run: Path, hvp: Callable[..., Any]) -> None:
+def test_file_names_must_have_the_right_suffix(run: Path, hvp: Callable[..., Any]) -> None:
     assert "must end in" in hvp("convert", "run", "--to", "safetensors", "--out", "b.pth").err
     assert "must end in" in hvp("convert", "run", "--to", "upstream", "--out", "b.safetensors").err

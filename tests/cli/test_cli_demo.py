@@ -1,4 +1,4 @@
-"""`hvp demo`: a short one that shows that everything is left, and the real one, which must learn."""
+"""`hvp demo`: a short one that must write all files, and the real one, which must learn."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 from PIL import Image
 
-from hvp.cli import pretrain
+from hvp.cli import options
 from hvp.cli.main import main
 
 SHORT = [
@@ -27,12 +27,10 @@ def demo(monkeypatch, folder, *arguments):
 
 
 @pytest.mark.parametrize("vanilla", [False, True])
-def test_a_short_demo_leaves_everything_and_can_be_repeated(monkeypatch, tmp_path, capsys, vanilla):
-    resolve = pretrain.resolve_flags
+def test_a_short_demo_writes_all_files_and_can_be_repeated(monkeypatch, tmp_path, capsys, vanilla):
     monkeypatch.setattr(
-        pretrain,
-        "resolve_flags",
-        lambda method, preset, config, flags, _: resolve(method, preset, config, flags, SHORT),
+        "hvp.cli.demo.resolve_flags",
+        lambda method, preset, config, flags, _: options.resolve_flags(method, preset, config, flags, SHORT),
     )
     arguments = ["--vanilla"] if vanilla else []
     first = demo(monkeypatch, tmp_path, *arguments)
@@ -42,7 +40,7 @@ def test_a_short_demo_leaves_everything_and_can_be_repeated(monkeypatch, tmp_pat
     assert (tmp_path / "demo" / "run" / "last.pt").exists()
     out = capsys.readouterr().out
     assert ("Selection starts after" in out) is not vanilla
-    # what the demo says of its encoder holds
+    # the demo's remarks on its encoder are true
     convert = shlex.split(next(line for line in out.splitlines() if "hvp convert" in line).partition("hvp ")[2])
     monkeypatch.setattr(sys, "argv", ["hvp", *convert])
     with suppress(SystemExit):

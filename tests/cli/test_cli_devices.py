@@ -1,4 +1,4 @@
-"""`hvp pretrain --devices 2`, against the same run in one process. torchrun, for every method: test_every_method.py."""
+"""`hvp pretrain --devices 2` against the same run in one process. For torchrun see test_every_method.py."""
 
 import json
 import os
@@ -21,7 +21,7 @@ QUICK = [
 
 
 def command(*arguments: object, code: int = 0) -> str:
-    """Runs it and returns what it said on stderr."""
+    """Run the command and return its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([HVP, *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert done.returncode == code, done.stderr
@@ -33,7 +33,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def assert_close_runs(one: Path, two: Path) -> None:
-    """Losses, selections and centres of 10 steps.
+    """Check that losses, selections and centres of 10 steps are close.
 
     Tolerance: a loss is a mean of float32 numbers near 4 that are summed in another order, a few units of rounding,
     1.2e-7 each, relative. The optimiser carries such differences on, and AdamW divides by gradients, so those of 10
@@ -51,34 +51,34 @@ def assert_close_runs(one: Path, two: Path) -> None:
     torch.testing.assert_close(*centers, rtol=1e-4, atol=1e-5)
 
 
-def test_devices_give_the_run_of_one_process_which_another_number_goes_on_with(tmp_path):
+def test_two_devices_train_like_one_and_one_can_resume(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     command(*QUICK, "--out", one)
-    said = command(*QUICK, "--out", two, "--devices", "2", "--set", "train.keep_every=1")
-    assert said.count("going on") == 0
+    stderr = command(*QUICK, "--out", two, "--devices", "2", "--set", "train.keep_every=1")
+    assert stderr.count("going on") == 0
     assert_close_runs(one, two)
     state = load_checkpoint(two / "last.pt")
     assert len(state["processes"]) == 2
     assert not torch.equal(state["processes"][0]["torch"], state["processes"][1]["torch"])
     # the first epoch alone, as a run that was stopped there leaves it; the order of the images stays
     (two / "epoch0001.pt").replace(two / "last.pt")
-    assert "going on after step 5 of 10" in command("resume", two)
+    assert "continuing after step 5 of 10" in command("resume", two)
     assert_close_runs(one, two)
 
 
-def test_a_mistake_in_one_process_ends_all_with_one_message(tmp_path):
+def test_an_error_in_one_process_stops_all_with_one_message(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(16):
         Image.new("RGB", (40, 40), (i * 10, 0, 0)).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "7.png").write_bytes(b"no picture")
     arguments = [*QUICK, "--data", tmp_path / "images", "--out", tmp_path / "run", "--devices", "2"]
-    said = command(*arguments, code=2)
-    assert said.count("hvp:") == 1
-    assert "Traceback" not in said
-    assert "7.png" in said
-    assert "--on-bad-image skip" in said
-    # what all of them meet alike is said once, too, before any work
-    said = command(*QUICK, "--batch-size", "9", "--out", tmp_path / "b", "--devices", "2", code=2)
-    assert said.count("hvp:") == 1
-    assert "Set a multiple of 2" in said
+    stderr = command(*arguments, code=2)
+    assert stderr.count("hvp:") == 1
+    assert "Traceback" not in stderr
+    assert "7.png" in stderr
+    assert "--on-bad-image skip" in stderr
+    # an error of every process is reported once, too, before any work
+    stderr = command(*QUICK, "--batch-size", "9", "--out", tmp_path / "b", "--devices", "2", code=2)
+    assert stderr.count("hvp:") == 1
+    assert "Set a multiple of 2" in stderr
     assert not (tmp_path / "b").exists()

@@ -1,4 +1,4 @@
-"""`hvp doctor`: what it finds fit, what it does not, and what it says to do."""
+"""`hvp doctor`: its findings and its advice."""
 
 import json
 import shutil
@@ -32,14 +32,14 @@ def pictures(tmp_path) -> Path:
 
 
 def lines_of(report: str) -> dict[str, str]:
-    """The status of each check in a printed report."""
+    """Return the status of each check in a printed report."""
     words = [line.split() for line in report.splitlines()]
     statuses = ("ok", "warning", "failure")
     # a check's name may have two words, of which the first tells them apart
     return {line[1]: line[0] for line in words if len(line) > 2 and line[0] in statuses}
 
 
-def test_a_machine_without_a_task(hvp, tmp_path):
+def test_a_machine_without_a_run(hvp, tmp_path):
     ran = hvp("doctor")
     assert ran.code == 0
     assert lines_of(ran.out)["packages"] == "ok"
@@ -80,24 +80,24 @@ def test_bad_files_are_named(hvp, pictures):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name", "said"),
+    ("arguments", "name", "message"),
     [
         (["--data", "nowhere"], "dataset", "nowhere: no such folder"),
-        (["--data", "pictures", "--set", "train.batch_size=64"], "dataset", "A batch has 64"),
+        (["--data", "pictures", "--set", "train.batch_size=64"], "dataset", "A batch takes 64"),
         (["--data", "pictures", "--set", "train.precision=fp16"], "precision", "fp16 needs a GPU"),
         (["--data", "pictures", "--out", "file.txt"], "disk", "file.txt is a file"),
         (["--data", "pictures", "--out", "file.txt/run"], "disk", "file.txt is a file"),
     ],
 )
-def test_what_would_stop_a_run_is_a_failure(hvp, pictures, tmp_path, arguments, name, said):
+def test_anything_that_would_stop_a_run_is_a_failure(hvp, pictures, tmp_path, arguments, name, message):
     (tmp_path / "file.txt").write_text("text")
     ran = hvp(*TINY, *arguments)
     assert ran.code == 1
     assert lines_of(ran.out)[name] == "failure"
-    assert said in ran.out
+    assert message in ran.out
 
 
-def test_mistakes_in_the_configuration_are_those_of_pretrain(hvp):
+def test_configuration_errors_are_those_of_pretrain(hvp):
     ran = hvp("doctor", "dino", "--preset", "tiney")
     assert ran.code == 2
     assert "Did you mean tiny?" in ran.err
@@ -106,7 +106,7 @@ def test_mistakes_in_the_configuration_are_those_of_pretrain(hvp):
     assert "hvp doctor dino" in ran.err
 
 
-def test_a_package_that_cannot_be_imported_ends_the_report(hvp, monkeypatch):
+def test_the_report_stops_at_a_package_that_cannot_be_imported(hvp, monkeypatch):
     monkeypatch.setitem(doctor.PACKAGES, "hvp_has_no_such_module", "Nothing")
     assert check_packages().status == "failure"
     ran = hvp("doctor")
@@ -115,21 +115,21 @@ def test_a_package_that_cannot_be_imported_ends_the_report(hvp, monkeypatch):
     assert "Nothing cannot be imported: No module named" in ran.out
 
 
-def test_shared_memory_is_held_against_the_loader(monkeypatch, tmp_path):
+def test_shared_memory_must_suffice_for_the_loader(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(64, 0, 64 * 2**20))
     small = check_shared_memory(tmp_path, 65 * 2**20, workers=8)
     assert small.status == "failure"
-    assert "the loader takes up to 65 MiB" in small.found
+    assert "the loader needs up to 65 MiB" in small.found
     assert "(now 8)" in small.advice
     assert "--shm-size=1g" in small.advice
     assert check_shared_memory(tmp_path, 64 * 2**20, workers=8).status == "ok"
     assert check_shared_memory(tmp_path, None, workers=None).status == "ok"
 
 
-def test_what_the_loader_takes():
+def test_shared_memory_of_the_loader():
     config = resolve(get_method("dino").config, [("", {"data.workers": 4, "train.batch_size": 32})]).config
     image = 3 * (4 * 224**2 + 16 * 96**2)
-    assert doctor._loader_bytes(config) == 9 * 32 * image  # 2 batches a worker and the one in use
+    assert doctor._loader_bytes(config) == 9 * 32 * image  # 2 batches per worker and the current one
     parts = {"data.workers": 4, "train.batch_size": 32, "train.accumulate": 2}
     assert doctor._loader_bytes(resolve(get_method("dino").config, [("", parts)]).config) == 10 * 16 * image
     assert doctor._loader_bytes(resolve(get_method("dino").config, [("", {"data.workers": 0})]).config) == 0
@@ -139,14 +139,14 @@ def test_what_the_loader_takes():
     ("free", "kept", "status"),
     [(10, 0, "ok"), (3.5, 0, "warning"), (2.9, 0, "failure"), (10, 4, "ok"), (6.9, 4, "failure")],
 )
-def test_the_disk_is_held_against_the_checkpoints(monkeypatch, tmp_path, free, kept, status):
+def test_the_disk_must_suffice_for_the_checkpoints(monkeypatch, tmp_path, free, kept, status):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100 * GIB, 0, int(free * GIB)))
     check = check_disk(tmp_path / "runs" / "new", GIB, kept=kept)
     assert check.status == status
     assert ("train.keep_every" in check.advice) == (status == "failure" and kept > 0)
 
 
-def test_cores_are_those_that_a_container_leaves(monkeypatch, tmp_path):
+def test_cores_respect_the_limit_of_a_container(monkeypatch, tmp_path):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)), raising=False)
     monkeypatch.setattr(doctor, "CGROUP_QUOTA", tmp_path / "cpu.max")
@@ -163,7 +163,7 @@ def test_cores_are_those_that_a_container_leaves(monkeypatch, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path, optimizer):
     method = get_method("dino")
-    changes = {"data.workers": 0, "data.shapes.train": 8, "train.batch_size": 8, "train.epochs": 1}
+    changes: dict[str, object] = {"data.workers": 0, "data.shapes.train": 8, "train.batch_size": 8, "train.epochs": 1}
     changes |= {"optim.optimizer": optimizer, "optim.warmup_epochs": 0, "train.device": "cpu"}
     config = resolve(method.config, [("", read_yaml(get_preset("dino", "tiny"))), ("", changes)]).config
     with Console(quiet=True) as console:

@@ -1,4 +1,4 @@
-"""`hvp pretrain --engine upstream`, on stand-ins for the originals: scripts that write down how they were started."""
+"""`hvp pretrain --engine upstream` on stand-ins for the originals: scripts that record how they were started."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ METHODS = {
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> Path:
-    """A stand-in for an upstream repository, whatever the method, with as many GPUs as anyone wants."""
+    """A stand-in for the upstream repository of every method, on a machine with 8 GPUs."""
     folder = tmp_path / "standin"
     folder.mkdir()
     (folder / "train.py").write_text(TRAINER)
@@ -54,7 +54,7 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def signals_restored():
-    """The launcher leaves its handlers behind."""
+    """Restore the signal handlers that the launcher replaces."""
     before = {number: signal.getsignal(number) for number in EXIT_CODES}
     yield
     for number, handler in before.items():
@@ -69,7 +69,7 @@ def flag(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
-def test_a_dry_run_says_the_command_and_starts_nothing(hvp, clone, tmp_path):
+def test_a_dry_run_prints_the_command_and_starts_nothing(hvp, clone, tmp_path):
     ran = hvp(*arguments("dino", clone, "--out", "a run", "--devices", 2, "--set", "optim.base_lr=0.002", "--dry-run"))
     assert ran.code == 0
     words = shlex.split(ran.out.splitlines()[0])
@@ -87,7 +87,7 @@ def test_a_dry_run_says_the_command_and_starts_nothing(hvp, clone, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_value_is_a_flag_or_listed(hvp, clone, method):
-    """And what the original does in its stead is known of all of them."""
+    """The list also says what the original does instead."""
     patch = clone.parent / "patch.toml"
     patch.write_text(patch.read_text().replace('["HVP"]', '["HVP", "Rescue"]'))
     ran = hvp(*arguments(method, clone, "--dry-run"))
@@ -139,7 +139,7 @@ def test_packages_that_the_original_lacks_are_named_before_anything_is_written(h
 
 @pytest.fixture
 def packaged(clone) -> Path:
-    """The same with its trainer in a package, which it imports."""
+    """The same stand-in with its trainer inside a package, which it imports."""
     (clone / "train.py").unlink()
     (clone / "package").mkdir()
     script = "import package\n" + TRAINER
@@ -154,7 +154,7 @@ def packaged(clone) -> Path:
 @pytest.mark.parametrize(
     ("method", "goes_on"), [("dino", True), ("ibot", False), ("simsiam", False), ("simclr", False), ("mocov3", False)]
 )
-def test_an_earlier_run_is_not_started_over(hvp, clone, tmp_path, monkeypatch, method, goes_on):
+def test_an_earlier_run_is_not_overwritten(hvp, clone, tmp_path, monkeypatch, method, goes_on):
     (tmp_path / "data" / "stl10_binary").mkdir()
     assert hvp("patch", "apply", method, "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
     (tmp_path / "run" / "checkpoint.pth").write_text("of weeks")
@@ -179,7 +179,7 @@ def test_a_trainer_in_a_package_finds_it(hvp, packaged, tmp_path, monkeypatch, s
     assert (run / "started-0.json").exists()
 
 
-def test_checkpoints_with_objects_are_loaded_by_those_who_trust_them(hvp, packaged, tmp_path, monkeypatch):
+def test_checkpoints_with_objects_are_loaded_only_if_trusted(hvp, packaged, tmp_path, monkeypatch):
     np.save(tmp_path / "data" / "entries-TRAIN.npy", np.zeros(1_281_167, dtype=np.uint8))
     assert hvp("patch", "apply", "dinov2", "--upstream", packaged, "--out", tmp_path / "run" / "upstream").code == 0
     monkeypatch.setattr(job.Job, "run", lambda _: 7)
@@ -189,21 +189,21 @@ def test_checkpoints_with_objects_are_loaded_by_those_who_trust_them(hvp, packag
     (tmp_path / "run" / "model_final.rank_0.pth").write_text("of weeks")
     ran = hvp(*command)
     assert ran.code == 2
-    assert "go on with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment; or give another --out" in ran.err
+    assert "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment to resume; or give another --out" in ran.err
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     assert hvp(*command).code == 7
 
 
-def test_the_batch_system_does_not_mislead_it(hvp, packaged, monkeypatch):
+def test_variables_of_the_batch_system_are_unset(hvp, packaged, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     words = shlex.split(hvp(*arguments("dinov2", packaged, "--out", "run", "--dry-run")).out.splitlines()[0])
     assert words[3:6] == ["env", "-u", "SLURM_JOB_ID"]
 
 
-def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, tmp_path):
+def test_an_unchanged_copy_is_reused_and_a_changed_one_refused(hvp, clone, tmp_path):
     assert hvp("patch", "apply", "dino", "--upstream", clone, "--out", tmp_path / "run" / "upstream").code == 0
-    assert "The copy is not there yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
+    assert "The patched copy does not exist yet" not in hvp(*arguments("dino", clone, "--out", "run", "--dry-run")).out
     (tmp_path / "run" / "upstream" / "utils.py").write_text("changed\n")
     ran = hvp(*arguments("dino", clone, "--out", "run", "--data", "data"))
     assert ran.code == 2
@@ -214,24 +214,24 @@ def test_an_unchanged_copy_serves_again_and_a_changed_one_does_not(hvp, clone, t
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
-        ("dino", ["--resume"], "--resume belongs to our own engine"),
-        ("dino", ["--overwrite"], "--overwrite belongs to our own engine"),
-        ("dino", ["--force"], "--force belongs to our own engine"),
-        ("dino", ["--dry-run", "--measure"], "--measure belongs to our own engine"),
-        ("dino", ["--rescue"], "rescue.enabled is on, but the patched owner/standin brings HVP alone"),
+        ("dino", ["--resume"], "--resume works with our own engine only"),
+        ("dino", ["--overwrite"], "--overwrite works with our own engine only"),
+        ("dino", ["--force"], "--force works with our own engine only"),
+        ("dino", ["--dry-run", "--measure"], "--measure works with our own engine only"),
+        ("dino", ["--rescue"], "rescue.enabled is on, but the patched owner/standin has only HVP"),
         ("dino", ["--loader", "fast"], "--loader: owner/standin has no flag for it (data.loader = fast; the"),
         ("dino", ["--set", "optim.clip_by=global"], "no flag for it (optim.clip_by = global; the original: tensor)"),
         ("dino", ["--set", "model.arch=vit_micro"], "model.arch = vit_micro is ours"),
         ("dino", ["--devices", "3"], "train.batch_size = 512 does not divide among 3 processes"),
-        ("dino", ["--devices", "16"], "wants a GPU for each of 16 processes; here: 8"),
+        ("dino", ["--devices", "16"], "needs a GPU for each of 16 processes; this machine has 8"),
         ("dino", ["--data", "shapes"], "--data shapes: owner/standin reads a folder of images"),
         ("dino", ["--data", "data/train"], "data/train: owner/standin reads train/CLASS/ in it"),
-        ("dino", ["--out", "data"], "data holds something else than a run of owner/standin"),
-        ("dino", ["--upstream", "nowhere"], "nowhere is no folder. Get a clone: git clone"),
-        ("dino", ["--engine", "hvp"], "--engine upstream and --upstream DIR, your clone of the original, belong"),
+        ("dino", ["--out", "data"], "data holds something other than a run of owner/standin"),
+        ("dino", ["--upstream", "nowhere"], "nowhere is not a folder. Get a clone: git clone"),
+        ("dino", ["--engine", "hvp"], "--engine upstream and --upstream DIR, your clone of the original, go together"),
     ],
 )
-def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, method, more, message):
+def test_errors_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, method, more, message):
     before = sorted(tmp_path.rglob("*"))
     ran = hvp(*arguments(method, clone, *(["--data", "data"] if "--data" not in more else []), *more))
     assert ran.code == 2
@@ -241,8 +241,10 @@ def test_mistakes_are_one_message_and_nothing_is_written(hvp, clone, tmp_path, m
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_missing_is_one_message(hvp, clone):
-    assert "--upstream DIR, your clone of the original, belong" in hvp("pretrain", "dino", "--engine", "upstream").err
+def test_missing_options_and_changed_clones_are_one_message(hvp, clone):
+    assert (
+        "--upstream DIR, your clone of the original, go together" in hvp("pretrain", "dino", "--engine", "upstream").err
+    )
     assert "no images: give --data DIR" in hvp(*arguments("dino", clone)).err
     (clone / "train.py").write_text("another\n")
     assert "train.py differs" in hvp(*arguments("dino", clone, "--dry-run")).err
@@ -251,7 +253,7 @@ def test_what_is_missing_is_one_message(hvp, clone):
 @pytest.mark.parametrize(
     ("folder", "name", "size"), [("stl10_binary", "stl10", 96), ("cifar-10-batches-py", "cifar10", 32)]
 )
-def test_simclrs_images_are_told_by_their_folder(hvp, clone, tmp_path, folder, name, size):
+def test_simclr_recognises_its_images_by_their_folder(hvp, clone, tmp_path, folder, name, size):
     (tmp_path / "data" / folder).mkdir()
     ran = hvp(*arguments("simclr", clone, "--data", "data", "--set", "optim.base_lr=0.01", "--dry-run"))
     assert ran.code == 0, ran.err
@@ -275,12 +277,12 @@ def test_simclrs_images_are_told_by_their_folder(hvp, clone, tmp_path, folder, n
         ([], ["--data", "shapes"], "Give one that has STL-10 (stl10_binary/) or CIFAR-10 (cifar-10-batches-py/)\n"),
         (["stl10_binary", "cifar-10-batches-py"], [], "data: stl10_binary and cifar-10-batches-py are both there"),
         (["stl10_binary"], ["--devices", "2"], "--devices 2: sthalles/SimCLR trains on one GPU"),
-        (["stl10_binary"], ["--seed", "3"], "(train.seed = 3; the original: 0, but for strong views)"),
+        (["stl10_binary"], ["--seed", "3"], "(train.seed = 3; the original: 0, except for strong views)"),
         (["stl10_binary"], ["--batch-size", "200000"], "train.batch_size = 200000, but stl10 has 100000 images"),
         (["stl10_binary"], ["--set", "optim.min_lr=0.1"], "(optim.min_lr = 0.1; the original: 4.8 for 11 epochs, then"),
     ],
 )
-def test_what_simclr_cannot_do_is_one_message(hvp, clone, tmp_path, folders, more, message):
+def test_unsupported_simclr_options_are_one_message(hvp, clone, tmp_path, folders, more, message):
     for folder in folders:
         (tmp_path / "data" / folder).mkdir()
     ran = hvp(*arguments("simclr", clone, *(["--data", "data"] if "--data" not in more else []), *more))
@@ -289,7 +291,7 @@ def test_what_simclr_cannot_do_is_one_message(hvp, clone, tmp_path, folders, mor
     assert ran.err.count("\n") == 1
 
 
-def test_a_batch_system_does_not_queue_it(hvp, clone):
+def test_an_original_cannot_be_queued(hvp, clone):
     ran = hvp("launch", "slurm", "--", *arguments("dino", clone))
     assert ran.code == 2
     assert "--engine upstream cannot be queued" in ran.err
@@ -297,7 +299,7 @@ def test_a_batch_system_does_not_queue_it(hvp, clone):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_original_understands_the_flags(hvp, tmp_path, method):
-    """On a real clone, where HVP_UPSTREAMS names one. Its own parser reads them: an unknown one is exit code 2."""
+    """Run the parser of the original, in the clones that HVP_UPSTREAMS has; it exits with 2 at an unknown flag."""
     devices = 1 if method == "simclr" else 8
     ran = hvp(*arguments(method, clone_of(patching.load_patch(method)), "--dry-run", "--devices", devices))
     assert ran.code == 0, ran.err

@@ -1,4 +1,4 @@
-"""`hvp launch slurm`: a batch file that runs exactly the command given, and runs it again until it is done."""
+"""`hvp launch slurm`: a batch file that runs exactly the given command, and requeues it until it is done."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from hvp.cli.slurm import SlurmJob, sbatch_script
 from hvp.common.errors import UserError
 
 RUN = ["pretrain", "dino", "--preset", "vitb16-400ep", "--data", "/data/imagenet"]
-# Stand-ins for Slurm's commands: what they are called with is noted, and srun runs the task as it would.
+# Stand-ins for Slurm's commands: they record their arguments, and srun runs the task.
 SRUN = '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
 HVP = '#!/bin/sh\nprintf "%s\\0" "$@" > seen\necho "$MASTER_ADDR:$MASTER_PORT" > place\nexit $CODE\n'
 SCONTROL = (
@@ -23,7 +23,7 @@ SCONTROL = (
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """Runs a batch file in an empty folder, on a cluster that is three shell scripts."""
+    """Return a function that runs a batch file in an empty folder, on a cluster faked by three shell scripts."""
     tools, work = tmp_path / "bin", tmp_path / "work"
     tools.mkdir()
     work.mkdir()
@@ -32,7 +32,7 @@ def cluster(tmp_path, monkeypatch):
         (tools / name).chmod(stat.S_IRWXU)
 
     def run(script: str, code: int = 0, preempted: str = "None") -> tuple[int, list[str], str, str]:
-        """The exit code, the arguments that hvp got, where the processes meet, and what scontrol was asked last."""
+        """Return the exit code, hvp's arguments, the rendezvous, and the last call of scontrol."""
         slurm = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "4"}
         path = f"{tools}:{os.environ['PATH']}"
         env = {**os.environ, **slurm, "PATH": path, "CODE": str(code), "PREEMPTED": preempted}
@@ -46,7 +46,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def directives(script: str) -> dict[str, str]:
-    """The options in the lines that sbatch reads, which end at the first command."""
+    """Return the options in the lines that sbatch reads, which end at the first command."""
     lines = script.splitlines()
     end = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[end:])
@@ -54,7 +54,7 @@ def directives(script: str) -> dict[str, str]:
     return {option.partition("=")[0]: option.partition("=")[2] for option in options}
 
 
-def test_the_file_asks_for_what_was_asked(hvp, tmp_path):
+def test_the_file_requests_the_given_resources(hvp, tmp_path):
     resources = [
         "--nodes",
         2,
@@ -93,8 +93,8 @@ def test_the_file_asks_for_what_was_asked(hvp, tmp_path):
     )
 
 
-def test_what_else_a_cluster_wants(hvp, tmp_path, cluster):
-    """Options of sbatch stand among the others; setup lines run before the command, in order, and may hold anything."""
+def test_other_options_and_setup_lines(hvp, tmp_path, cluster):
+    """Options of sbatch join the others; setup lines run before the command, in order, and may contain anything."""
     asked = ["--qos", "high", "--mem", "120G", "--constraint", "a100|h100", "--sbatch=--exclusive"]
     asked += ["--sbatch", "--mail-user=me@example.org", "--setup", 'export CODE="7"', "--setup", "echo $CODE > ready"]
     ran = hvp("launch", "slurm", *asked, "--", *RUN)
@@ -112,11 +112,11 @@ def test_an_existing_file_is_kept(hvp, tmp_path):
     (tmp_path / "job.sh").write_text("mine")
     ran = hvp("launch", "slurm", "--out", "job.sh", "--", *RUN)
     assert ran.code == 2
-    assert "job.sh: exists" in ran.err
+    assert "job.sh: already exists" in ran.err
     assert (tmp_path / "job.sh").read_text() == "mine"
 
 
-def test_the_command_arrives_as_it_was_given(hvp, cluster):
+def test_the_command_is_passed_on_unchanged(hvp, cluster):
     awkward = ["--data", '/data/it\'s "here" $HOME', "--set", "data.path=a\nb; exit 3", "--config", "no `such` file"]
     script = sbatch_script(SlurmJob("a", 1, 1, 1, "60"), [*RUN, *awkward], made_by=["launch", *awkward], resumes=True)
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
@@ -140,20 +140,20 @@ def test_a_run_gets_its_folder_and_resumes(hvp, cluster):
     [
         (0, "None", False),
         (1, "None", False),
-        (2, "2030-01-01T00:00:00", False),  # a mistake would be made again and again
+        (2, "2030-01-01T00:00:00", False),  # the same error would occur again
         (75, "None", True),
         (143, "None", False),
         (143, "2030-01-01T00:00:00", True),
     ],
 )
-def test_what_stopped_early_is_queued_again(hvp, cluster, code, preempted, again):
+def test_a_run_that_stopped_early_is_requeued(hvp, cluster, code, preempted, again):
     script = hvp("launch", "slurm", "--", *RUN).out
     status, _, _, asked = cluster(script, code, preempted)
     assert status == code
     assert (asked == "requeue 20007") == again
 
 
-def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
+def test_other_commands_are_one_process_and_are_not_requeued(hvp, cluster):
     ran = hvp("launch", "slurm", "--", "eval", "knn", "run/last.pt", "--data", "shapes")
     assert "signal" not in directives(ran.out)
     assert directives(ran.out)["job-name"] == "hvp-eval-knn"
@@ -162,7 +162,7 @@ def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
     assert (status, asked) == (75, "show hostnames node[7-8]")
     ran = hvp("launch", "slurm", "--nodes", "2", "--", "eval", "knn", "run/last.pt", "--data", "shapes")
     assert ran.code == 2
-    assert "hvp eval knn is one process" in ran.err
+    assert "hvp eval knn is a single process" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
         (["--nodes", "0"], "pretrain dino", "--nodes"),
         (["--qos", "a b"], "pretrain dino", "--qos 'a b': must be one word"),
         (["--mem", "much"], "pretrain dino", "--mem 'much': must be a number"),
-        (["--constraint", "a;b"], "pretrain dino", "--constraint 'a;b': must be features"),
-        (["--constraint", "a\nb"], "pretrain dino", "must be features"),
+        (["--constraint", "a;b"], "pretrain dino", "--constraint 'a;b': must be node features"),
+        (["--constraint", "a\nb"], "pretrain dino", "must be node features"),
         (["--sbatch", "exclusive"], "pretrain dino", "must be one option of sbatch"),
         (["--sbatch", "--comment=a\n#SBATCH --nodes=9"], "pretrain dino", "must be one option of sbatch"),
         (["--sbatch", "--nodes=9"], "pretrain dino", "hvp writes --nodes itself; use hvp's own --nodes"),
@@ -196,7 +196,7 @@ def test_other_commands_are_one_process_and_start_anew(hvp, cluster):
         (["--setup", " "], "pretrain dino", "must be one line of shell"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_queued(hvp, tmp_path, options, command, message):
+def test_errors_are_reported_before_anything_is_queued(hvp, tmp_path, options, command, message):
     ran = hvp("launch", "slurm", *options, "--out", "job.sh", "--", *shlex.split(command))
     assert ran.code == 2
     assert message in ran.err
@@ -204,7 +204,7 @@ def test_mistakes_are_said_before_anything_is_queued(hvp, tmp_path, options, com
 
 
 @pytest.mark.parametrize("time", ["60", "30:00", "24:00:00", "2-0", "2-12:30", "7-00:00:00"])
-def test_slurms_ways_to_write_a_time(time):
+def test_slurm_time_formats(time):
     SlurmJob("a", 1, 1, 1, time)
     with pytest.raises(UserError):
         SlurmJob("a", 1, 1, 1, time + ":")

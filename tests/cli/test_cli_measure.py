@@ -1,4 +1,4 @@
-"""`--dry-run --measure`, and what is said when memory runs out."""
+"""`--dry-run --measure`, and the advice when memory runs out."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ QUICK = [
 
 
 def config_of(**changes: dict[str, object]) -> DinoConfig:
-    """A network that takes milliseconds, on 40 shapes."""
+    """Return the configuration of a network that takes milliseconds, on 40 shapes."""
     tree: dict[str, dict[str, object]] = {
         "data": {"path": "shapes", "shapes": {"size": 32, "train": 40, "val": 10}, "workers": 0},
         "model": {"arch": "vit_micro", "patch_size": 8, "out_dim": 16, "head_hidden_dim": 16},
@@ -43,24 +44,25 @@ def test_measuring_reports_both_kinds_of_step_and_leaves_nothing(hvp, tmp_path, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     ran = hvp(*TINY, *QUICK, "--out", "run", "--dry-run", "--measure")
     assert ran.code == 0, ran.err
-    assert "Measured over 10 steps after 2 of warm-up, on cpu, 0 loader workers" in ran.out
+    assert "Measured over 10 steps after 2 of warm-up, on cpu, no loader workers" in ran.out
     rows = {line[: line.index("  ", 3)].strip(): line.split() for line in ran.out.splitlines() if "  " in line[3:]}
     assert float(rows["images/s"][-2]) > 0
     assert rows["selecting"][-2] == "0%"
     assert rows["selecting"][-1] != "0%"
     assert re.fullmatch(r"\d+\.\d\d", rows["peak memory, this process"][-2])
-    assert "the run, 3 epochs" in rows
-    assert "Of the whole run's 48 steps, 33 select" in ran.out
+    assert "whole run, 3 epochs" in rows
+    assert "Of the run's 48 steps, 33 select" in ran.out
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert not any((tmp_path / "tmp").iterdir())
 
 
-def test_an_interrupt_while_measuring_says_nothing_of_a_folder_that_is_gone(hvp, tmp_path, monkeypatch):
-    record, acknowledged = Run.record, []
+def test_an_interrupt_while_measuring_does_not_mention_the_deleted_folder(hvp, tmp_path, monkeypatch):
+    record = Run.record
+    acknowledged: list[str] = []
 
-    def interrupted(self: Run, loss: float, **values: float | list[float]) -> None:
+    def interrupted(self: Run, **values: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        record(self, loss, **values)
+        record(self, **values)
 
     monkeypatch.setattr(Run, "record", interrupted)
     monkeypatch.setattr(Run, "save", None)
@@ -73,10 +75,10 @@ def test_an_interrupt_while_measuring_says_nothing_of_a_folder_that_is_gone(hvp,
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_in_which_every_step_selects_is_its_steps(monkeypatch):
+def test_the_cost_of_a_run_whose_every_step_selects(monkeypatch):
     stages: list[str] = []
     found = measure(get_method("dino").train, config_of(), on_stage=stages.append)
-    assert (found.warmup_steps, found.steps, found.steps_per_epoch) == (2, 3, 5)  # no more than there are
+    assert (found.warmup_steps, found.steps, found.steps_per_epoch) == (2, 3, 5)  # no more than an epoch has
     assert stages == ["5 steps without hard views", "5 steps with hard views"]
     assert found.hard is not None
     assert found.hard_run_seconds == pytest.approx(15 * found.hard.seconds)
@@ -109,10 +111,10 @@ def test_selecting_steps_are_those_of_the_trainer(start, every):
         assert count(done) == sum(selector.acts_on(step) for step in range(done, 101))
 
 
-def test_measuring_belongs_to_a_dry_run(hvp, tmp_path):
+def test_measuring_needs_a_dry_run(hvp, tmp_path):
     ran = hvp(*TINY, *QUICK, "--measure")
     assert ran.code == 2
-    assert "--measure belongs to --dry-run" in ran.err
+    assert "--measure needs --dry-run" in ran.err
     assert not any(tmp_path.iterdir())
 
 
@@ -130,7 +132,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "settings"),
+    ("error", "message", "settings"),
     [
         (
             torch.OutOfMemoryError(CUDA),
@@ -148,20 +150,20 @@ CPU = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of host memory", ["--workers 3 "]),
     ],
 )
-def test_running_out_of_memory_names_what_to_lower(hvp, monkeypatch, error, said, settings):
+def test_running_out_of_memory_names_the_settings_to_lower(hvp, monkeypatch, error, message, settings):
     def train(*_: object, **__: object) -> Path:
         raise error
 
     monkeypatch.setattr("hvp.methods.dino.METHOD", replace(get_method("dino"), train=train))
     ran = hvp(*TINY, *QUICK, "--workers", "6", "--out", "run")
     assert ran.code == 2
-    assert ran.err.startswith(f"hvp: {said}")
+    assert ran.err.startswith(f"hvp: {message}")
     places = [ran.err.index(setting) for setting in settings]
     assert places == sorted(places)
     assert "(now 8; also changes the learning rate" in ran.err
 
 
-def test_other_errors_are_not_explained_away(hvp, monkeypatch):
+def test_other_errors_are_not_reported_as_memory_errors(hvp, monkeypatch):
     def train(*_: object, **__: object) -> Path:
         raise RuntimeError("shapes do not match")
 

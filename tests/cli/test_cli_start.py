@@ -1,4 +1,4 @@
-"""Start, early end and output of every command."""
+"""Start, interruption and output of every command."""
 
 import errno
 import io
@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from hvp.common.training.distributed import World, threads_beside_loader
 
 
 def commands() -> list[list[str]]:
-    """Every command and group, as it is called."""
+    """Return the words that call each command and group."""
     import typer
 
     from hvp.cli.app import app
@@ -36,7 +38,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_explains_itself(hvp, words):
+def test_every_command_has_help(hvp, words):
     long, short = hvp(*words, "--help"), hvp(*words, "-h")
     assert (long.code, short.code) == (0, 0)
     assert short.out == long.out
@@ -55,11 +57,11 @@ def test_the_shell_completes_commands():
     assert done.stdout.split() == ["pretrain", "presets"]
 
 
-def test_rows_in_a_pipe_are_whole(hvp, monkeypatch):
+def test_rows_in_a_pipe_are_not_wrapped(hvp, monkeypatch):
     monkeypatch.delenv("COLUMNS")
     rows = [row.strip() for row in hvp("presets").out.splitlines()]
     assert len(rows) > 20
-    assert all(re.match(r"(method +preset +what|\w+ +[\w-]+ +\S)", row) for row in rows)
+    assert all(re.match(r"(method +preset +description|\w+ +[\w-]+ +\S)", row) for row in rows)
     assert max(map(len, rows)) > 80
     shown = hvp("pretrain", "dino", "--preset", "tiny", "--set", f"data.path={'long/' * 40}", "--dry-run").out
     assert f"{'long/' * 39}long --set" in re.sub(" +", " ", shown)
@@ -88,7 +90,7 @@ NAME = "[/]:cat:[bold]"
     ],
     ids=" ".join,
 )
-def test_what_the_user_wrote_is_printed_as_it_is(hvp, arguments):
+def test_user_input_is_printed_literally(hvp, arguments):
     ran = hvp(*arguments)
     assert ran.code == 2
     assert NAME in ran.out + ran.err
@@ -123,7 +125,7 @@ def test_a_path_that_is_too_long_is_one_message(hvp, arguments):
     assert ran.err.count("hvp: ") == 1
 
 
-def stream(number: int, dropped: set[int], buffered: bool = True) -> io.TextIOWrapper:
+def stream(number: int, dropped: set[int], buffered: bool = True) -> TextIO:
     file = io.FileIO(number, "w", closefd=False)
     raw = io.TextIOWrapper(
         io.BufferedWriter(file) if buffered else file, line_buffering=buffered, write_through=not buffered
@@ -152,18 +154,18 @@ def test_results_that_a_full_disk_refuses_are_an_error():
             _Droppable(full.fileno(), {errno.EPIPE}).write(b"results")
 
 
-def test_no_exception_in_between_hides_an_interrupt(hvp, monkeypatch):
+def test_another_exception_does_not_hide_an_interrupt(hvp, monkeypatch):
     def interrupted(*_: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             raise RuntimeError("enforce fail") from None
 
-    said: list[str] = []
+    written: list[str] = []
     monkeypatch.setattr(presets, "result_console", interrupted)
-    monkeypatch.setattr(signals, "_write", said.append)
+    monkeypatch.setattr(signals, "_write", written.append)
     assert hvp("presets").code == 130
-    assert "".join(said).strip() == "hvp: interrupted"
+    assert "".join(written).strip() == "hvp: interrupted"
 
 
 @pytest.mark.parametrize("where", ["import", "destructor", "twice"])
@@ -183,7 +185,7 @@ def test_an_interrupt_where_python_would_print_a_traceback(hvp, monkeypatch, tmp
 
     def interrupted() -> None:
         if where == "import":
-            import interrupts_itself  # noqa: F401
+            import_module("interrupts_itself")
         elif where == "destructor":
             Destroyed()
         else:
@@ -193,16 +195,16 @@ def test_an_interrupt_where_python_would_print_a_traceback(hvp, monkeypatch, tmp
                 os.kill(os.getpid(), signal.SIGINT)
 
     (tmp_path / "interrupts_itself.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    said: list[str] = []
+    written: list[str] = []
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(presets, "result_console", interrupted)
-    monkeypatch.setattr(signals, "_write", said.append)
+    monkeypatch.setattr(signals, "_write", written.append)
     monkeypatch.setattr(signals.os, "_exit", end)
     with suppress(Ended):
         hvp("presets")
     assert ends == [130]
-    if where != "twice":  # there Ended would have been the end
-        assert said[0].strip() == "hvp: interrupted"
+    if where != "twice":  # there, Ended would have ended the process
+        assert written[0].strip() == "hvp: interrupted"
 
 
 def test_training_on_the_cpu_leaves_cores_to_the_loader(monkeypatch):

@@ -20,7 +20,7 @@ SLOTS = [DINO, ANY_PAIR, PAIR, IBOT, RELEASED]
 
 
 def slow_loss(matrix: Tensor, combination: list[int], slots: Slots) -> float:
-    """The objective of one image and one combination, written out."""
+    """Objective of one image and one combination, written out."""
     targets = combination[: slots.num_targets]
     off = [float(matrix[t, v]) for i, t in enumerate(targets) for j, v in enumerate(combination) if i != j]
     loss = sum(off) / len(off)
@@ -61,7 +61,7 @@ def test_exact_search_finds_what_brute_force_finds(case, policy):
 
 @given(slots_and_losses)
 @settings(max_examples=40)
-def test_all_combinations_compared_is_the_exact_search(case):
+def test_comparing_all_combinations_equals_the_exact_search(case):
     slots, losses = case
     exact = select([], losses, slots, search="exact")
     sampled = select([], losses, slots, search="sampled", comparisons=slots.num_combinations)
@@ -99,12 +99,12 @@ def test_enumeration_is_complete_and_in_order(slots):
     assert len({tuple(combination) for combination in every}) == len(every)
 
 
-def test_the_papers_count_of_combinations():
+def test_number_of_combinations_in_the_paper():
     assert Slots.from_counts((4, 16), (2, 8)).num_combinations == 77_220  # C(4,2) C(16,8)
     assert Slots.from_counts((2, 2, 16), (1, 1, 8)).num_combinations == 51_480
 
 
-def test_views_of_which_none_is_kept_take_no_part():
+def test_groups_that_keep_no_view_are_ignored():
     slots = Slots.from_counts((2, 2, 3), (1, 1, 0))
     assert slots == Slots.from_counts((2, 2), (1, 1))
     views = [torch.full((1, 1, 1, 1), float(v)) for v in range(4)] + [torch.full((1, 1, 2, 2), 9.0)] * 3
@@ -127,7 +127,7 @@ def test_sampling_is_uniform_over_all_combinations(slots):
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("policy", ["hardest", "easiest"])
 def test_ties_go_to_the_first_combination(slots, search, policy):
-    losses = torch.full((2, 4, slots.num_views), -0.5)  # below zero: a search that starts at 0 would keep nothing
+    losses = torch.full((2, 4, slots.num_views), -0.5)  # below zero: a search that starts at 0 would find nothing
     kept = select([], losses, slots, search=search, comparisons=10**6, policy=policy)
     assert kept.index.tolist() == [slow_combinations(slots)[0]] * 2
 
@@ -163,7 +163,7 @@ def test_non_finite_losses_never_win(case, search, policy):
             assert kept.index[b].tolist() == every[0]
 
 
-def test_an_unread_diagonal_may_hold_anything():
+def test_an_unused_diagonal_has_no_effect():
     losses = torch.rand(2, 4, 9, generator=torch.Generator().manual_seed(0))
     spoiled = losses.clone()
     spoiled.diagonal(dim1=1, dim2=2).fill_(float("nan"))
@@ -184,7 +184,7 @@ def test_random_policy_ignores_the_losses_and_differs_by_image():
 
 
 def numbered_views(slots: Slots, batch: int) -> list[Tensor]:
-    """Stacks of two resolutions whose pixels say (view, image)."""
+    """Stacks of two resolutions whose pixels encode (view, image)."""
     numbers = torch.arange(slots.num_views)[:, None] * 100.0 + torch.arange(batch)
     large = numbers[:4, :, None, None, None].expand(-1, -1, 3, 4, 4)
     small = numbers[4:, :, None, None, None].expand(-1, -1, 3, 2, 2)
@@ -192,7 +192,7 @@ def numbered_views(slots: Slots, batch: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-def test_views_are_those_of_the_index(slots):
+def test_views_match_the_index(slots):
     losses = torch.rand(3, 4, slots.num_views, generator=torch.Generator().manual_seed(1))
     views = numbered_views(slots, 3)
     kept = select(views, losses, slots, search="exact")
@@ -216,13 +216,13 @@ def test_single_views_come_back_as_single_views():
     assert all(torch.equal(a, b) for a, b in zip(kept.views, expected, strict=True))
 
 
-def test_one_stack_is_taken_as_it_is():
+def test_one_stack_needs_no_list():
     losses = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1))
     (stack,) = numbered_views(PAIR, 3)
     x1, x2 = select(stack, losses, PAIR, search="exact").views
     expected = select([stack], losses, PAIR, search="exact").views[0]
     assert torch.equal(torch.stack((x1, x2)), expected)
-    # also where there is nothing to choose
+    # also if there is nothing to choose
     x1, x2 = select(stack[:2], losses[:, :2, :2], Slots.from_counts((2,), (2,))).views
     assert torch.equal(torch.stack((x1, x2)), stack[:2])
 
@@ -242,14 +242,14 @@ def test_one_combination_of_some_views_still_picks_them():
     assert torch.equal(kept.views[0], stack[[2, 0]])
 
 
-def test_selection_keeps_no_graph_and_reads_half_precision():
+def test_selection_keeps_no_graph_and_takes_half_precision():
     losses = torch.rand(2, 4, 9, requires_grad=True)
     kept = select([], losses.to(torch.bfloat16), DINO)
     assert not kept.loss.requires_grad
     assert kept.loss.dtype == torch.float32
 
 
-def test_combinations_of_each_image():
+def test_combinations_per_image():
     losses = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
     combos = torch.tensor([[[0, 1], [2, 3]], [[1, 2], [0, 3]]])
     values = combination_losses(losses, combos, PAIR)
@@ -300,11 +300,11 @@ def test_wrong_arguments_are_named(arguments, message):
         (lambda: Group((0, 0), 1), "distinct"),
         (lambda: Slots((Group((0, 1), 1), Group((1, 2), 1))), "two groups"),
         (lambda: Slots.from_counts((4,), (3,)), "whole groups"),
-        (lambda: Slots.from_counts(4, 2), r"such as \(4,\) and \(2,\), got 4 and 2"),
+        (lambda: Slots.from_counts(4, 2), r"such as \(4,\) and \(2,\), got 4 and 2"),  # type: ignore[arg-type]
         (lambda: Slots.from_counts((4, 4), (2,)), "2 candidate counts"),
         (lambda: gather_views([torch.rand(1, 2, 3, 4, 4)] * 4, torch.zeros(2, 2, dtype=torch.int64), PAIR), "mix two"),
     ],
 )
-def test_slots_that_make_no_sense_are_refused(build, message):
+def test_invalid_slots_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()

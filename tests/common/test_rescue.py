@@ -1,3 +1,5 @@
+"""The Rescue loss against the formula, and the choice of images over several processes."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +22,17 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def with_cosines(cosines: Tensor) -> tuple[Tensor, Tensor]:
-    """Two features of each image, with the cosines given."""
+    """Make two features for each image, with the given cosines."""
     angle = cosines.acos()
     return torch.tensor([[1.0, 0.0]]).expand(len(cosines), -1), torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
-def unasked(_: Tensor) -> Tensor:
+def never_called(_: Tensor) -> Tensor:
     raise AssertionError("nothing to make")
 
 
 @given(st.integers(1, 12), st.data())
-def test_the_easiest_images_are_those_of_a_plain_sort(num_images, data):
+def test_easiest_images_equal_a_plain_sort(num_images, data):
     levels = data.draw(st.lists(st.integers(-8, 8), min_size=num_images, max_size=num_images))  # with ties
     k = data.draw(st.integers(1, num_images))
     by_hand = sorted(range(num_images), key=lambda image: (-levels[image], image))
@@ -40,7 +42,7 @@ def test_the_easiest_images_are_those_of_a_plain_sort(num_images, data):
     assert chosen[1].dtype == torch.float32
 
 
-def test_what_is_not_finite_is_taken_last():
+def test_non_finite_similarities_come_last():
     z_a, z_b = noise(4, 3), noise(4, 3, seed=1)
     z_a[1, 0], z_b[2, 1] = torch.nan, torch.inf
     assert set(easiest(z_a, z_b, 2)[0].tolist()) == {0, 3}
@@ -50,18 +52,18 @@ def test_what_is_not_finite_is_taken_last():
 @pytest.mark.parametrize("k", [0, -1, 5])
 def test_k_outside_the_batch_is_an_error(k):
     with pytest.raises(ValueError, match=rf"k = {k} of 4 images"):
-        rescue(noise(4, 3), noise(4, 3), unasked, unasked, k)
+        rescue(noise(4, 3), noise(4, 3), never_called, never_called, k)
 
 
 def test_shapes_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match=r"\[4, 3\] and z_b \[4, 2\]"):
-        rescue(noise(4, 3), noise(4, 2), unasked, unasked, 1)
+        rescue(noise(4, 3), noise(4, 2), never_called, never_called, 1)
     with pytest.raises(ValueError, match=r"encode made \[2, 5\] of 2 views, but z_a is \[B, 3\]"):
         rescue(noise(4, 3), noise(4, 3), lambda index: index, lambda index: noise(len(index), 5), 2)
 
 
-def test_the_loss_is_the_papers():
-    """Of six images the two whose views are most alike; their strong views, and no others, are asked for."""
+def test_the_loss_equals_the_papers_formula():
+    """Strong views are made only for the two of six images whose views are most alike."""
     z_a, z_b, z_strong = noise(6, 4), noise(6, 4, seed=1), noise(6, 4, seed=2)
     asked = []
 
@@ -82,8 +84,8 @@ def test_the_loss_is_the_papers():
     assert pushed.loss.item() == -found.loss.item()
 
 
-def plain_loss(z_a: np.ndarray, z_b: np.ndarray, strong: np.ndarray, k: int) -> float:
-    """The formula in float64, written again."""
+def plain_loss(z_a: np.ndarray, z_b: np.ndarray, strong: np.ndarray, *, k: int) -> float:
+    """Rescue loss written out in float64."""
 
     def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
@@ -92,7 +94,7 @@ def plain_loss(z_a: np.ndarray, z_b: np.ndarray, strong: np.ndarray, k: int) -> 
     return float(-cosine(z_a[top], strong[top]).mean())
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_the_gradient_equals_finite_differences():
     tensors = [noise(5, 3, seed=seed).requires_grad_() for seed in range(3)]
     z_a, z_b, z_strong = tensors
     rescue(z_a, z_b, lambda index: index, lambda index: z_strong[index], 2).loss.backward()
@@ -100,18 +102,18 @@ def test_the_gradient_is_that_of_finite_differences():
     step = 1e-6
     for tensor, array in zip(tensors, arrays, strict=True):
         slopes = np.zeros_like(array)
-        for place in np.ndindex(array.shape):
-            kept = array[place]
-            array[place] = kept + step
-            above = plain_loss(*arrays, 2)
-            array[place] = kept - step
-            slopes[place] = (above - plain_loss(*arrays, 2)) / (2 * step)
-            array[place] = kept
+        for entry in np.ndindex(array.shape):
+            kept = array[entry]
+            array[entry] = kept + step
+            above = plain_loss(*arrays, k=2)
+            array[entry] = kept - step
+            slopes[entry] = (above - plain_loss(*arrays, k=2)) / (2 * step)
+            array[entry] = kept
         gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         np.testing.assert_allclose(gradient.numpy(), slopes, rtol=1e-4, atol=1e-6)
     assert z_a.grad is not None
     assert z_a.grad.abs().sum() > 0
-    assert z_b.grad is None  # it takes part in the choice alone
+    assert z_b.grad is None  # it only takes part in the choice
 
 
 def test_stop_gradient_pulls_the_strong_view_only():
@@ -136,7 +138,7 @@ KS = (1, 2, 3, 8)
 
 
 def of_batch(k: int, world: World = World()) -> tuple[list[Tensor], list[int]]:
-    """Rescue of eight images, or of this process's four: loss, gradients of weight and features; who was rescued."""
+    """Rescue eight images, or this process's four: loss, gradients of weight and features; the rescued images."""
     z_a, z_b, strong = noise(8, 4), noise(8, 4, seed=1), noise(8, 4, seed=2)
     z_b[[1, 2, 6]] = z_a[[1, 2, 6]]  # the easiest, most of them in the first process
     z_a, z_b = (z.chunk(world.size)[world.rank].clone().requires_grad_() for z in (z_a, z_b))
@@ -157,19 +159,19 @@ def of_batch(k: int, world: World = World()) -> tuple[list[Tensor], list[int]]:
     return [done.loss.detach(), weight.grad, z_a.grad, done.similarity], done.index.tolist()
 
 
-def _of_two(world: World, say: Callable[[Any], None]) -> None:
+def _rescue_batches(world: World, report: Callable[[Any], None]) -> None:
     for k in KS:
-        say(of_batch(k, world))
+        report(of_batch(k, world))
 
 
 def test_processes_rescue_the_easiest_of_all_and_share_the_work(tmp_path):
-    ranks = in_two_processes(_of_two, tmp_path)
-    for k, *said in zip(KS, *ranks, strict=True):
+    ranks = in_two_processes(_rescue_batches, tmp_path)
+    for k, *results in zip(KS, *ranks, strict=True):
         (loss, weight, z_a, similarity), index = of_batch(k)
-        for tensors, chosen in said:
-            assert chosen == index, "the same in both"
+        for tensors, chosen in results:
+            assert chosen == index
             torch.testing.assert_close(tensors[3], similarity)
-        mean = [torch.stack([tensors[i] for tensors, _ in said]).mean(0) for i in (0, 1)]
+        mean = [torch.stack([tensors[i] for tensors, _ in results]).mean(0) for i in (0, 1)]
         torch.testing.assert_close(mean, [loss, weight])
-        # each process's loss is of its own images, so gradients of features are averaged with those of the weights
-        torch.testing.assert_close(torch.cat([tensors[2] for tensors, _ in said]) / 2, z_a)
+        # each process's loss covers its own images, so feature gradients are averaged like those of the weights
+        torch.testing.assert_close(torch.cat([tensors[2] for tensors, _ in results]) / 2, z_a)

@@ -22,8 +22,8 @@ from tests.faults import disks
 
 MODULES = (
     *(f"hvp.methods.{name}" for name in ("dino", "dinov2", "ibot", "mocov3", "simclr", "simsiam")),
-    *("hvp.cli.main", "hvp.cli.memory", "hvp.common.evaluation.knn", "torch.utils.tensorboard"),
-    "hvp.common.convert.upstream",
+    *("hvp.cli.main", "hvp.cli.start", "hvp.common.evaluation.knn", "torch.utils.tensorboard"),
+    "hvp.common.convert.runs",
 )
 """Modules that the commands import."""
 

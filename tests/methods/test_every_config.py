@@ -1,6 +1,8 @@
-"""Numbers of all magnitudes at every numeric key of every method: refused by name, or a run whose costs are known at
+"""Numbers of all magnitudes at every numeric key of every method: each is refused by name, or its costs are known at
 once."""
 
+import json
+import re
 from contextlib import suppress
 from time import process_time
 from typing import Any
@@ -9,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvp.cli.pretrain import consequences
-from hvp.common.config.allowed import allowed_values, number_limits
+from hvp.cli.dry_run import consequences
+from hvp.common.config.allowed import allowed_values
 from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.common.errors import UserError
 from hvp.common.training.footprint import check_fits
 from hvp.methods import METHODS, get_method, get_preset
 
 SECONDS = 5.0
-"""That a configuration's check and consequences may take; they take a tenth of a second."""
+"""Time limit for the check and the consequences of a configuration, which take a tenth of a second."""
 
 POWERS = [sign * base**exponent for sign in (1, -1) for base in (2, 10) for exponent in (0, 1, 3, 7, 16, 25, 64, 400)]
 
@@ -31,13 +33,20 @@ magnitudes = st.one_of(
 )
 
 
-def numeric_keys(method: str) -> list[str]:
+def numeric_keys(method: str) -> dict[str, str]:
+    """Map the numeric keys of a method to their allowed values."""
     known = leaf_keys(get_method(method).config)
-    return [key for key, field in known.items() if "number" in allowed_values(field)]
+    return {key: values for key, field in known.items() if "number" in (values := allowed_values(field))}
 
 
-def consequences_of(method: str, values: dict[str, Any]) -> None:
-    """What `--dry-run` and the start of a run do with the values, within SECONDS."""
+def number_limits(allowed: str) -> list[float]:
+    """Read the ends of a range from its description: 1 and 2^24 from `whole number from 1 to 2^24`."""
+    ends = re.findall(r"(?:from|above|to|below) (2\^)?(\d[^\s,]*)", allowed)
+    return [2 ** int(end) if power else json.loads(end) for power, end in ends]
+
+
+def check_consequences(method: str, values: dict[str, Any]) -> None:
+    """Do what `--dry-run` and the start of a run do with the values, within SECONDS."""
     started = process_time()
     with suppress(UserError):
         layers = [("preset tiny", read_yaml(get_preset(method, "tiny"))), ("--set", values)]
@@ -48,18 +57,18 @@ def consequences_of(method: str, values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_number_is_refused_by_name_or_has_consequences_at_once(method):
-    known = leaf_keys(get_method(method).config)
-    numbers = {key: st.sampled_from(number_limits(known[key])) | magnitudes for key in numeric_keys(method)}
+def test_every_number_is_refused_or_its_costs_are_known_at_once(method):
+    allowed = numeric_keys(method)
+    numbers = {key: st.sampled_from(number_limits(values)) | magnitudes for key, values in allowed.items()}
 
     @settings(max_examples=40)
     @given(st.data())
     def run(data):
         values = {}
         for key in data.draw(st.lists(st.sampled_from(list(numbers)), min_size=1, max_size=4, unique=True)):
-            several = "numbers" in allowed_values(known[key])
+            several = "numbers" in allowed[key]
             values[key] = data.draw(st.lists(numbers[key], min_size=1, max_size=3) if several else numbers[key])
-        consequences_of(method, values)
+        check_consequences(method, values)
 
     run()
 
@@ -84,7 +93,7 @@ def test_every_number_is_refused_by_name_or_has_consequences_at_once(method):
         ("dinov2", "dino.head_nlayers", 10**6),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(method, key, value):
+def test_hopeless_values_are_refused_by_name(method, key, value):
     with pytest.raises(UserError, match=f"^--set: {key} = .*: input should be (less|greater) than"):
         resolve(get_method(method).config, [("--set", {key: value})])
 

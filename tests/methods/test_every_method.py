@@ -24,8 +24,7 @@ from hvp.common.config.sections import RunConfig
 from hvp.common.data import open_dataset
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.evaluation.knn import evaluate_knn
-from hvp.common.training import rescuing
-from hvp.common.training import session as training
+from hvp.common.training import loading, rescuing, step
 from hvp.common.training.checkpoint import load_checkpoint
 from hvp.common.training.run import Run
 from hvp.common.views import first_views
@@ -167,9 +166,13 @@ def test_vanilla_equals_a_run_without_any_selection(name, vanilla, tmp_path, mon
             return {}
 
     trainer = import_module(f"hvp.methods.{name}.main_{name}")
-    monkeypatch.setattr(trainer, "ViewSelector", Absent)
-    monkeypatch.setattr(trainer, "pair_losses", None)
-    monkeypatch.setattr(training, "ViewSelector", Absent)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(step, "ViewSelector", Absent)
+    monkeypatch.setattr(trainer, "pair_losses", never)
+    monkeypatch.setattr(loading, "ViewSelector", Absent)
     assert_same(vanilla, train(name, tmp_path / "absent", {"selection.hard_views": "none"}))
 
 
@@ -334,11 +337,11 @@ def test_gradients_are_exchanged_during_the_backward_pass(name, tmp_path, monkey
 
     record = Run.record
 
-    def recorded(run: Run, *loss: Any, **values: Any) -> None:
+    def recorded(run: Run, **values: Any) -> None:
         events.append("step")
-        record(run, *loss, **values)
+        record(run, **values)
 
-    monkeypatch.setattr(import_module(f"hvp.methods.{name}.main_{name}"), "data_parallel", data_parallel)
+    monkeypatch.setattr(step, "data_parallel", data_parallel)
     monkeypatch.setattr(Run, "record", recorded)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""Every preset is whole and says what it is; those for small data sets take a step on small pictures."""
+"""Every preset is complete and documented; those for small datasets take a step on small images."""
 
 import re
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvp.cli.pretrain import consequences
+from hvp.cli.dry_run import consequences
 from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.methods import METHODS, get_method, get_preset, presets
 
@@ -16,7 +16,7 @@ STARTED = [(method, name) for method, name in EVERY if name in SMALL_SETS]
 
 
 @pytest.mark.parametrize(("method", "name"), EVERY)
-def test_a_preset_says_how_to_run_it_and_has_consequences(method, name):
+def test_a_preset_gives_its_command_and_has_consequences(method, name):
     text = get_preset(method, name).read_text(encoding="utf-8")
     first, command = text.splitlines()[:2]
     assert re.match(r"# \S.*\.$", first)
@@ -26,7 +26,7 @@ def test_a_preset_says_how_to_run_it_and_has_consequences(method, name):
     assert consequences(method, config)
 
 
-def test_every_method_has_a_preset_for_own_pictures():
+def test_every_method_has_a_preset_for_custom_images():
     for method in METHODS:
         assert {"tiny", "own", "stl10", "imagenet100"} <= set(presets(method))
     assert {"cifar10", "cifar100"} <= set(presets("simsiam")) & set(presets("simclr"))
@@ -34,7 +34,7 @@ def test_every_method_has_a_preset_for_own_pictures():
 
 @pytest.mark.parametrize(("method", "name"), STARTED)
 def test_a_preset_gives_every_value_of_its_networks_and_objective(method, name):
-    """What is not given is what the trainer does not read there, or the run's own affair."""
+    """A value that a preset leaves out is not read by the trainer there, or depends on the run."""
     given = read_yaml(get_preset(method, name))
     own = {"data", "train", "selection", "rescue", "views"}
     left_out = [

@@ -1,4 +1,4 @@
-"""What holds for every method's checkpoints in its upstream's layout: nothing is lost, and a run goes on."""
+"""Every method's checkpoints convert to its upstream's layout and back without loss, and runs continue from them."""
 
 import argparse
 import shutil
@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvp.common.config.resolving import leaf_keys
-from hvp.common.convert.upstream import Converted, differences, from_upstream, to_upstream, write_run
+from hvp.common.convert.report import Converted
+from hvp.common.convert.runs import differences, write_run
+from hvp.common.convert.training_checkpoints import from_upstream, to_upstream
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
@@ -23,9 +25,9 @@ from tests.methods.test_every_method import config_of, leaves, train
 STEPS_PER_EPOCH = 4
 
 RESUMABLE = tuple(name for name in METHODS if name != "dinov2")
-"""Methods whose upstream's checkpoints are no shards of FSDP."""
+"""Methods whose upstream does not save FSDP shards."""
 
-CASES = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in RESUMABLE),
     ("dino", {"model.use_bn_in_head": True, "model.norm_last_layer": False}),
     ("ibot", {"model.shared_head": True}),
@@ -39,9 +41,9 @@ CASES = [
 
 
 def checkpoint_of(name: str, changes: dict[str, Any], seed: int, *, fp16: bool = False) -> dict[str, Any]:
-    """A checkpoint with random weights and moments; a parameter in four was never trained."""
+    """Make a checkpoint with random weights and moments; a quarter of the parameters was never trained."""
     torch.manual_seed(seed)
-    config = config_of(name, changes)
+    config: Any = config_of(name, changes)
     layout = get_method(name).upstream_layout(config)
     parts = {part.ours: random_like(part.module.state_dict(keep_vars=True)) for part in layout.parts}
     trained = layout.optimizer.ours if layout.optimizer else [{"params": layout.parts[1].module.parameters()}]
@@ -73,14 +75,14 @@ def checkpoint_of(name: str, changes: dict[str, Any], seed: int, *, fp16: bool =
 
 
 def random(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Weights of a modest size, and vectors that may be variances, or counts."""
+    """Random weights of moderate size, positive vectors, which may be variances, or counts."""
     if not dtype.is_floating_point:
         return torch.randint(0, 99, size, dtype=dtype)
     return torch.randn(size, dtype=dtype) * 0.05 if len(size) > 1 else torch.rand(size, dtype=dtype) + 0.5
 
 
 def random_like(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Random values of a state dict on the meta device; what is one tensor there is one here."""
+    """Random values for a state dict on the meta device; shared tensors stay shared."""
     values: dict[int, torch.Tensor] = {}
     for tensor in state.values():
         if id(tensor) not in values:
@@ -102,12 +104,12 @@ def there_and_back(name: str, changes: dict[str, Any], checkpoint: dict[str, Any
 
 @settings(max_examples=5)
 @given(seed=st.integers(0, 2**32), fp16=st.booleans(), number=st.sampled_from(range(len(CASES))))
-def test_there_and_back_is_the_same(seed: int, fp16: bool, number: int, tmp_path_factory: Any) -> None:
+def test_random_checkpoints_survive_the_round_trip(seed: int, fp16: bool, number: int, tmp_path_factory: Any) -> None:
     check_round_trip(*CASES[number], seed=seed, fp16=fp16, path=tmp_path_factory.mktemp("a") / "up.pth")
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
-def test_every_configuration_goes_there_and_back(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_every_configuration_survives_the_round_trip(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     check_round_trip(name, changes, seed=0, fp16=False, path=tmp_path / "up.pth")
 
 
@@ -124,9 +126,9 @@ def check_round_trip(name: str, changes: dict[str, Any], *, seed: int, fp16: boo
         assert torch.equal(found.pop(where), value), where
     assert not found
     for ours, again in zip(checkpoint["optimizer"]["param_groups"], back["optimizer"]["param_groups"], strict=True):
-        # the trainer sets both before every step
+        # the trainer sets lr and weight decay before every step
         assert {**again, "lr": 0.1, "weight_decay": 0.01} == ours
-    if name != "simsiam":  # whose upstream has no gradient scaler
+    if name != "simsiam":  # its upstream has no gradient scaler
         assert back["precision"] == checkpoint["precision"]
 
 
@@ -145,8 +147,8 @@ def test_every_tensor_is_accounted_for(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
-def test_a_run_goes_on_as_if_it_had_never_been_away(name: str, tmp_path: Path) -> None:
-    """Without stochastic depth, whose random numbers the upstream does not keep, bit for bit."""
+def test_a_run_continues_bit_for_bit_after_the_round_trip(name: str, tmp_path: Path) -> None:
+    """Stochastic depth is off: the upstream does not save the random state that it needs."""
     changes: dict[str, Any] = {"train.keep_every": 1}
     if "model.drop_path_rate" in leaf_keys(get_method(name).config):
         changes["model.drop_path_rate"] = 0.0
@@ -181,8 +183,8 @@ def test_an_upstream_checkpoint_is_evaluated_like_ours(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in RESUMABLE])
-def test_what_cannot_be_gone_on_with_is_complete_and_refused(name: str) -> None:
-    """The networks are all there, under names that tell every tensor from the others."""
+def test_a_checkpoint_for_evaluation_only_is_complete_but_refused_for_runs(name: str) -> None:
+    """Every network is there, and every tensor has a name of its own."""
     checkpoint = checkpoint_of(name, {}, 9)
     layout = get_method(name).upstream_layout(config_of(name, {}))
     there = to_upstream(checkpoint, layout, "last.pt")
@@ -194,12 +196,12 @@ def test_what_cannot_be_gone_on_with_is_complete_and_refused(name: str) -> None:
     assert sum(len(there.content[entry]) for entry in {part.theirs for part in layout.parts} - own) == names
     left_out = {fate.group for fate in there.fates if fate.became == "left out"}
     assert left_out == {"optimizer", "processes"}
-    with pytest.raises(UserError, match=r"up\.pth: no run can go on with a checkpoint of .* FSDP"):
+    with pytest.raises(UserError, match=r"up\.pth: no run can continue from a checkpoint of .* FSDP"):
         from_upstream(there.content, layout, "up.pth", fp16=False)
 
 
 def broken(content: dict[str, Any], how: str) -> dict[str, Any]:
-    """A DINO checkpoint of the upstream with something amiss."""
+    """Break one thing in a DINO checkpoint of the upstream."""
     content = {**content, "student": dict(content["student"]), "optimizer": {**content["optimizer"]}}
     if how == "no optimizer":
         del content["optimizer"]
@@ -220,7 +222,7 @@ def broken(content: dict[str, Any], how: str) -> dict[str, Any]:
     elif how == "other betas":
         first, second = content["optimizer"]["param_groups"]
         content["optimizer"]["param_groups"] = [{**first, "betas": (0.9, 0.95)}, second]
-    elif how == "moments of another shape":
+    elif how == "moments with another shape":
         state = content["optimizer"]["state"]
         number = next(iter(state))
         content["optimizer"]["state"] = {**state, number: {**state[number], "exp_avg": torch.zeros(7)}}
@@ -234,34 +236,34 @@ def broken(content: dict[str, Any], how: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ("no optimizer", r"up\.pth: has no optimizer; it has: student, teacher"),
         ("no epoch", "does not say how many epochs"),
         ("missing tensor", r"missing \(1\): backbone\.norm\.weight"),
         ("left over tensor", r"left over \(1\): backbone\.fc\.weight"),
-        ("left over entry", "1 tensors are left over, for which there is no place: queue"),
+        ("left over entry", "1 tensors have no place in the result: queue"),
         ("other width", r"head\.mlp\.0\.weight \[3, 3\] instead of"),
-        ("no weights", "its entry student holds other things than weights"),
+        ("no weights", "its entry student holds values other than weights"),
         ("other groups", "its optimiser has groups of"),
         ("other betas", r"betas = \(0\.9, 0\.95\), but adamw has \(0\.9, 0\.999\) here"),
-        ("moments of another shape", "exp_avg of parameter 0 is of another shape"),
+        ("moments with another shape", "exp_avg of parameter 0 has another shape"),
         ("twice", r"its entry student holds backbone\.norm\.weight with and without module\."),
-        ("no moments", "its entry optimizer is no optimiser's state"),
+        ("no moments", "its entry optimizer is not an optimiser's state"),
         ("ours", "is a checkpoint of hvp already"),
     ],
 )
-def test_what_does_not_fit_is_refused(how: str, said: str) -> None:
+def test_broken_checkpoints_are_refused(how: str, message: str) -> None:
     checkpoint = checkpoint_of("dino", {}, 3)
     checkpoint["optimizer"]["state"][0] = {"exp_avg": torch.zeros_like(checkpoint["student"]["backbone.cls_token"])}
     layout = get_method("dino").upstream_layout(config_of("dino", {}))
     content = broken(to_upstream(checkpoint, layout, "last.pt").content, how)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         from_upstream(content, layout, "up.pth", fp16=False)
 
 
-def test_heads_that_differ_are_not_taken_for_one() -> None:
-    """A separate patch head has the names and shapes of a shared one."""
+def test_separate_heads_are_not_loaded_as_a_shared_one() -> None:
+    """A separate patch head has the same names and shapes as a shared one."""
     separate, shared = ({"model.shared_head": on} for on in (False, True))
     checkpoint = checkpoint_of("ibot", separate, 4)
     content = to_upstream(checkpoint, get_method("ibot").upstream_layout(config_of("ibot", separate)), "").content
@@ -270,7 +272,7 @@ def test_heads_that_differ_are_not_taken_for_one() -> None:
         from_upstream(content, layout, "up.pth", fp16=False)
 
 
-def test_a_parameter_that_is_fixed_here_was_trained_there() -> None:
+def test_a_parameter_trained_there_but_fixed_here_is_refused() -> None:
     trained, fixed = ({"model.norm_last_layer": on} for on in (False, True))
     checkpoint = checkpoint_of("dino", trained, 5)
     content = to_upstream(checkpoint, get_method("dino").upstream_layout(config_of("dino", trained)), "").content
@@ -289,10 +291,10 @@ def test_gradient_scaler() -> None:
     assert "fp16_scaler is left out: train.precision is not fp16 here" in dropped.notes
     fresh = from_upstream(without, layout, "", fp16=True)
     assert fresh.content["precision"]["scaler"]["scale"] == 65536.0
-    assert "the file has no gradient scaler: fp16 starts with a fresh one" in fresh.notes
+    assert "the file has no gradient scaler: fp16 starts with a new one" in fresh.notes
 
 
-def test_what_the_user_should_know_is_said() -> None:
+def test_notes_for_the_user() -> None:
     layout = get_method("dino").upstream_layout(config_of("dino", {}))
     checkpoint = checkpoint_of("dino", {}, 7) | {"step": STEPS_PER_EPOCH + 1}
     assert any("step 5 is 1 of 4 steps into epoch 1" in note for note in to_upstream(checkpoint, layout, "").notes)
@@ -301,33 +303,33 @@ def test_what_the_user_should_know_is_said() -> None:
     assert "left out, as nothing here reads it: total_time" in from_upstream(content, layout, "", fp16=False).notes
 
 
-def test_another_weight_decay_is_said() -> None:
+def test_a_different_weight_decay_is_noted() -> None:
     """SimSiam's is constant; DINO's follows a schedule."""
     for name, number in (("simsiam", 1), ("dino", 0)):
         layout = get_method(name).upstream_layout(config_of(name, {"optim.weight_decay": 0.0005}))
         notes = from_upstream(
             to_upstream(checkpoint_of(name, {}, 10), layout, "").content, layout, "", fp16=False
         ).notes
-        said = "the upstream trained with weight decay 0.01, the run goes on with 0.0005"
-        assert notes.count(said) == number
+        note = "the upstream trained with weight decay 0.01, the run continues with 0.0005"
+        assert notes.count(note) == number
 
 
 def test_arguments_that_differ_are_listed() -> None:
     config = config_of("dino", {"optim.base_lr": 0.5, "views.global_crops_scale": [0.4, 1.0]})
     args = argparse.Namespace(lr=0.0005, epochs=2, global_crops_scale=(0.4, 1.0), output_dir="elsewhere")
     assert differences(args, config) == [
-        "the upstream trained with base_lr = 0.0005, the run goes on with optim.base_lr = 0.5"
+        "the upstream trained with base_lr = 0.0005, the run continues with optim.base_lr = 0.5"
     ]
     assert differences(None, config) == []
 
 
-def test_a_run_is_made_in_an_empty_folder_only(tmp_path: Path) -> None:
+def test_a_run_is_written_only_to_a_free_folder(tmp_path: Path) -> None:
     config = config_of("simsiam", {})
     layout = get_method("simsiam").upstream_layout(config)
     content = to_upstream(checkpoint_of("simsiam", {}, 8), layout, "").content
     torch.save(content, tmp_path / "up.pth")
     torch.save({**content, "epoch": 3}, tmp_path / "longer.pth")
-    with pytest.raises(UserError, match=r"3 epochs are done, but train\.epochs = 2"):
+    with pytest.raises(UserError, match=r"3 epochs are finished, but train\.epochs = 2"):
         write_run(tmp_path / "longer.pth", "simsiam", config, layout, tmp_path / "run", overwrite=False)
     assert not (tmp_path / "run").exists()
     run = tmp_path / "run"

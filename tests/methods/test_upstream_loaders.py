@@ -1,10 +1,9 @@
-"""Where clones are given, the upstream trainers' own code loads what `hvp convert` writes, and the way back works.
+"""The upstream trainers' own code loads what `hvp convert` writes, and the result converts back. Needs clones.
 
-HVP_UPSTREAMS names a folder of clones at the commits of the methods' READMEs, each under the method's name or its
-repository's. SimCLR's is automl/hvp's branch simclr, as `hvp-simclr`: `simclr` may be another trainer's.
+HVP_UPSTREAMS names a folder of clones at the commits of the methods' READMEs, each with the name of its method or
+repository. SimCLR's is the branch simclr of automl/hvp, as `hvp-simclr`, because `simclr` may be another trainer.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from hvp.common.convert.upstream import from_upstream, to_upstream
+from hvp.common.convert.training_checkpoints import from_upstream, to_upstream
 from hvp.common.evaluation.checkpoints import load_encoder, read_content
 from hvp.common.training.checkpoint import save_checkpoint
 from hvp.methods import METHODS, get_method
 from tests.methods.test_every_method import config_of, leaves
 from tests.methods.test_every_upstream import checkpoint_of
 from tests.methods.upstream_loaders import K, images
+from tests.upstreams import clone_in
 
 CLONES = {"mocov3": ("moco-v3", "mocov3"), "simclr": ("hvp-simclr",)}
 VIT = {"model.arch": "vit_small", "model.patch_size": 16, "views.global_crops_size": 224, "views.local_crops_size": 96}
@@ -53,22 +53,12 @@ REAL: dict[str, dict[str, Any]] = {
     "mocov3": {"model.arch": "resnet50", "model.dim": 64, "model.mlp_dim": 32, "optim.optimizer": "lars"},
     "dinov2": {**VIT, "model.layerscale": 1e-5, "dino.head_hidden_dim": 64, "dino.head_n_prototypes": K},
 }
-"""Networks that the upstream has, with small heads, on top of the tiny preset."""
-
-
-def clone_of(name: str) -> Path:
-    folder = os.environ.get("HVP_UPSTREAMS")
-    if not folder:
-        pytest.skip("HVP_UPSTREAMS names no folder of clones")
-    for repository in CLONES.get(name, (name,)):
-        if (path := Path(folder).resolve() / repository).is_dir():
-            return path
-    pytest.skip(f"{folder} has no clone of {name}'s upstream")
+"""Values over the tiny preset: networks that the upstream has, with small heads."""
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_upstreams_own_loader(name: str, tmp_path: Path) -> None:
-    clone = clone_of(name)
+    clone = clone_in(*CLONES.get(name, (name,)))
     checkpoint = checkpoint_of(name, REAL[name], 0)
     save_checkpoint(tmp_path / "last.pt", checkpoint)
     layout = get_method(name).upstream_layout(config_of(name, REAL[name]))

@@ -1,12 +1,13 @@
-"""Run as a program in a process of its own: an upstream's networks and loaders take a converted checkpoint.
+"""Load a converted checkpoint with an upstream's networks and loaders, in a process of its own:
 
     python upstream_loaders.py METHOD CLONE CHECKPOINT OUT
 
-OUT then holds `saved`, what the upstream's own objects save after loading, and `features` of the upstream's encoder,
-loaded by the upstream's evaluation code, on `images()`. Nothing of the repository under test is imported here.
+OUT receives `saved`, the state that the upstream's own objects save after loading, and `features`, the outputs on
+`images()` of the upstream's encoder, which its evaluation code loads. This file imports nothing of hvp.
 """
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -14,15 +15,22 @@ import torch
 from torch import nn
 
 K = 32
-"""Prototypes of the test's heads."""
+"""Number of prototypes in the test's heads."""
 
 
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
+def upstream(module: str) -> Any:
+    """Import a module of the clone."""
+    return import_module(module)
+
+
 class Wrapped(nn.Module):
-    """Adds `module.` to the names, as DistributedDataParallel does."""
+    """Module that adds `module.` to tensor names, as DistributedDataParallel does."""
+
+    module: Any
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -30,7 +38,7 @@ class Wrapped(nn.Module):
 
 
 def absent(name: str, **members: Any) -> None:
-    """Stands in for a package that the upstream imports and that nothing here uses."""
+    """Install a stand-in for a package that the upstream imports and nothing here uses."""
     module = ModuleType(name)
     for key, value in members.items():
         setattr(module, key, value)
@@ -38,9 +46,7 @@ def absent(name: str, **members: Any) -> None:
 
 
 def dino(file: str) -> dict[str, Any]:
-    import main_dino
-    import utils
-    import vision_transformer as vits
+    main_dino, utils, vits = upstream("main_dino"), upstream("utils"), upstream("vision_transformer")
 
     def network(norm_last_layer: bool) -> nn.Module:
         head = vits.DINOHead(384, K, norm_last_layer=norm_last_layer)
@@ -56,10 +62,8 @@ def dino(file: str) -> dict[str, Any]:
 def ibot(file: str) -> dict[str, Any]:
     absent("tensorboardX", SummaryWriter=None)
     absent("evaluation.unsupervised.unsup_cls", eval_pred=None)
-    import main_ibot
-    import utils
-    from models import vit_small
-    from models.head import iBOTHead
+    main_ibot, utils = upstream("main_ibot"), upstream("utils")
+    vit_small, iBOTHead = upstream("models").vit_small, upstream("models.head").iBOTHead
 
     def network(norm_last_layer: bool, masked: bool) -> nn.Module:
         backbone = vit_small(patch_size=16, return_all_tokens=True, masked_im_modeling=masked)
@@ -73,22 +77,21 @@ def ibot(file: str) -> dict[str, Any]:
     return self_distilled(utils, vit_small(patch_size=16, num_classes=0), file, parts)
 
 
-def self_distilled(utils: ModuleType, encoder: nn.Module, file: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's way to go on, and its evaluations' way to read the teacher."""
+def self_distilled(utils: Any, encoder: nn.Module, file: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """Load the parts as the trainer does to resume, and the teacher as the evaluations do."""
     progress = {"epoch": 0}
-    utils.restart_from_checkpoint(file, run_variables=progress, fp16_scaler=None, **parts)  # type: ignore[attr-defined]
-    utils.load_pretrained_weights(encoder, file, "teacher", "vit_small", 16)  # type: ignore[attr-defined]
+    utils.restart_from_checkpoint(file, run_variables=progress, fp16_scaler=None, **parts)
+    utils.load_pretrained_weights(encoder, file, "teacher", "vit_small", 16)
     return {"saved": {name: part.state_dict() for name, part in parts.items()} | progress, "features": encoder.eval()}
 
 
 def simsiam(file: str) -> dict[str, Any]:
-    import simsiam.builder
     from torchvision import models
 
-    model = Wrapped(simsiam.builder.SimSiam(models.resnet50, 64, 32))
+    model = Wrapped(upstream("simsiam.builder").SimSiam(models.resnet50, 64, 32))
     parameters = [
-        {"params": model.module.encoder.parameters(), "fix_lr": False},  # type: ignore[union-attr]
-        {"params": model.module.predictor.parameters(), "fix_lr": True},  # type: ignore[union-attr]
+        {"params": model.module.encoder.parameters(), "fix_lr": False},
+        {"params": model.module.predictor.parameters(), "fix_lr": True},
     ]
     optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-4)
     return resumed(model, optimizer, file, "encoder", "fc")
@@ -97,19 +100,22 @@ def simsiam(file: str) -> dict[str, Any]:
 def mocov3(file: str) -> dict[str, Any]:
     from functools import partial
 
-    import moco.builder
-    import moco.optimizer
     from torchvision import models
 
-    model = Wrapped(moco.builder.MoCo_ResNet(partial(models.resnet50, zero_init_residual=True), 64, 32, 1.0))
-    optimizer = moco.optimizer.LARS(model.parameters(), 0.1, weight_decay=1e-6, momentum=0.9)
+    model = Wrapped(
+        upstream("moco.builder").MoCo_ResNet(partial(models.resnet50, zero_init_residual=True), 64, 32, 1.0)
+    )
+    optimizer = upstream("moco.optimizer").LARS(model.parameters(), 0.1, weight_decay=1e-6, momentum=0.9)
     torch.amp.GradScaler("cpu").load_state_dict(torch.load(file)["scaler"])
     return resumed(model, optimizer, file, "base_encoder", "fc")
 
 
 def resumed(model: nn.Module, optimizer: torch.optim.Optimizer, file: str, place: str, last: str) -> dict[str, Any]:
-    """The trainer's way to go on; and the linear probe's, which takes the encoder's entries but its last layer's into
-    torchvision's network, and looks whether only the classifier is missing."""
+    """Load the parts as the trainer does to resume, and the encoder as the linear probe does.
+
+    The probe loads the encoder, without its last layer, into torchvision's network, and checks that only the classifier
+    is missing.
+    """
     from torchvision import models
 
     checkpoint = torch.load(file)
@@ -128,26 +134,22 @@ def resumed(model: nn.Module, optimizer: torch.optim.Optimizer, file: str, place
 
 
 def simclr(file: str) -> dict[str, Any]:
-    import optimizers
-    import utils
     from torchvision import models
 
-    from methods import SimCLR
-
-    model = Wrapped(SimCLR(models.resnet50(), proj_hidden_dim=48, out_dim=24))
+    optimizers, utils = upstream("optimizers"), upstream("utils")
+    model = Wrapped(upstream("methods").SimCLR(models.resnet50(), proj_hidden_dim=48, out_dim=24))
     optimizer = optimizers.configure_optimizer("lars", model.parameters(), lr=0.1, weight_decay=1e-4, momentum=0.9)
     progress = {"epoch": 0}
     utils.restart_from_checkpoint(file, run_variables=progress, model=model, optimizer=optimizer)
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress}
-    return {"saved": saved, "features": model.module.backbone.eval()}  # type: ignore[union-attr]
+    return {"saved": saved, "features": model.module.backbone.eval()}
 
 
 def dinov2(file: str) -> dict[str, Any]:
-    from dinov2.models import vision_transformer
-    from dinov2.utils.utils import load_pretrained_weights
-
-    encoder = vision_transformer.vit_small(patch_size=16, img_size=224, init_values=1e-5, block_chunks=4)
-    load_pretrained_weights(encoder, file, "teacher")
+    encoder = upstream("dinov2.models.vision_transformer").vit_small(
+        patch_size=16, img_size=224, init_values=1e-5, block_chunks=4
+    )
+    upstream("dinov2.utils.utils").load_pretrained_weights(encoder, file, "teacher")
     return {"saved": {}, "features": encoder.eval()}
 
 

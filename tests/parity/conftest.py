@@ -1,4 +1,4 @@
-"""A fixture that no test reads fails a run over the whole folder: numbers nobody compares against prove nothing."""
+"""Fail a run over the whole folder if a fixture was read by no test: unused reference numbers prove nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.parity import fixtures
 
 HERE = Path(__file__).parent
 OF_THE_FOLDER = {"test_other_networks.py", "test_unread_fixtures.py"}
-"""Tests of these tests, over folders of their own."""
+"""Tests of these tests, which run over folders of their own."""
 DESELECTED = pytest.StashKey[bool]()
 UNREAD = pytest.StashKey[list[str]]()
 
@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _ran_the_whole_folder(session: pytest.Session, exitstatus: int) -> bool:
-    """No file left out, no test chosen by name or mark, and the run was not cut short."""
+    """Whether every file was collected, no test was selected by name or mark, and the run was not cut short."""
     config = session.config
     stopped = session.shouldstop or session.shouldfail or config.getoption("collectonly")
     finished = not stopped and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hvp.benchmarks.given_steps import GivenSteps
 from hvp.common.hardviews import Selection, Slots, select
 from hvp.common.networks.heads import DINOHead
 from hvp.common.networks.vision_transformer import VisionTransformer
-from hvp.common.training import selecting
-from hvp.common.training.collapse import CollapseWatch
-from hvp.common.training.distributed import World
+from hvp.common.training import selecting, step
 from hvp.common.training.optimizers import build_optimizer, split_weight_decay
-from hvp.common.training.precision import Precision
-from hvp.common.training.rescuing import Rescuer
-from hvp.common.training.timing import Stopwatch
+from hvp.common.views import ViewBatch
 from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.dino_loss import DINOLoss
 from hvp.methods.dino.multi_crop import MultiCropWrapper
 from tests.parity.fixtures import Fixture
-
-CPU = torch.device("cpu")
 
 
 def formula_images(batch: int, height: int, width: int, shift: int) -> Tensor:
@@ -50,39 +45,10 @@ class Outcome:
     momentum: list[float] = field(default_factory=list)
 
 
-class FormulaRun:
-    """Stands in for `Run`: the steps' crops are the fixture's, and what is recorded goes to the outcome."""
-
-    def __init__(self, f: Fixture, outcome: Outcome) -> None:
-        self.f, self.outcome = f, outcome
-        self.steps_per_epoch = f.config["niter"]
-        self.total_steps = f.config["epochs"] * f.config["niter"]
-        self.selecting = Stopwatch(CPU)
-        self.row_due = True
-        self.collapse = CollapseWatch(print)
-        self.world = World()
-
-    def steps(self, epoch: int) -> Iterator[tuple[int, list[FormulaBatch]]]:
-        for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
-            yield step, [FormulaBatch(crops(self.f, step))]
-
-    def check(self, loss: Tensor, _optimizer: torch.optim.Optimizer, **_: float) -> float:
-        return loss.item()
-
-    def record(self, loss: float, **values: Any) -> None:
-        self.outcome.losses.append(loss)
-        for name in ("lr", "weight_decay", "momentum"):
-            getattr(self.outcome, name).append(values[name])
-
-
-@dataclass
-class FormulaBatch:
-    """Stands in for `ViewBatch`; its pixels are normalised already."""
-
-    pixels: list[Tensor]
-
-    def to(self, *_: Any, **__: Any) -> FormulaBatch:
-        return self
+def batches(f: Fixture) -> list[list[ViewBatch]]:
+    """The crops of every step; their pixels are normalised already."""
+    steps = range(f.config["epochs"] * f.config["niter"])
+    return [[ViewBatch(crops(f, step), torch.empty(0), torch.arange(f.config["B"]))] for step in steps]
 
 
 def crops(f: Fixture, step: int) -> list[Tensor]:
@@ -119,14 +85,16 @@ def train(f: Fixture) -> Outcome:
     # Fused attention computes its probabilities again in the backward pass. Their rounding is harmless, except to the
     # key bias: its gradient is zero but for rounding, and Adam takes a step of up to lr along whatever it is given.
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
-        patch.setattr(main_dino, "normalize", lambda pixels: pixels)
+        patch.setattr(step, "normalize", lambda pixels: pixels)
         patch.setattr(selecting, "select", select_listed)
-        run: Any = FormulaRun(f, outcome)
-        rescuer = Rescuer(config_of(f), student, None, World(), CPU)
+        config, given = config_of(f), batches(f)
         for epoch in range(c["epochs"]):
-            main_dino.train_one_epoch(
-                student, teacher, dino_loss, optimizer, Precision("fp32", CPU), rescuer, run, epoch, config_of(f)
-            )
+            run = GivenSteps(config, student, given[epoch * c["niter"] :][: c["niter"]])
+            main_dino.train_one_epoch(run, main_dino.Parts(student, teacher, dino_loss, optimizer), epoch, config)
+            for row in run.rows:
+                outcome.losses.append(row["loss"])
+                for name in ("lr", "weight_decay", "momentum"):
+                    getattr(outcome, name).append(row[name])
             for kept, state in ((outcome.student, student.state_dict()), (outcome.teacher, teacher.state_dict())):
                 kept.append({key: value.clone() for key, value in state.items()})
             outcome.center.append(dino_loss.center.clone())

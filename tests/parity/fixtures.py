@@ -1,4 +1,4 @@
-"""Reading the parity fixtures: which there are, what one holds, and which were read.
+"""Reading the parity fixtures, and keeping track of those that were read.
 
 A fixture is a pair `NAME.json` (description) and `NAME.safetensors` (tensors); `NAME` is `<fixture>_<case>`.
 `checkpoint_keys.json.gz` holds one entry per reference model; each counts as a case `checkpoint_keys:<model>`.
@@ -9,7 +9,7 @@ A fixture is a pair `NAME.json` (description) and `NAME.safetensors` (tensors); 
         f.tensors["train_features"], f.config["T"], f.scalars["10"]["top1"], f.tolerance["abs_percent"]
 
 The folder is `tests/parity/data`, or the one the environment variable HVP_PARITY names. conftest.py fails a run over
-the whole of tests/parity in which a case of an existing method was read by no test.
+the whole of tests/parity if no test reads a case of an existing method.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds to import, and the tests of conftest.py need no tensors
     from torch import Tensor
 
-# First match wins. A case with none of these prefixes belongs to nobody and must be read.
+# First match wins. A case with none of these prefixes belongs to no method and must be read.
 OWNERS = (
     ("hvp_dino_", "hvp.methods.dino"),
     ("dino_", "hvp.methods.dino"),
@@ -74,38 +74,47 @@ class Fixture:
 
 
 def folder() -> Path:
-    """Where the fixtures are."""
+    """Folder of the fixtures."""
     return Path(os.environ.get("HVP_PARITY") or Path(__file__).parent / "data")
 
 
 def cases(fixture: str) -> list[str]:
-    """Names of all cases of a fixture, for `pytest.mark.parametrize`; the folder may hold none."""
+    """Names of all cases of a fixture, for `pytest.mark.parametrize`; may be empty."""
     return [name for name, meta in _descriptions(folder()).items() if meta["fixture"] == fixture]
 
 
 def load(case: str) -> Fixture:
-    """One case, with its tensors on the CPU; notes that a test read it."""
+    """Load a case, with its tensors on the CPU, and mark it as read."""
     _read.add(case)
     return Fixture(case, _descriptions(folder())[case], _tensors(folder() / f"{case}.safetensors"))
+
+
+def assert_close(actual: Tensor | None, expected: Tensor, f: Fixture, what: str) -> None:
+    """Check a tensor against a fixture's, at the fixture's tolerance; `what` names it in the message."""
+    import torch
+
+    assert actual is not None, what
+    rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
+    torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
 def checkpoint_models(
     prefix: str, having: str = "entries", suits: Callable[[dict[str, Any]], bool] = lambda facts: True
 ) -> list[str]:
-    """Names of the models in `checkpoint_keys.json.gz` that start with `prefix`, have the field `having`, and of which
-    what the file says satisfies `suits`."""
+    """Names of the models in `checkpoint_keys.json.gz` that start with `prefix`, have the field `having` and satisfy
+    `suits`, which receives the model's facts."""
     models = _checkpoint_keys(folder()).items()
     return [name for name, facts in models if name.startswith(prefix) and having in facts and suits(facts)]
 
 
 def load_checkpoint_keys(model: str) -> dict[str, Any]:
-    """What `checkpoint_keys.json.gz` says of one reference model; notes that a test read it."""
+    """Load the facts of a reference model from `checkpoint_keys.json.gz`, and mark it as read."""
     _read.add(f"{CHECKPOINT_KEYS}:{model}")
     return _checkpoint_keys(folder())[model]
 
 
 def unread() -> list[str]:
-    """Cases that no test has read so far, without those of methods that do not exist yet."""
+    """Cases that no test has read so far, except those of methods that do not exist yet."""
     known = [*_descriptions(folder()), *(f"{CHECKPOINT_KEYS}:{model}" for model in _checkpoint_keys(folder()))]
     return [case for case in known if case not in _read and _owner_exists(case.removeprefix(f"{CHECKPOINT_KEYS}:"))]
 
@@ -116,7 +125,7 @@ def _owner_exists(name: str) -> bool:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    if not file.exists():  # a fixture of facts and statistics
+    if not file.exists():  # a fixture without tensors
         return {}
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Sizes of the reference models, read from the names and shapes that `checkpoint_keys.json.gz` holds."""
+"""Sizes of the reference models, inferred from the names and shapes in `checkpoint_keys.json.gz`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ RESNETS = {
     (False, (2, 2, 2, 2), 7): "resnet18",
     (False, (2, 2, 2, 2), 3): "resnet18_cifar",
 }
-"""Names of the ResNets, by bottlenecks, blocks of each stage, and the stem's kernel."""
+"""Names of the ResNets, by use of bottlenecks, blocks per stage, and the stem's kernel size."""
 
-# HVP's released code builds weight norm from parametrisations, which name the same two tensors differently, and its
-# network for CIFAR, which is not torchvision's, names a block's shortcut differently.
+# HVP's released code uses PyTorch's parametrisations for weight norm, which name the two tensors differently. Its own
+# network for CIFAR names a block's shortcut differently from torchvision.
 RENAMED = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
@@ -38,14 +38,14 @@ RENAMED = {
 }
 
 CHUNKED_BLOCK = re.compile(r"\bblocks\.\d+\.(\d+)\.")
-"""DINOv2's training checkpoints name a block by its chunk, too: blocks.<chunk>.<block>."""
+"""DINOv2's training checkpoints put the chunk into a block's name: blocks.<chunk>.<block>."""
 
 Shapes = Mapping[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Vit:
-    """The sizes of a Vision Transformer."""
+    """Sizes of a Vision Transformer."""
 
     arch: str
     patch_size: int
@@ -54,30 +54,30 @@ class Vit:
 
 
 def described(module: nn.Module) -> list[list[Any]]:
-    """A module's state dict as the fixture describes one: [name, shape, dtype] in order."""
+    """Describe a module's state dict like the fixture: [name, shape, dtype] in order."""
     return [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in module.state_dict().items()]
 
 
 def own_name(name: str) -> str:
-    """What we call an entry of a reference model's state dict."""
+    """Translate the name of an entry in a reference model's state dict to ours."""
     for theirs, ours in RENAMED.items():
         name = name.replace(theirs, ours)
     return CHUNKED_BLOCK.sub(r"blocks.\1.", name.removeprefix("module."))
 
 
 def renamed(entries: Iterable[list[Any]]) -> list[list[Any]]:
-    """A reference model's entries under our names."""
+    """Rename a reference model's entries to our names."""
     return [[own_name(name), *rest] for name, *rest in entries]
 
 
 def shapes_of(entries: Iterable[list[Any]], part: str = "") -> Shapes:
-    """Shapes by our names; of a part, such as `backbone`, by the names within it."""
+    """Shapes by our names; for a part, such as `backbone`, by the names within it."""
     prefix = f"{part}." if part else ""
     return {name.removeprefix(prefix): shape for name, shape, *_ in renamed(entries) if name.startswith(prefix)}
 
 
 def vit_of(shapes: Shapes) -> Vit | None:
-    """The sizes of the Vision Transformer with these shapes; None where they are a ResNet's."""
+    """Sizes of the Vision Transformer with these shapes; None if they are a ResNet's."""
     if "pos_embed" not in shapes:
         return None
     _, tokens, width = shapes["pos_embed"]
@@ -87,7 +87,7 @@ def vit_of(shapes: Shapes) -> Vit | None:
 
 
 def arch_of(shapes: Shapes) -> str:
-    """The name of the backbone with these shapes."""
+    """Name of the backbone with these shapes."""
     vit = vit_of(shapes)
     if vit is not None:
         return vit.arch
@@ -99,7 +99,7 @@ def arch_of(shapes: Shapes) -> str:
 
 
 def build_encoder(shapes: Shapes, *, mask_token: bool = False) -> nn.Module:
-    """A backbone of the sizes with these shapes, as DINO and iBOT build it."""
+    """Build the backbone with these shapes, like DINO and iBOT."""
     vit = vit_of(shapes)
     if vit is None:
         return build_convnet(shapes)
@@ -107,12 +107,12 @@ def build_encoder(shapes: Shapes, *, mask_token: bool = False) -> nn.Module:
 
 
 def build_convnet(shapes: Shapes) -> ConvNet:
-    """The ResNet with these shapes."""
+    """Build the ResNet with these shapes."""
     return CONVNETS[arch_of(shapes)]()
 
 
 def linear_layers(shapes: Shapes, part: str) -> list[list[int]]:
-    """The shapes [out, in] of the linear layers of a perceptron, from the first to the last."""
+    """Shapes [out, in] of the linear layers of a perceptron, from first to last."""
     return [
         shape
         for name, shape in shapes.items()
@@ -121,7 +121,7 @@ def linear_layers(shapes: Shapes, part: str) -> list[list[int]]:
 
 
 def head_sizes(shapes: Shapes) -> dict[str, Any]:
-    """What DINOHead takes for the head with these shapes, but for `norm_last_layer`, which no shape shows."""
+    """Arguments of DINOHead for these shapes, except `norm_last_layer`, which no shape shows."""
     layers = linear_layers(shapes, "mlp")
     return {
         "in_dim": layers[0][1],

@@ -1,4 +1,4 @@
-"""The tests of checkpoint keys run over a folder with other networks than those of our fixtures, and read all of it."""
+"""The tests of checkpoint keys also work for networks that are not among our fixtures, and read all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hvp.common.networks.register_vision_transformer import build_register_vit
 from tests.parity.fixtures import CHECKPOINT_KEYS, folder
 from tests.parity.reference_models import described
 
-pytestmark = pytest.mark.skipif("HVP_PARITY" in os.environ, reason="other networks are made from our own fixtures'")
+pytestmark = pytest.mark.skipif("HVP_PARITY" in os.environ, reason="other networks are derived from our own fixtures")
 
 Facts = dict[str, Any]
 Entries = list[list[Any]]
@@ -29,7 +29,7 @@ Entries = list[list[Any]]
 
 @pytest.mark.slow
 def test_other_networks_are_tested_as_well(tmp_path: Path) -> None:
-    """ViT-Ti, ViT-B, ViT-g and both kinds of ResNet-18; none of them is among our fixtures."""
+    """ViT-Ti, ViT-B, ViT-g and both kinds of ResNet-18 are not among our fixtures."""
     ours = json.loads(gzip.decompress((folder() / f"{CHECKPOINT_KEYS}.json.gz").read_bytes()))
     others = other_models(ours["models"])
     assert not set(others) & set(ours["models"])
@@ -37,10 +37,12 @@ def test_other_networks_are_tested_as_well(tmp_path: Path) -> None:
     data.mkdir()
     content = json.dumps({**ours, "models": others}).encode()
     (data / f"{CHECKPOINT_KEYS}.json.gz").write_bytes(gzip.compress(content))
-    here = Path(__file__).parent
-    for file in here.glob("*.py"):
+    tests = tmp_path / "tests" / "parity"
+    tests.mkdir(parents=True)
+    (tests.parent / "__init__.py").touch()
+    for file in Path(__file__).parent.glob("*.py"):
         if file.name not in (Path(__file__).name, "test_unread_fixtures.py"):
-            shutil.copy(file, tmp_path)
+            shutil.copy(file, tests)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-rA"],
         cwd=tmp_path,
@@ -52,12 +54,12 @@ def test_other_networks_are_tested_as_well(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "read by no test" not in run.stdout
     for model in others:
-        assert f"PASSED test_parity_{family(model)}.py::test_" in run.stdout
+        assert f"PASSED tests/parity/test_parity_{family(model)}.py::test_" in run.stdout
         assert f"[{model}]" in run.stdout or f"-{model}]" in run.stdout, model
 
 
 def other_models(models: dict[str, Facts]) -> dict[str, Facts]:
-    """What `checkpoint_keys.json.gz` would say of other networks, by their names."""
+    """Facts of other networks as in `checkpoint_keys.json.gz`, by name."""
     found = {}
     for name, arch, factor in (("dino", "vit_base", 2), ("dino", "vit_tiny", 0.5), ("mocov3", "vit_base", 2)):
         found[f"{name}_{arch}"] = with_shapes(models[f"{name}_vit_small"], scaled(factor))
@@ -74,7 +76,7 @@ def other_models(models: dict[str, Facts]) -> dict[str, Facts]:
 
 
 def with_shapes(facts: Facts, change: Callable[[str, list[int]], list[int]]) -> Facts:
-    """The same names with other shapes."""
+    """Change the shapes, keep the names."""
     facts = deepcopy(facts)
     for part, entries in facts["entries"].items():
         facts["entries"][part] = [[name, change(name, shape), dtype] for name, shape, dtype in entries]
@@ -82,12 +84,12 @@ def with_shapes(facts: Facts, change: Callable[[str, list[int]], list[int]]) -> 
 
 
 def scaled(factor: float) -> Callable[[str, list[int]], list[int]]:
-    """ViT-S made wider or narrower: its widths are 384, 3 x 384 and 4 x 384, which no head has."""
+    """Scale the widths of a ViT-S: 384, 3 x 384 and 4 x 384, which no head has."""
     return lambda name, shape: [int(n * factor) if n in (384, 1152, 1536) else n for n in shape]
 
 
 def small_patches(name: str, shape: list[int]) -> list[int]:
-    """ViT-S/16 made ViT-B/8, at the same 224 pixels."""
+    """Turn a ViT-S/16 into a ViT-B/8, at the same 224 pixels."""
     shape = scaled(2)(name, shape)
     if name == "pos_embed":
         return [1, 1 + 28 * 28, shape[2]]
@@ -95,7 +97,7 @@ def small_patches(name: str, shape: list[int]) -> list[int]:
 
 
 def on_resnet18(facts: Facts, entry: str, *parts: str) -> Facts:
-    """The same heads on torchvision's ResNet-18, whose feature is 512 wide where ResNet-50's is 2048."""
+    """Put the same heads on torchvision's ResNet-18, which has 512 features instead of 2048."""
     facts = deepcopy(facts)
     entries: Entries = []
     for part in parts:
@@ -111,7 +113,7 @@ def on_resnet18(facts: Facts, entry: str, *parts: str) -> Facts:
 
 
 def narrowed(name: str, shape: list[int]) -> list[int]:
-    """A head's shape behind a feature of 512. SimSiam's hidden layers are as wide as the feature."""
+    """Shape of a head's tensor for 512 features. SimSiam's hidden layers are as wide as the feature."""
     hidden = ("encoder.fc.0", "encoder.fc.1.", "encoder.fc.3", "encoder.fc.4.")
     if name.removeprefix("module.").startswith(hidden):
         return [512 if n == 2048 else n for n in shape]
@@ -122,12 +124,12 @@ def narrowed(name: str, shape: list[int]) -> list[int]:
 
 
 def released_giant(facts: Facts) -> Facts:
-    """DINOv2's released ViT-g/14: wider, deeper, and with gated feed-forward layers."""
+    """DINOv2's released ViT-g/14, which is wider and deeper and has gated feed-forward layers."""
     with torch.device("meta"):
         network = build_register_vit("vit_giant2", patch_size=14, img_size=518, swiglu=True)
     return {**facts, "entries": {"(file)": described(network)}}
 
 
 def family(model: str) -> str:
-    """The part of a test file's name that stands for the method of a model."""
+    """Part of a test file's name that names the method of a model."""
     return model.removeprefix("hvp_").partition("_")[0]

@@ -1,4 +1,4 @@
-"""Checkpoints in the upstream's layout have the keys, shapes, order and parameter groups that its trainers make."""
+"""Checkpoints in the upstream's layout have the keys, shapes, order and parameter groups of its trainers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from hvp.common.config.resolving import read_yaml, resolve
-from hvp.common.convert.upstream import Layout, to_upstream
+from hvp.common.convert.layouts import Layout
+from hvp.common.convert.training_checkpoints import to_upstream
 from hvp.methods import get_method, get_preset
 from tests.parity.fixtures import checkpoint_models, load_checkpoint_keys
 from tests.parity.reference_models import Shapes, arch_of, head_sizes, linear_layers, shapes_of, vit_of
@@ -18,19 +19,20 @@ from tests.parity.reference_models import Shapes, arch_of, head_sizes, linear_la
 
 @dataclass(frozen=True)
 class Family:
-    """Reference models that one method's configurations describe."""
+    """Reference models that belong to one method."""
 
     prefix: str
-    """How the models' names begin."""
+    """Prefix of the models' names."""
     method: str
     backbone: str
-    """Where the backbone stands within the first entry of a checkpoint."""
+    """Prefix of the backbone within the first entry of a checkpoint."""
     vit: str = ""
-    """The preset for Vision Transformers."""
+    """Preset for Vision Transformers."""
     resnet: str = ""
+    """Preset for ResNets."""
 
     def describes(self, facts: dict[str, Any]) -> bool:
-        """Whether it is a training checkpoint of a network that the method can be configured for."""
+        """Whether a model is a training checkpoint of a network that the method can be configured for."""
         arch = get_method(self.method).config.model_fields["model"].annotation.model_fields["arch"].annotation
         return "(file)" not in facts["entries"] and arch_of(self.backbone_shapes(facts)) in get_args(arch)
 
@@ -38,14 +40,14 @@ class Family:
         return shapes_of(first_entry(facts), self.backbone)
 
     def layout(self, facts: dict[str, Any]) -> Layout:
-        """The upstream's layout for a configuration with the reference model's networks."""
+        """Upstream's layout for a configuration with the reference model's networks."""
         shapes = self.backbone_shapes(facts)
         vit = vit_of(shapes)
         preset = get_preset(self.method, self.resnet if vit is None else self.vit)
         changes = {"model.arch": arch_of(shapes), **HEADS[self.method](facts)}
         if vit is not None:
             changes[CROPS[self.method]] = vit.img_size
-        if vit is not None and self.method != "mocov3":  # whose configuration has one size for each network
+        if vit is not None and self.method != "mocov3":  # its networks have a fixed patch size
             changes["model.patch_size"] = vit.patch_size
         method = get_method(self.method)
         return method.upstream_layout(resolve(method.config, [("preset", read_yaml(preset)), ("test", changes)]).config)
@@ -119,11 +121,11 @@ HEADS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "mocov3": moco_head,
     "dinov2": dinov2_heads,
 }
-"""What to configure so that the heads have the sizes in a checkpoint, by method."""
+"""Configuration values for heads with the sizes in a checkpoint, by method."""
 
 
 def first_entry(facts: dict[str, Any]) -> list[list[Any]]:
-    """The state dict that stands first in a checkpoint."""
+    """Return the first state dict in a checkpoint."""
     entries: list[list[Any]] = next(iter(facts["entries"].values()))
     return entries
 
@@ -132,7 +134,7 @@ MODELS = [(model, family) for family in FAMILIES for model in checkpoint_models(
 
 
 def converted(layout: Layout) -> dict[str, Any]:
-    """A checkpoint at its real size, whose tensors have no memory."""
+    """Convert a checkpoint of real size whose tensors have no memory."""
     sizes = [len(group["params"]) for group in layout.optimizer.ours] if layout.optimizer else []
     groups = [{"params": [0] * size, "lr": 0.1, "weight_decay": 0.0} for size in sizes]
     optimizer = {"state": {number: {} for number in range(sum(sizes))}, "param_groups": groups}
@@ -160,7 +162,7 @@ NUMBERED = [case for case in MODELS if case[1].method != "dinov2"]
 
 
 @pytest.mark.parametrize(("model", "family"), NUMBERED, ids=[model for model, _ in NUMBERED])
-def test_parameters_are_numbered_as_upstream_does(model: str, family: Family) -> None:
+def test_parameters_are_numbered_like_upstream(model: str, family: Family) -> None:
     facts = load_checkpoint_keys(model)
     layout = family.layout(facts)
     assert layout.optimizer is not None

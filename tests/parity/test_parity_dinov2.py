@@ -1,4 +1,4 @@
-"""DINOv2 against the reference implementation's numbers, at the tolerances the fixtures name."""
+"""DINOv2 compared with the reference implementation's numbers, at the fixtures' tolerances."""
 
 from __future__ import annotations
 
@@ -22,14 +22,8 @@ from hvp.methods.dinov2.networks import Network
 from hvp.methods.dinov2.param_groups import layer_decay, parameter_groups
 from hvp.methods.dinov2.schedules import Schedules
 from tests.parity.dino_steps import formula_images
-from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.fixtures import assert_close, cases, checkpoint_models, load, load_checkpoint_keys
 from tests.parity.reference_models import arch_of, described, head_sizes, own_name, renamed, shapes_of, vit_of
-
-
-def assert_close(actual: Tensor | None, expected: Tensor, f: Fixture, what: str) -> None:
-    assert actual is not None, what
-    rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
-    torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
 def centers(*shape: int, centering: Any, before: Tensor) -> TeacherCenter:
@@ -52,12 +46,12 @@ def test_class_token_loss(case: str) -> None:
 
     balanced = centers(1, c["K"], centering="sinkhorn_knopp", before=t["center_before"])
     targets = balanced.targets(t["teacher_output"], temp)
-    # the reference's own bound for these
+    # the reference's own tolerance for these
     torch.testing.assert_close(targets, t["sinkhorn"], rtol=1e-4, atol=1e-6)
 
     local = t["student_local"].requires_grad_()
     views = [t["student_global"].chunk(2)[i] for i in (0, 1)] + list(local.chunk(c["nl"]))
-    # here the rows of both are in the same order, and a global view's target is its own
+    # in the fixture, rows are in the same order, and the target of a global view is that view itself
     swapped = targets.chunk(2)[::-1]
     per_view = view_cross_entropies(swapped, [view / c["student_temp"] for view in views])
     total = torch.stack(per_view[2:]).sum()
@@ -176,7 +170,7 @@ def test_schedules(case: str) -> None:
     assert config.peak_lr == pytest.approx(f.scalars["scaled_lr"], rel=1e-12)
     total = f.scalars["total_iterations"]
     assert total == optim["epochs"] * length
-    schedules = Schedules(config, total, steps_per_epoch=7)  # a pass over the images counts for nothing here
+    schedules = Schedules(config, total, steps_per_epoch=7)  # steps_per_epoch must have no effect here
     rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
     for name in ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"):
         ours = [getattr(schedules, name)(step) for step in t["iterations"].tolist()]
@@ -185,7 +179,7 @@ def test_schedules(case: str) -> None:
 
 @pytest.mark.parametrize("case", cases("dinov2_masking"))
 def test_mask_statistics(case: str) -> None:
-    """Blocks of a fixed target: how many are masked, where, and how they hang together."""
+    """For a fixed target: the number of masked patches, their positions, and how often neighbours are masked."""
     f = load(case)
     fixed = {name: s for name, s in f.scalars.items() if "target" in s}
     assert len(fixed) == 6
@@ -210,7 +204,7 @@ def test_mask_statistics(case: str) -> None:
 
 @pytest.mark.parametrize("grid", [14, 16])
 @pytest.mark.parametrize("case", cases("dinov2_masking"))
-def test_masks_of_a_batch(case: str, grid: int) -> None:
+def test_mask_statistics_of_a_batch(case: str, grid: int) -> None:
     f = load(case)
     s, images = f.scalars[f"collate_grid{grid}"], f.scalars[f"collate_grid{grid}"]["batch_images"]
     sampler = MaskSampler(grid=(grid, grid), num_candidates=1, probability=0.5, ratio=(0.1, 0.5), seed=f.meta["seed"])
@@ -220,7 +214,7 @@ def test_masks_of_a_batch(case: str, grid: int) -> None:
     for masks in batches:
         masked = masks.any(dim=1)
         assert masked.double().mean().item() == pytest.approx(s["share_of_crops_masked"], abs=0.005)
-        # the upstream's padding: the largest number that slices can give
+        # the upstream's padding: the largest number of patches that the ratios can give
         slices = torch.linspace(0.1, 0.5, int(masked.sum()) + 1)[1:]
         assert [sum(int(grid**2 * ratio) for ratio in slices)] == s["upperbound"]
         assert masks.sum() <= s["upperbound"][0]
@@ -228,14 +222,14 @@ def test_masks_of_a_batch(case: str, grid: int) -> None:
     totals = torch.stack([masks.sum() for masks in batches]).double()
     error = s["std_n_masked"] / math.sqrt(s["n_batches"])
     assert totals.mean().item() == pytest.approx(s["mean_n_masked"], abs=4 * math.sqrt(2) * error)
-    assert totals.std().item() < 2 * s["std_n_masked"], "stratified, so the totals of batches hardly differ"
+    assert totals.std().item() < 2 * s["std_n_masked"], "ratios are stratified, so the totals of batches hardly differ"
     assert shares.mean().item() == pytest.approx(s["mean_fraction_over_masked_crops"], abs=1e-3)
     assert shares.std().item() == pytest.approx(s["std_fraction_over_masked_crops"], abs=2e-3)
 
 
 @pytest.mark.parametrize("case", cases("dinov2_total"))
 def test_total_objective(case: str) -> None:
-    """A whole forward and backward pass: every logged loss, both centres, some gradients."""
+    """Compare a whole forward and backward pass: every logged loss, both centres, some gradients."""
     f = load(case)
     c, t, shift = f.config, f.tensors, f.config["input_shift"]
 
@@ -284,7 +278,7 @@ def test_total_objective(case: str) -> None:
     assert_close(losses.loss, t["total_loss"], f, "total")
     assert_close(losses.dino_local, t["loss.dino_local_crops_loss"], f, "local crops")
     assert_close(losses.dino_global, t["loss.dino_global_crops_loss"], f, "global crops")
-    # upstream logs halves of these
+    # upstream logs half of these
     assert_close(losses.koleo / 2, t["loss.koleo_loss"], f, "KoLeo")
     assert_close(losses.ibot / 2, t["loss.ibot_loss"], f, "patches")
     gradients = f.group("grad")
@@ -316,7 +310,7 @@ def test_parameter_groups(model: str) -> None:
     }
     student = real_network(facts["entries"]["model"], "student")
     num_blocks = student.backbone.num_blocks
-    # The configuration that the reference model was built with, as far as it shows in the rates.
+    # Infer the reference model's configuration from its rates.
     decay = theirs[f"backbone.blocks.{num_blocks - 1}.norm1.weight"][0]
     patch_embed_lr_mult = theirs["backbone.patch_embed.proj.weight"][0] / theirs["backbone.cls_token"][0]
     names = {parameter: name for name, parameter in student.named_parameters()}
@@ -332,7 +326,7 @@ def test_parameter_groups(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", [m for m in checkpoint_models("dinov2_") if "released" in m])
-def test_released_backbones_are_told_from_their_keys(model: str) -> None:
+def test_released_backbones_are_recognised_by_their_keys(model: str) -> None:
     entries = load_checkpoint_keys(model)["entries"]["(file)"]
     state = {name: torch.empty(shape, device="meta") for name, shape, _ in entries}
     with torch.device("meta"):
@@ -345,7 +339,7 @@ def test_released_backbones_are_told_from_their_keys(model: str) -> None:
 
 
 def real_network(entries: list[list[Any]], part: str) -> Network:
-    """The student or the teacher of a training checkpoint, without memory for the weights."""
+    """Build the student or the teacher of a training checkpoint, without memory for the weights."""
     shapes = shapes_of(entries, f"{part}.backbone")
     vit = vit_of(shapes)
     assert vit is not None
@@ -365,7 +359,7 @@ def real_network(entries: list[list[Any]], part: str) -> Network:
 
 
 def real_loss(entries: list[list[Any]]) -> DINOv2Loss:
-    """The loss of a training checkpoint, with its two centres."""
+    """Build the loss of a training checkpoint, with its two centres."""
     shapes = shapes_of(entries)
-    sizes = (shapes[f"{name}_loss.center"][-1] for name in ("dino", "ibot_patch"))
-    return DINOv2Loss(*sizes, 10, centering="centering")
+    dino, ibot = (shapes[f"{name}_loss.center"][-1] for name in ("dino", "ibot_patch"))
+    return DINOv2Loss(dino, ibot, 10, centering="centering")

@@ -1,4 +1,4 @@
-"""Weighted k-NN against facebookresearch/dino's eval_knn.py."""
+"""Weighted k-NN compared with facebookresearch/dino's eval_knn.py."""
 
 import pytest
 

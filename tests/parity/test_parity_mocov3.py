@@ -1,4 +1,4 @@
-"""MoCo v3 against facebookresearch/moco-v3's numbers, at the tolerances the fixtures name."""
+"""MoCo v3 compared with facebookresearch/moco-v3's numbers, at the fixtures' tolerances."""
 
 from __future__ import annotations
 
@@ -21,13 +21,8 @@ from hvp.methods.mocov3.main_mocov3 import adjust_learning_rate, adjust_moco_mom
 from hvp.methods.mocov3.score import pair_info_nce
 from hvp.methods.mocov3.vits import VITS, VisionTransformerMoCo, vit_small
 from tests.parity.dino_steps import formula_images
-from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.fixtures import assert_close, cases, checkpoint_models, load, load_checkpoint_keys
 from tests.parity.reference_models import arch_of, build_convnet, described, linear_layers, renamed, shapes_of, vit_of
-
-
-def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
-    rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
-    torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("case", cases("mocov3_loss"))
@@ -54,7 +49,7 @@ def test_pair_losses_are_the_loss_of_each_image(case: str) -> None:
 
 
 class NoBackbone(nn.Module):
-    """An encoder whose images are features already."""
+    """Encoder for images that are features already."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -70,7 +65,7 @@ class NoBackbone(nn.Module):
 
 @pytest.mark.parametrize("case", cases("mocov3_model"))
 def test_one_step_of_the_model(case: str) -> None:
-    """Queries, the momentum encoder's step, keys, batch norm's statistics of both encoders, and the gradients."""
+    """Compare queries, keys, the momentum encoder's step, both encoders' batch statistics, and the gradients."""
     f = load(case)
     c = f.config
     kind: Any = {"MoCo_ViT": MoCo_ViT, "MoCo_ResNet": MoCo_ResNet}[c["kind"]]
@@ -130,7 +125,7 @@ def test_vit(case: str) -> None:
 
 @pytest.mark.parametrize("case", cases("mocov3_vit_init"))
 def test_initial_weights(case: str) -> None:
-    """Drawn from the stated distributions: the same deviation, and extremes at the same bound."""
+    """Weights follow the stated distributions: equal standard deviation, extremes near the same bound."""
     f = load(case)
     assert f.tolerance == {"std": "relative 2%", "absmax": "below the stated bound and above 0.98 of it"}
     weights = dict(vit_small().named_parameters())
@@ -148,7 +143,7 @@ def test_initial_weights(case: str) -> None:
         if expected["std"] == 0:
             assert (weight == expected["mean"]).all(), name
         elif name == "cls_token":
-            # 384 numbers: their deviation is known to 3.6 %, theirs and ours
+            # 384 numbers: the standard deviation is known to 3.6 %, for theirs and ours
             assert weight.std().item() == pytest.approx(1e-6, rel=0.15), name
         else:
             assert weight.std().item() == pytest.approx(expected["std"], rel=0.02), name
@@ -159,7 +154,7 @@ def test_initial_weights(case: str) -> None:
 
 @pytest.mark.parametrize("case", cases("lars"))
 def test_lars(case: str) -> None:
-    """Upstream leaves tensors without dimensions alone, too, which ours decays and scales. No network here has one."""
+    """Upstream exempts scalar tensors, which ours decays and scales; they are left out, as no network here has one."""
     f = load(case)
     c = f.config
     parameters = {name: nn.Parameter(p.clone()) for name, p in f.group("param").items() if p.ndim > 0}
@@ -180,7 +175,7 @@ MODELS = checkpoint_models("mocov3_")
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_checkpoint_keys_shapes_and_what_is_frozen(model: str) -> None:
+def test_checkpoint_keys_shapes_and_frozen_parameters(model: str) -> None:
     facts = load_checkpoint_keys(model)
     ours = real_size(facts)
     assert described(ours) == renamed(facts["entries"]["state_dict"])
@@ -191,8 +186,8 @@ def test_checkpoint_keys_shapes_and_what_is_frozen(model: str) -> None:
 
 @pytest.mark.parametrize("which", [None, "base_encoder", "momentum_encoder"])
 @pytest.mark.parametrize("model", MODELS)
-def test_upstreams_checkpoints_load(model: str, which: Any, tmp_path: Path) -> None:
-    """The file as main_moco.py saves it, with one number for all of a tensor, which takes no room."""
+def test_upstream_checkpoints_load(model: str, which: Any, tmp_path: Path) -> None:
+    """Load a file as main_moco.py saves it; each tensor repeats one number, which keeps the file small."""
     facts = load_checkpoint_keys(model)
     values = {"base_encoder": 0.5, "momentum_encoder": 0.25, "predictor": 0.125}
     weights = {}
@@ -215,13 +210,14 @@ def test_upstreams_checkpoints_load(model: str, which: Any, tmp_path: Path) -> N
     own = {f"module.{meta.which}.{name}" for name in encoder.state_dict()}
     assert own == {name for name in weights if name.split(".")[1] == meta.which and name.split(".")[2] != projector}
     if isinstance(encoder, VisionTransformer):
-        assert encoder.blocks[0].attn.num_heads == 12  # as many as ViT-B's; DINO's ViT-S has 6 in the same shapes
+        # 12 like a ViT-B; DINO's ViT-S has 6 heads with the same shapes
+        assert encoder.get_submodule("blocks.0.attn").num_heads == 12
     else:
         assert isinstance(encoder, ResNet)
 
 
 def real_size(facts: dict[str, Any]) -> MoCo:
-    """A reference model at its real size, without memory for the weights."""
+    """Build a reference model at real size, without memory for the weights."""
     entries = facts["entries"]["state_dict"]
     shapes = shapes_of(entries, "base_encoder")
     mlp_dim, dim = linear_layers(shapes_of(entries), "predictor")[0]

@@ -1,4 +1,4 @@
-"""SimCLR against the numbers of HVP's released code and google-research's, at the tolerances the fixtures name."""
+"""SimCLR compared with the numbers of HVP's and google-research's code, at the fixtures' tolerances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvp.common.evaluation.checkpoints import load_encoder
 from hvp.common.hardviews import Slots, combination_losses, select
@@ -17,13 +17,8 @@ from hvp.common.training.optimizers import LARS
 from hvp.methods.simclr.model import SimCLR, SimCLRProjectionHead
 from hvp.methods.simclr.nt_xent_loss import nt_xent_loss
 from hvp.methods.simclr.score import pair_nt_xent
-from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.fixtures import assert_close, cases, checkpoint_models, load, load_checkpoint_keys
 from tests.parity.reference_models import build_convnet, described, linear_layers, renamed, shapes_of
-
-
-def assert_close(actual: Tensor, expected: Tensor, f: Fixture, what: str) -> None:
-    rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
-    torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("case", cases("simclr_loss"))
@@ -74,8 +69,10 @@ def test_head(case: str) -> None:
 
 @pytest.mark.parametrize("case", cases("lars"))
 def test_google_has_the_learning_rate_inside_the_momentum(case: str) -> None:
-    """The two are equal while the rate is constant. When it changes by a factor, google's momentum lags: ours, divided
-    by that factor. What is exempt, biases and norms, is told from names there and from having one dimension here."""
+    """The two are equal at a constant rate. When it changes by a factor, google's momentum is ours divided by it.
+
+    Biases and norms are exempt: google recognises them by name, we by having one dimension.
+    """
     f = load(case)
     c = f.config
     parameters = {name: nn.Parameter(p.clone()) for name, p in f.group("param").items()}
@@ -113,7 +110,7 @@ def test_checkpoint_keys_and_shapes(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_released_checkpoints_load(model: str, tmp_path: Path) -> None:
-    """The file as the released code saves it, with one number for all of a tensor, which takes no room."""
+    """Load a file as the released code saves it; each tensor repeats one number, which keeps the file small."""
     facts = load_checkpoint_keys(model)
     kinds = {"float32": torch.tensor(0.5), "int64": torch.tensor(7)}
     weights = {name: kinds[dtype].expand(shape) for name, shape, dtype in facts["entries"]["model"]}

@@ -1,4 +1,4 @@
-"""SimSiam against the reference implementations' numbers, at the tolerances the fixtures name."""
+"""SimSiam compared with the reference implementations' numbers, at the fixtures' tolerances."""
 
 from __future__ import annotations
 
@@ -18,14 +18,8 @@ from hvp.methods.simsiam.builder import SimSiam
 from hvp.methods.simsiam.config import SimSiamConfig
 from hvp.methods.simsiam.main_simsiam import symmetric_loss
 from hvp.methods.simsiam.score import negative_cosines
-from tests.parity.fixtures import Fixture, cases, checkpoint_models, load, load_checkpoint_keys
+from tests.parity.fixtures import Fixture, assert_close, cases, checkpoint_models, load, load_checkpoint_keys
 from tests.parity.reference_models import build_convnet, described, linear_layers, renamed, shapes_of
-
-
-def assert_close(actual: Tensor | None, expected: Tensor, f: Fixture, what: str) -> None:
-    rtol, atol = f.tolerance["rtol"], f.tolerance["atol"]
-    assert actual is not None, what
-    torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("case", cases("simsiam_loss"))
@@ -63,7 +57,7 @@ def test_learning_rates(case: str) -> None:
 
 
 class Features(nn.Module):
-    """An encoder whose images are features already."""
+    """Encoder for images that are features already."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -78,7 +72,7 @@ class Features(nn.Module):
 
 
 def model_of(f: Fixture) -> SimSiam:
-    """The fixture's model in its initial state."""
+    """Build the fixture's model in its initial state."""
     c = f.config
     encoder: object = Features(c["feat"])
     model = SimSiam(
@@ -133,7 +127,7 @@ def test_joint_forward_of_a_selection(case: str) -> None:
         p, z = model.single_forward(torch.cat((t["x1"], t["x2"])))
     assert_close(p, t["p_joint"], f, "p")
     assert_close(z, t["z_joint"], f, "z")
-    # These cases' buffers are those after this forward, whose single update they count, not after the views' two.
+    # In these cases the fixture's buffers were updated once, by this joint forward, not twice by the two views.
     assert_buffers(model, f)
 
 
@@ -162,7 +156,7 @@ def test_checkpoint_names_and_shapes(name: str) -> None:
     facts = load_checkpoint_keys(name)
     (entries,) = facts["entries"].values()
     model = real_size(entries)
-    # HVP's network for CIFAR, which is not torchvision's, has a block's entries in another order
+    # HVP's own network for CIFAR has a block's entries in another order than torchvision's
     assert sorted(described(model)) == sorted(renamed(entries))
     if "frozen" in facts:
         assert [f"module.{key}" for key, p in model.named_parameters() if not p.requires_grad] == facts["frozen"]
@@ -172,7 +166,7 @@ def test_checkpoint_names_and_shapes(name: str) -> None:
 def test_reference_checkpoints_load_for_evaluation(name: str, tmp_path: Path) -> None:
     facts = load_checkpoint_keys(name)
     ((top_level, entries),) = facts["entries"].items()
-    # every tensor filled with its own number, which the file holds once
+    # every tensor repeats a number of its own, which keeps the file small
     weights = {
         key: torch.tensor(number, dtype=getattr(torch, dtype)).expand(shape)
         for number, (key, shape, dtype) in enumerate(entries)
@@ -194,7 +188,7 @@ def test_reference_checkpoints_load_for_evaluation(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_that_does_not_fit_is_told_by_its_keys(name: str, tmp_path: Path) -> None:
+def test_the_error_for_a_misfit_names_the_keys(name: str, tmp_path: Path) -> None:
     (entries,) = load_checkpoint_keys(name)["entries"].values()
     weights = {key: torch.zeros(()).expand(shape) for key, shape, _ in entries}
     del weights["module.encoder.bn1.weight"]
@@ -205,7 +199,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_by_its_keys(name: str, tmp_path:
 
 
 def test_residual_branches_start_at_zero() -> None:
-    """As upstream: the last batch norm of every block; without it, at one."""
+    """The last batch norm of every block starts at zero, as in the upstream, or at one without the option."""
     for zero, value in ((True, 0.0), (False, 1.0)):
         for arch, last in (("resnet50", "bn3"), ("resnet18_cifar", "bn2")):
             network = CONVNETS[arch](zero_init_residual=zero)
@@ -215,11 +209,11 @@ def test_residual_branches_start_at_zero() -> None:
 
 
 def real_size(entries: list[list[Any]]) -> SimSiam:
-    """A reference model at its real size, without memory for the weights."""
+    """Build a reference model at real size, without memory for the weights."""
     shapes = shapes_of(entries)
     projector = linear_layers(shapes, "encoder.fc")
     pred_dim, dim = linear_layers(shapes, "predictor")[0]
-    last = 3 * (len(projector) - 1)  # between two linear layers stand batch norm and ReLU
+    last = 3 * (len(projector) - 1)  # batch norm and ReLU stand between two linear layers
     layers: Any = len(projector)
     with torch.device("meta"):
         encoder = build_convnet(shapes_of(entries, "encoder"))

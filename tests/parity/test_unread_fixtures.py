@@ -1,4 +1,4 @@
-"""The check of conftest.py itself: a fixture that no test reads fails a whole run, and nothing else does."""
+"""Test of conftest.py: a fixture that no test reads fails a run over the whole folder, and no other run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_reads_nothing():
     ("names", "arguments", "code"),
     [
         pytest.param(["dino_thing_0", "dino_thing_1"], [], 1, id="unread"),
-        pytest.param(["dino_thing_0", "nobodys_0"], [], 1, id="unread, of no known method"),
+        pytest.param(["dino_thing_0", "nobodys_0"], [], 1, id="unread, of an unknown method"),
         pytest.param(["dino_thing_0"], [], 0, id="all read"),
         pytest.param(["dino_thing_0", "dino_thing_1"], ["-k", "first"], 0, id="some tests only"),
         pytest.param(

@@ -1,5 +1,5 @@
-"""The patched originals on their own loaders and transforms: two steps on the CPU, with what the patch brings switched
-on. On real clones, where HVP_UPSTREAMS names them."""
+"""The patched originals train on their own loaders and transforms, with the features of the patch on: two steps on the
+CPU. Needs clones, in the folder that HVP_UPSTREAMS names."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from PIL import Image
 
 from hvp.common.config.resolving import resolve
 from hvp.methods import get_method
-from hvp.patches import get_original
+from hvp.patches import get_adapter
 from hvp.patches.patching import apply_patch, load_patch
 from tests.upstreams import clone_of
 
@@ -39,7 +39,7 @@ SMALL = {
         "rescue.k": 2,
     },
 }
-OF_ALL = {
+SHARED = {
     "data.workers": 0,
     "train.epochs": 1,
     "train.batch_size": 4,
@@ -47,14 +47,14 @@ OF_ALL = {
     "selection.hard_views": "hvp",
 }
 ADAMW = ("dino", "ibot")
-"""Whose optimiser counts its steps."""
+"""Methods whose optimiser counts its steps."""
 
 RUN = "from hvp.benchmarks.originals.on_cpu import main; main()"
-CUDA_SEEMS_THERE = """import torch
+PRETEND_CUDA = """import torch
 torch.cuda.is_available = lambda: True
 torch.Tensor.pin_memory = lambda tensor, *_: tensor
 """
-"""MoCo v3's leaves its network as it is otherwise, and then fails."""
+"""Without CUDA, MoCo v3's original does not prepare its network, and then fails."""
 
 
 @pytest.mark.slow
@@ -69,15 +69,15 @@ def test_the_patched_original_trains_on_its_own_loader(method, tmp_path):
     (tmp_path / "data" / "train" / "class").mkdir(parents=True)
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / "data" / "train" / "class" / f"{number}.png")
-    config = resolve(get_method(method).config, [("test", {**OF_ALL, **SMALL[method]})]).config
-    flags = get_original(method).flags(config, str(tmp_path / "data"), 1)
+    config = resolve(get_method(method).config, [("test", {**SHARED, **SMALL[method]})]).config
+    flags = get_adapter(method).flags(config, str(tmp_path / "data"), 1)
     (tmp_path / "run").mkdir()
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            f"{CUDA_SEEMS_THERE if method == 'mocov3' else ''}{RUN}",
+            f"{PRETEND_CUDA if method == 'mocov3' else ''}{RUN}",
             str(tmp_path / "patched" / patch.trainer),
             *flags,
         ],

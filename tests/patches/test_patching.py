@@ -1,4 +1,4 @@
-"""Patches without upstream lines: on a small stand-in for a clone, and on real clones where HVP_UPSTREAMS is set."""
+"""Patching of a small stand-in for a clone, and of real clones where HVP_UPSTREAMS is set."""
 
 import hashlib
 import os
@@ -45,7 +45,7 @@ def git(folder: Path, *arguments: object) -> str:
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """A repository that stands in for an upstream."""
+    """A stand-in for an upstream repository."""
     folder = tmp_path / "clone"
     (folder / "src").mkdir(parents=True)
     (folder / "src" / "train.py").write_text(TRAINER)
@@ -143,12 +143,12 @@ def test_another_commit_is_named_with_the_way_back(clone, patch):
     with pytest.raises(UserError) as caught:
         patch_clone(patch, clone)
     assert f"It is at {git(clone, 'rev-parse', 'HEAD')[:12]}" in str(caught.value)
-    way_back = str(caught.value).partition("pinned one: git ")[2].split()
+    way_back = str(caught.value).partition("pinned commit: git ")[2].split()
     git(clone, *way_back[2:])
     assert patch_clone(patch, clone)[1] == []
 
 
-def test_another_commit_with_the_same_files_is_remarked(clone, patch):
+def test_another_commit_with_the_same_files_is_a_remark(clone, patch):
     (clone / "README").write_text("new")
     git(clone, "add", ".")
     git(clone, "commit", "--quiet", "-m", "second")
@@ -168,7 +168,7 @@ def test_the_wrong_top_folder_is_noticed(clone, patch):
 
 
 def test_no_clone_at_all(patch, tmp_path):
-    with pytest.raises(UserError, match=r"no folder\. Get a clone: git clone https://github.com/owner/standin"):
+    with pytest.raises(UserError, match=r"not a folder\. Get a clone: git clone https://github.com/owner/standin"):
         patch_clone(patch, tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"train\.py is not there\. Get a clone"):
@@ -176,7 +176,7 @@ def test_no_clone_at_all(patch, tmp_path):
 
 
 def test_an_unpacked_archive_is_as_good_as_a_clone(clone, patch, tmp_path):
-    """Even inside another repository, whose commit is nobody's business."""
+    """Even inside another repository, whose commit does not matter."""
     git(tmp_path, "init", "--quiet")
     archive = tmp_path / "archive"
     (archive / "src").mkdir(parents=True)
@@ -231,7 +231,7 @@ def end(*_: object) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_copy_leaves_nothing(clone, patch, tmp_path, monkeypatch, number):
-    """A signal comes while a file is copied, and again while the unfinished copy is deleted."""
+    """A signal arrives while a file is copied, and again while the unfinished copy is deleted."""
 
     def interrupted(function: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -256,7 +256,12 @@ def test_an_interrupted_copy_leaves_nothing(clone, patch, tmp_path, monkeypatch,
 
 def test_a_hangup_that_nohup_ignores_does_not_stop_the_copy(clone, patch, tmp_path, monkeypatch):
     copy2 = patching.shutil.copy2
-    monkeypatch.setattr(patching.shutil, "copy2", lambda *files: signal.raise_signal(signal.SIGHUP) or copy2(*files))
+
+    def hang_up_and_copy(*files: Any) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        return copy2(*files)
+
+    monkeypatch.setattr(patching.shutil, "copy2", hang_up_and_copy)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         apply_patch(patch, clone, tmp_path / "out")
@@ -282,7 +287,7 @@ def test_a_pipe_in_a_clone_whose_copy_is_compared(clone, patch, tmp_path):
         is_patched_copy(patch, clone, tmp_path / "out")
 
 
-def test_a_missing_last_line_end_is_told_to_git(tmp_path):
+def test_the_diff_marks_a_missing_last_line_end(tmp_path):
     before = b"a\nb"
     file = patching.PatchedFile("f", before, patched(before, [change(0, 0, "ours\n")]))
     git(tmp_path, "init", "--quiet")
@@ -323,9 +328,9 @@ def test_a_change_below_the_last_line_is_refused():
     [
         ("after = 1\n", "", "either `after` or `replaces`"),
         ("after = 1\n", "after = 1\nreplaces = [1, 1]\n", "either `after` or `replaces`"),
-        ("[6, 6]", "[6, 5]", "no range of lines"),
+        ("[6, 6]", "[6, 5]", "not a range of lines"),
         ("after = 1\n", "after = 6\n", "does not come below"),
-        ("import extra\\n", "import extra", "the last line does not end"),
+        ("import extra\\n", "import extra", "the last line has no line end"),
         ('what = "imports"', 'whta = "imports"', "whta"),
         ('commit = "', 'commit = "x', "commit"),
     ],
@@ -352,12 +357,21 @@ def test_shipped_patches_are_well_formed(method):
                 assert "\t" not in line
 
 
+@pytest.mark.parametrize("method", patches())
+def test_the_names_that_a_patch_imports_exist(method):
+    lines = "".join(change.lines for file in load_patch(method).files for change in file.changes)
+    imports = re.findall(r"(?m)^from hvp.*$", lines)
+    assert imports
+    for line in imports:
+        exec(line, {})
+
+
 def test_the_table_in_the_readme_is_the_generated_one():
-    """To make it anew: hvp patch list --markdown."""
+    """Regenerate it with `hvp patch list --markdown`."""
     assert (ROOT / "patches" / "README.md").read_text(encoding="utf-8").endswith(f"\n\n{markdown_table()}")
 
 
-# Real clones.
+# On real clones.
 
 
 @pytest.mark.parametrize("method", patches())
@@ -379,18 +393,18 @@ def test_no_line_of_a_real_clone_stands_in_its_patch(method):
     patch = load_patch(method)
     clone = clone_of(patch)
 
-    def said(text: str) -> set[str]:
-        """What a text says, line by line: without white space around it, and without what any Python file says."""
+    def own_lines(text: str) -> set[str]:
+        """Return the lines of a text, stripped, except for those that any Python file may have."""
         lines = {line.strip() for line in text.splitlines()}
         return {line for line in lines if re.search(r"\w", line) and line not in {"@torch.no_grad()", ")"}}
 
-    theirs = set().union(*(said(path.read_text(errors="replace")) for path in clone.rglob("*.py")))
-    ours = set().union(*(said(change.lines) for file in patch.files for change in file.changes))
+    theirs = set().union(*(own_lines(path.read_text(errors="replace")) for path in clone.rglob("*.py")))
+    ours = set().union(*(own_lines(change.lines) for file in patch.files for change in file.changes))
     assert ours.isdisjoint(theirs), ours & theirs
 
 
 def trainer_help(folder: Path, trainer: str) -> str:
-    """What `trainer --help` prints. Packages that only the original needs are stood in for where they are missing."""
+    """Return the output of `trainer --help`. Missing packages of the original get stand-ins."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "hvp.benchmarks.originals.on_cpu", trainer, "--help"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -38,13 +38,13 @@ class Outer(Section):
 
     inner: Inner = Inner()
     epochs: int = 3
-    """How long."""
+    """Passes."""
 
     on: bool = False
-    """Whether."""
+    """A switch."""
 
 
-def test_later_layers_win_and_are_remembered():
+def test_later_layers_win_and_sources_are_kept():
     resolved = resolve(
         Outer, [("preset p", {"inner": {"rate": 1, "scale": [0, 1]}, "epochs": 5}), ("--set", {"inner.rate": 2.5})]
     )
@@ -82,12 +82,12 @@ def test_later_layers_win_and_are_remembered():
         ({"inner": {"scale": ["a", 1]}}, r"^f: inner\.scale = \['a', 1\]: input should be a valid number$"),
     ],
 )
-def test_what_is_wrong_is_named(layer, message):
+def test_messages_name_the_error(layer, message):
     with pytest.raises(UserError, match=message):
         resolve(Outer, [("f", layer)])
 
 
-def test_all_mistakes_are_listed_at_once():
+def test_all_errors_are_listed_at_once():
     with pytest.raises(UserError) as caught:
         resolve(Outer, [("a.yaml", {"epoch": 1}), ("--set", {"inner.rate": -1})])
     assert str(caught.value).splitlines() == [
@@ -107,13 +107,13 @@ keys = st.sampled_from(["inner", "inner.rate", "inner.scale", "epochs", "on", "x
 
 
 @given(st.dictionaries(keys, values, max_size=4))
-def test_no_values_give_anything_but_a_configuration_or_a_user_error(layer):
+def test_any_values_give_a_configuration_or_a_user_error(layer):
     with suppress(UserError):
         assert isinstance(resolve(Outer, [("--set", layer)]).config, Outer)
 
 
 @given(st.text())
-def test_no_assignment_gives_anything_but_a_pair_or_a_user_error(text):
+def test_any_assignment_gives_a_pair_or_a_user_error(text):
     with suppress(UserError):
         key, _ = parse_assignment(text)
         assert key
@@ -123,7 +123,7 @@ def test_no_assignment_gives_anything_but_a_pair_or_a_user_error(text):
     ("text", "value"),
     [("1e-6", 1e-6), ("5e-4", 5e-4), ("3", 3), ("[0.1, 1]", [0.1, 1]), ("none", "none"), ("true", True)],
 )
-def test_values_read_as_people_write_them(text, value):
+def test_values_are_read_as_people_write_them(text, value):
     key, read = parse_assignment(f"a.b={text}")
     assert (key, read, type(read)) == ("a.b", value, type(value))
 
@@ -135,11 +135,14 @@ def test_values_read_as_people_write_them(text, value):
         ("a: [1", "is not valid YAML"),
         ("- 1\n- 2\n", "must hold `key: value` lines"),
         ("1: 2\n", "key 1 is not text"),
-        ("a: !!python/object:os.system {}\n", r"the tag tag:yaml\.org,2002:python/object:os\.system is not read here"),
-        ("a: !!bool x\n", r"the tag .*bool is not read here"),
-        ("a: 1\nb: &b [x, x]\nc: [*b, *b]\n", r"\*b refers to another value, .* \(line 3, column 5\)$"),
-        ("a: &a [*a]\n", r"\*a refers to another value"),
-        ("a: &a {x: 1}\nb:\n  <<: *a\n", r"\*a refers to another value"),
+        (
+            "a: !!python/object:os.system {}\n",
+            r"the tag tag:.*python/object:os\.system is not supported here",
+        ),
+        ("a: !!bool x\n", r"the tag .*bool is not supported here"),
+        ("a: 1\nb: &b [x, x]\nc: [*b, *b]\n", r"the alias \*b is not supported here\. .* \(line 3, column 5\)$"),
+        ("a: &a [*a]\n", r"the alias \*a is not supported here"),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n", r"the alias \*a is not supported here"),
         ("a: " + 5000 * "[", "nested more than 16 levels deep"),
         (3000 * "- ", "nested more than 16 levels deep"),
         ("a: 1\n" * 20_001, "longer than 100000 characters"),
@@ -147,7 +150,7 @@ def test_values_read_as_people_write_them(text, value):
         ("a: 2020-13-45", "is not valid YAML: month"),
     ],
 )
-def test_bad_files_are_named(tmp_path, text, message):
+def test_messages_name_the_bad_file(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
@@ -155,7 +158,7 @@ def test_bad_files_are_named(tmp_path, text, message):
     assert str(caught.value).startswith(str(path))
 
 
-def test_missing_and_binary_files_are_named(tmp_path):
+def test_messages_name_a_missing_or_binary_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
@@ -164,7 +167,7 @@ def test_missing_and_binary_files_are_named(tmp_path):
 
 
 def test_only_regular_files_are_read(tmp_path):
-    """A pipe that nobody writes to would be waited for, and /dev/zero never ends."""
+    """Reading a pipe without a writer would wait for ever, and /dev/zero never ends."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UserError, match=f"{path}: is not a regular file"):
@@ -178,7 +181,7 @@ def test_a_value_that_contains_itself_is_refused():
         resolve(Outer, [("f", inside)])
 
 
-def test_a_number_that_python_does_not_print_is_refused_without_it():
+def test_a_number_too_long_to_print_is_refused_without_printing_it():
     with pytest.raises(UserError, match=r"^--set: inner\.rate = a number of thousands of digits: "):
         resolve(Outer, [("--set", dict([parse_assignment("inner.rate=-0x" + 9000 * "F")]))])
 
@@ -188,11 +191,11 @@ def test_an_empty_file_changes_nothing(tmp_path):
     assert read_yaml(tmp_path / "e.yaml") == {}
 
 
-def test_what_is_written_reads_back_the_same():
+def test_written_yaml_reads_back_the_same():
     config = Outer(inner=Inner(rate=1e-6), epochs=7)
     assert resolve(Outer, [("file", yaml.safe_load(to_yaml(config)))]).config == config
 
 
-def test_flat_keys():
+def test_nested_keys_are_flattened():
     assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": 3}) == {"a.b.c": 1, "a.d": [2], "e": 3}
     assert list(leaf_keys(Outer)) == ["inner.rate", "inner.scale", "epochs", "on"]

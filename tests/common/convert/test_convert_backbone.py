@@ -1,4 +1,4 @@
-"""Backbones load strictly into timm's and torchvision's networks, and compute the same features there."""
+"""Exported backbones load strictly into timm's and torchvision's networks, and compute the same features there."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ HEAD = {"head.mlp.0.weight": torch.ones(2, 4)}
 
 
 def randomised(encoder: Encoder) -> Encoder:
-    """With weights that no two layers share, norms and their statistics included."""
+    """Randomise all weights, including norms and their statistics, so that no two layers are equal."""
     torch.manual_seed(0)
     with torch.no_grad():
         for key, value in encoder.state_dict().items():
@@ -38,7 +38,7 @@ def randomised(encoder: Encoder) -> Encoder:
 
 
 def with_fixed_positions() -> Encoder:
-    """As MoCo v3 trains it."""
+    """ViT-S with fixed positions and 12 heads, as in MoCo v3."""
     encoder = VisionTransformer(img_size=32, embed_dim=384, depth=12, num_heads=12)
     encoder.pos_embed = nn.Parameter(sincos_positions(2, 384), requires_grad=False)
     return encoder
@@ -47,7 +47,7 @@ def with_fixed_positions() -> Encoder:
 ENCODERS: dict[str, Callable[[], Encoder]] = {
     "tiny": lambda: build_vit("vit_tiny", patch_size=16, img_size=64),
     "patches of 8": lambda: build_vit("vit_tiny", patch_size=8, img_size=32),
-    "small with fixed positions, twelve heads": lambda: with_fixed_positions(),
+    "small with fixed positions, twelve heads": with_fixed_positions,
     "LayerScale, registers": lambda: build_register_vit("vit_small", patch_size=14, img_size=42, num_registers=4),
     "LayerScale": lambda: build_register_vit("vit_small", patch_size=14, img_size=42),
     "registers": lambda: build_register_vit("vit_small", patch_size=16, img_size=32, num_registers=2, init_values=0.0),
@@ -57,9 +57,9 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
 
 
 def run_of(encoder: nn.Module, tmp_path: Path) -> Path:
-    """A run's checkpoint that holds the encoder as a teacher's backbone."""
+    """Write a run's checkpoint with the encoder as the teacher's backbone."""
     weights = {f"backbone.{key}": value for key, value in encoder.state_dict().items()} | HEAD
-    student = {key: torch.zeros(()).expand(value.shape) for key, value in weights.items()}  # one number in the file
+    student = {key: torch.zeros(()).expand(value.shape) for key, value in weights.items()}  # one number on disk
     config = {"views": {"global_crops_size": 96}}
     content = {"method": "dino", "config": config, "epoch": 3, "step": 40, "student": student, "teacher": weights}
     save_checkpoint(tmp_path / "last.pt", {**content, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}})
@@ -67,7 +67,7 @@ def run_of(encoder: nn.Module, tmp_path: Path) -> Path:
 
 
 def written(converted: Converted, source: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and the description, read back."""
+    """Write a conversion and read back the weights and the description."""
     write(converted, source, out, saver(out, state_dict=True))
     state = load_file(out) if out.suffix == ".safetensors" else torch.load(out, weights_only=True)
     return state, json.loads(out.with_name(f"{out.name}.meta.json").read_text())
@@ -82,7 +82,7 @@ def assert_equal_features(ours: Encoder, theirs: nn.Module, size: int) -> None:
 
 
 def assert_read_back(source: Path, out: Path, resolution: int) -> None:
-    """An evaluation sees the same network, on images of the same size, before and after."""
+    """Check that an evaluation uses the same network and image size before and after the conversion."""
     (before, was), (after, meta) = load_encoder(source), load_encoder(out)
     assert evaluation_size(before, was) == evaluation_size(after, meta)
     assert evaluation_size(after, meta)[0] == resolution
@@ -99,7 +99,7 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
     encoder = randomised(ENCODERS[name]())
     source = run_of(encoder, tmp_path)
     state, about = written(export_backbone(source, "timm"), source, tmp_path / f"backbone{suffix}")
-    network = eval(about["backbone"]["load"]["call"], {"timm": timm})  # what the user is told to type
+    network = eval(about["backbone"]["load"]["call"], {"timm": timm})  # the instruction for the user
     network.load_state_dict(state, strict=True)
     assert network.num_features == about["backbone"]["feature_width"] == encoder.embed_dim
     assert_equal_features(encoder, network, about["backbone"]["img_size"])
@@ -111,7 +111,7 @@ def test_timm(name: str, suffix: str, tmp_path: Path) -> None:
     [
         pytest.param(CONVNETS["resnet50"], id="resnet50"),
         pytest.param(CONVNETS["resnet18"], id="resnet18"),
-        # the only ViT that torchvision has, and large
+        # torchvision's only ViT that we have too; it is large
         pytest.param(lambda: build_vit("vit_base", patch_size=16, img_size=32), id="vit", marks=pytest.mark.slow),
     ],
 )
@@ -123,25 +123,25 @@ def test_torchvision(build: Callable[[], Encoder], tmp_path: Path) -> None:
     torch.save(encoder.state_dict(), source)
     state, about = written(export_backbone(source, "torchvision"), source, tmp_path / "backbone.pth")
     scope: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
-    exec(about["backbone"]["load"]["call"], scope)  # what the user is told to type
+    exec(about["backbone"]["load"]["call"], scope)  # the instruction for the user
     scope["model"].load_state_dict(state, strict=True)
     assert_read_back(source, tmp_path / "backbone.pth", about["backbone"]["img_size"] or 224)
     assert_equal_features(encoder, scope["model"], about["backbone"]["img_size"] or 64)
 
 
-def test_bare_weights_are_evaluated_as_before(tmp_path: Path) -> None:
+def test_bare_weights_are_evaluated_alike_after_conversion(tmp_path: Path) -> None:
     source, out = tmp_path / "weights.pth", tmp_path / "backbone.pth"
     torch.save(randomised(ENCODERS["tiny"]()).state_dict(), source)
     written(export_backbone(source, "timm"), source, out)
     assert_read_back(source, out, 64)
 
 
-def test_a_conversion_of_a_conversion_says_what_the_first_did(tmp_path: Path) -> None:
+def test_converting_twice_keeps_the_first_description(tmp_path: Path) -> None:
     source = run_of(randomised(ENCODERS["registers"]()), tmp_path)
     written(export_backbone(source, "timm"), source, tmp_path / "a.pth")
     again = export_backbone(tmp_path / "a.pth", "safetensors")
     assert [(fate.became, fate.why) for fate in again.fates if fate.became != "renamed"] == [
-        ("changed", "[CLS] has a position here, which is 0")
+        ("changed", "a zero position for [CLS] was added")
     ]
     assert again.about["method"] == "dino"
     written(again, tmp_path / "a.pth", tmp_path / "b.safetensors")
@@ -156,23 +156,23 @@ def test_a_description_of_another_file_is_not_used(tmp_path: Path) -> None:
     assert (evaluation_size(encoder, meta), meta.note) == ((96, "as pretrained"), "")
     assert meta.origin == (f"{out}: the teacher of dino, epoch 3, step 40, described in a.safetensors.meta.json")
     described = out.with_name("a.safetensors.meta.json")
-    for content, said in [
+    for content, reason in [
         (described.read_text().replace('"sha256": "', '"sha256": "0'), "it describes another file of this name"),
-        ("{}", "no description as hvp convert writes it"),
-        ("[" * 10**5, "no description as hvp convert writes it"),
-        (described.read_text()[:100], "no description as hvp convert writes it"),
+        ("{}", "not a description written by hvp convert"),
+        ("[" * 10**5, "not a description written by hvp convert"),
+        (described.read_text()[:100], "not a description written by hvp convert"),
     ]:
         described.write_text(content)
         encoder, meta = load_encoder(out)
-        assert meta.note == f"a.safetensors.meta.json is not used: {said}"
+        assert meta.note == f"a.safetensors.meta.json is not used: {reason}"
         assert (meta.which, meta.method, meta.described) == ("bare", None, None)
-        assert evaluation_size(encoder, meta) == (64, "that of the position embedding")
+        assert evaluation_size(encoder, meta) == (64, "from the position embedding")
     described.unlink()
     assert load_encoder(out)[1].note == ""
 
 
-def test_the_position_embedding_for_dense_tasks_is_no_evaluations_size(tmp_path: Path) -> None:
-    """DINOv2's released networks have one for 518 pixels, and are evaluated on 224."""
+def test_a_position_embedding_for_dense_tasks_does_not_set_the_evaluation_size(tmp_path: Path) -> None:
+    """DINOv2's released networks have one for 518 pixels, but are evaluated at 224."""
     torch.save(build_vit("vit_tiny", patch_size=16, img_size=512).state_dict(), tmp_path / "a.pth")
     assert evaluation_size(*load_encoder(tmp_path / "a.pth"))[0] == 224
 
@@ -203,26 +203,28 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
         ("torchvision", lambda: build_vit("vit_small", patch_size=16, img_size=32)),
     ],
 )
-def test_networks_that_the_library_lacks(library: Any, encoder: Callable[[], Encoder], tmp_path: Path) -> None:
+def test_networks_missing_from_the_library_are_refused(
+    library: Any, encoder: Callable[[], Encoder], tmp_path: Path
+) -> None:
     source = run_of(encoder(), tmp_path)
-    with pytest.raises(UserError, match=rf"(?s){library} has no network like this one .* Take --to safetensors"):
+    with pytest.raises(UserError, match=rf"(?s){library} has no network like this one .* Use --to safetensors"):
         export_backbone(source, library)
     assert export_backbone(source, "safetensors").content
 
 
-def test_what_timm_has_no_place_for_is_said(tmp_path: Path) -> None:
+def test_tensors_that_timm_lacks_are_reported(tmp_path: Path) -> None:
     encoder = build_register_vit("vit_small", patch_size=14, img_size=28, num_registers=4)
     torch.save(encoder.state_dict(), tmp_path / "weights.pth")
     fates = export_backbone(tmp_path / "weights.pth", "timm").fates
     assert {fate.why: (fate.became, fate.tensors) for fate in fates} == {
-        "the position of [CLS] is added to it, as timm has it": ("changed", 1),
-        "the position of [CLS] is part of cls_token, as timm has it": ("changed", 1),
-        "stands for masked patches in pretraining; no feature depends on it": ("left out", 1),
+        "the position of [CLS] is added to it, as in timm": ("changed", 1),
+        "the position of [CLS] is part of cls_token, as in timm": ("changed", 1),
+        "replaces masked patches in pretraining; no feature depends on it": ("left out", 1),
         "": ("renamed", len(encoder.state_dict()) - 3),
     }
 
 
-def test_every_tensor_and_the_source_are_described(tmp_path: Path) -> None:
+def test_the_description_covers_every_tensor_and_the_source(tmp_path: Path) -> None:
     encoder = build_vit("vit_tiny", patch_size=16, img_size=32)
     source = run_of(encoder, tmp_path)
     _, about = written(export_backbone(source, "timm"), source, tmp_path / "a.pth")
@@ -264,7 +266,7 @@ def test_a_bare_backbone_keeps_its_names(tmp_path: Path) -> None:
     ]
 
 
-def test_the_network_asked_for(tmp_path: Path) -> None:
+def test_the_requested_network_is_exported(tmp_path: Path) -> None:
     source = run_of(randomised(CONVNETS["convnet_micro"]()), tmp_path)
     student = export_backbone(source, "safetensors", "student").content
     assert not any(value.any() for value in student.values())
@@ -272,8 +274,8 @@ def test_the_network_asked_for(tmp_path: Path) -> None:
         export_backbone(source, "safetensors", "model")
 
 
-def test_one_of_two_encoders_in_one_state_dict(tmp_path: Path) -> None:
-    """As MoCo v3 saves them."""
+def test_one_of_two_encoders_in_a_state_dict_is_exported(tmp_path: Path) -> None:
+    """MoCo v3 saves both encoders in one state dict."""
     encoder = randomised(CONVNETS["resnet50"]())
     own, other = (f"module.{name}_encoder." for name in ("momentum", "base"))
     weights = {f"{own}{key}": value for key, value in encoder.state_dict().items()}
@@ -292,7 +294,7 @@ def test_one_of_two_encoders_in_one_state_dict(tmp_path: Path) -> None:
     ]
 
 
-def test_incomplete_weights(tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
     state = CONVNETS["resnet50"]().state_dict()
     del state["layer1.0.conv1.weight"]
     torch.save(state, tmp_path / "weights.pth")
@@ -303,8 +305,8 @@ def test_incomplete_weights(tmp_path: Path) -> None:
         export_backbone(tmp_path / "weights.pth", "timm")
 
 
-def test_a_library_that_has_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_library_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = run_of(CONVNETS["resnet50"](), tmp_path)
     monkeypatch.setattr(timm, "create_model", lambda name, **_: nn.Linear(2, 2))
-    with pytest.raises(UserError, match=r"does not fit timm's network as this version of it is\.\n +missing \(2\)"):
+    with pytest.raises(UserError, match=r"does not fit timm's network in the installed version\.\n +missing \(2\)"):
         export_backbone(source, "timm")

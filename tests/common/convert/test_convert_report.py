@@ -1,10 +1,11 @@
-"""What became of every tensor; and results are written whole, beside their description, over nothing."""
+"""Every tensor is accounted for; results are written completely, with a description, and replace nothing."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hvp.common.convert.report import Account, Converted, Fate, claim, saver, write
 from hvp.common.errors import UserError
@@ -33,14 +34,14 @@ def test_a_tensor_is_settled_once() -> None:
     assert [(fate.group, fate.tensors, fate.became) for fate in account.close()] == [("weights", 2, "kept")]
 
 
-def test_a_tensor_of_which_nothing_was_said_is_refused() -> None:
+def test_a_tensor_that_is_not_accounted_for_is_refused() -> None:
     account = Account(CONTENT, "x.pth")
     account.settle("kept", ("student",))
-    with pytest.raises(UserError, match=r"x\.pth: 1 tensors are left over, for .* optimizer\.state\.0\.c$"):
+    with pytest.raises(UserError, match=r"x\.pth: 1 tensors have no place in the result: optimizer\.state\.0\.c$"):
         account.close()
 
 
-def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     source, out = tmp_path / "last.pt", tmp_path / "out.pth"
     source.touch()
     claim(out, source, overwrite=False)
@@ -59,7 +60,7 @@ def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
         claim(out, source, overwrite=True)
 
 
-def test_names_of_files(tmp_path: Path) -> None:
+def test_suffixes_of_file_names(tmp_path: Path) -> None:
     for name, state_dict, only_safetensors, allowed in [
         ("a.pth", True, False, True),
         ("a.safetensors", True, False, True),
@@ -76,15 +77,13 @@ def test_names_of_files(tmp_path: Path) -> None:
                 saver(tmp_path / name, state_dict=state_dict, only_safetensors=only_safetensors)
 
 
-def test_views_are_written_on_their_own(tmp_path: Path) -> None:
-    """safetensors takes no tensor that shares its memory or is not contiguous."""
+def test_tensor_views_are_copied(tmp_path: Path) -> None:
+    """safetensors refuses tensors that share memory or are not contiguous."""
     source, out = tmp_path / "last.pt", tmp_path / "out.safetensors"
     source.touch()
     whole = torch.arange(6.0).reshape(2, 3)
     converted = Converted({"a": whole.T, "b": whole[0]}, [], {"layout": "timm"}, ["a note"])
     write(converted, source, out, saver(out, state_dict=True))
-    from safetensors.torch import load_file
-
     found = load_file(out)
     assert torch.equal(found["a"], whole.T)
     assert torch.equal(found["b"], whole[0])

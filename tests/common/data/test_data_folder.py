@@ -1,4 +1,4 @@
-"""Image folders: which files are found, in which order, how they decode, and what a user is told when it goes wrong."""
+"""Image folders: the files found, their order, decoding, and the messages for errors."""
 
 import contextlib
 import errno
@@ -10,6 +10,7 @@ import re
 import socket
 import warnings
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from hvp.common.data import BadImage, open_dataset
+from hvp.common.data import BadImage, ImageSource, open_dataset
 from hvp.common.data.folder import EXTENSIONS, ImageFolder
 from hvp.common.errors import UserError
 
 RED = (200, 30, 40)
 
 
-def encoded(file_format: str = "PNG", mode: str = "RGB", colour: object = RED, size: tuple[int, int] = (8, 6)) -> bytes:
+def encoded(file_format: str = "PNG", mode: str = "RGB", colour: Any = RED, size: tuple[int, int] = (8, 6)) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, colour).save(buffer, file_format)
     return buffer.getvalue()
@@ -42,7 +43,14 @@ def put(root: Path, *names: str, content: bytes = PNG) -> Path:
     return root
 
 
-def paths(source: ImageFolder) -> list[str]:
+def labels(source: ImageSource) -> list[int]:
+    numbers = source.labels()
+    assert numbers is not None
+    return numbers.tolist()
+
+
+def paths(source: ImageSource) -> list[str]:
+    assert isinstance(source, ImageFolder)
     return [os.path.relpath(source.path(i), source.root) for i in range(len(source))]
 
 
@@ -54,8 +62,8 @@ def test_splits_with_classes(tmp_path):
     train, val = (open_dataset(str(tmp_path), split, labels=True) for split in ("train", "val"))
     assert paths(train) == ["cat/1.png", "cat/2.png", "dog/1.png"]
     assert train.classes == ("cat", "dog")
-    assert train.labels().tolist() == [0, 0, 1]
-    assert train.labels().dtype == np.int64
+    assert labels(train) == [0, 0, 1]
+    assert np.asarray(train.labels()).dtype == np.int64
     assert train.name == f"{tmp_path}/train (3 images, 2 classes)"
     assert val.classes == ("dog", "emu")
     assert val.describe(0) == f"{tmp_path}/val/dog/9.png"
@@ -65,7 +73,7 @@ def test_classes_without_splits_are_for_training(tmp_path):
     put(tmp_path, "b/1.png", "a/deeper/1.png")
     source = open_dataset(str(tmp_path), "train", labels=True)
     assert paths(source) == ["a/deeper/1.png", "b/1.png"]
-    assert source.labels().tolist() == [0, 1]
+    assert labels(source) == [0, 1]
     with pytest.raises(UserError, match=r"no folder val/ in it\.\n.*ROOT/train/CLASS/\*\.jpg and ROOT/val/CLASS"):
         open_dataset(str(tmp_path), "val")
 
@@ -102,13 +110,13 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert len(open_dataset("~/data", "train")) == 1
 
 
-def test_other_folders_beside_train_are_named(tmp_path, caplog):
+def test_unused_folders_beside_train_are_reported(tmp_path, caplog):
     put(tmp_path, "bus/1.png", "car/1.png", "train/1.png")  # a class that happens to be called train
     open_dataset(str(tmp_path), "train")
     assert "only train is used; also there: bus, car" in caplog.text
 
 
-# What is found, in which order
+# Files found, and their order
 
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=6
@@ -117,24 +125,24 @@ NAMES = st.text(
 
 @settings(max_examples=40)
 @given(files=st.sets(st.tuples(st.sampled_from(["b", "a", "a-b", "É", "a b"]), NAMES, st.booleans()), min_size=1))
-def test_order_and_labels_are_those_of_torchvision(files, tmp_path_factory):
+def test_order_and_labels_equal_torchvisions(files, tmp_path_factory):
     root = tmp_path_factory.mktemp("folder")
     for class_name, name, deep in files:
         folder = root / class_name / ("-" if deep else "")
         put(folder, "n" + name + ".png", "n/" + "m.jpg")  # "a/-/n" sorts between "a/-" and "a/n"
     ours, theirs = ImageFolder(str(root)), datasets.ImageFolder(str(root))
-    assert [(ours.path(i), label) for i, label in enumerate(ours.labels())] == theirs.samples
-    assert list(ours.classes) == theirs.classes
+    assert [(ours.path(i), label) for i, label in enumerate(labels(ours))] == theirs.samples
+    assert ours.classes == tuple(theirs.classes)
 
 
-def test_extensions_are_those_of_torchvision(tmp_path):
+def test_extensions_equal_torchvisions(tmp_path):
     assert EXTENSIONS == datasets.folder.IMG_EXTENSIONS
     names = {f"x{e}" for e in EXTENSIONS} | {f"X{e.upper()}" for e in EXTENSIONS}
     put(tmp_path, *names, "notes.txt", "x.gif", "jpg", ".hidden.jpg", "._x.jpg", ".cache/x.jpg")
     assert set(paths(open_dataset(str(tmp_path), "train"))) == names
 
 
-def test_files_that_end_otherwise_are_counted_once(tmp_path, caplog):
+def test_files_with_other_extensions_are_reported_once(tmp_path, caplog):
     put(
         tmp_path,
         "train/a/1.png",
@@ -147,13 +155,13 @@ def test_files_that_end_otherwise_are_counted_once(tmp_path, caplog):
     assert len(open_dataset(str(tmp_path), "train")) == 2
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{tmp_path}/train: 3 files are left out, for only {' '.join(EXTENSIONS)} are read: 2 .gif, 1 .txt"
+        f"{tmp_path}/train: left out 3 files, as only {' '.join(EXTENSIONS)} are read: 2 .gif, 1 .txt"
     )
     caplog.clear()
     (tmp_path / "train/b/deep/3.GIF").unlink()
     (tmp_path / "train/notes.txt").unlink()
     open_dataset(str(tmp_path), "train")
-    assert ": 1 file is left out, for only " in caplog.text
+    assert ": left out 1 file, as only " in caplog.text
     caplog.clear()
     (tmp_path / "train/a/2.gif").unlink()
     open_dataset(str(tmp_path), "train")
@@ -163,18 +171,18 @@ def test_files_that_end_otherwise_are_counted_once(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["Größe 猫.png", "two words.png", "two\nlines.png", "tab\tand 'quote'.png"])
 def test_names_of_any_kind(tmp_path, name):
     source = open_dataset(str(put(tmp_path, f"clässe 1/{name}", "b/1.png")), "train", labels=True)
-    index = [os.path.basename(source.path(i)) for i in range(2)].index(name)
+    index = [os.path.basename(path) for path in paths(source)].index(name)
     assert source.read(index).shape == (6, 8, 3)
     assert source.describe(index).isprintable()
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_names_that_are_not_text(tmp_path):
     folder = os.fsencode(tmp_path)
     try:
         with open(os.path.join(folder, b"caf\xe9.jpg"), "wb") as file:
             file.write(b"no image")
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
+        pytest.skip("this file system only allows UTF-8 names")
     source = pickle.loads(pickle.dumps(open_dataset(str(tmp_path), "train")))
     assert source.describe(0).endswith(r"caf\udce9.jpg'")
     with pytest.raises(BadImage) as caught:
@@ -182,7 +190,7 @@ def test_names_that_are_no_text(tmp_path):
     str(caught.value).encode()  # prints
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
+def test_links_are_followed_but_not_in_cycles(tmp_path, caplog):
     put(tmp_path, "store/1.png", "data/a/1.png")
     (tmp_path / "data/b").symlink_to(tmp_path / "store")
     (tmp_path / "data/a/up").symlink_to(tmp_path / "data")
@@ -194,11 +202,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
     assert "a/up: left out" in caplog.text
 
 
-def test_an_empty_class_keeps_its_number_and_is_named(tmp_path, caplog):
+def test_an_empty_class_keeps_its_number_and_is_reported(tmp_path, caplog):
     put(tmp_path, "a/1.png", "c/1.png")
     (tmp_path / "b").mkdir()
     source = open_dataset(str(tmp_path), "train", labels=True)
-    assert source.labels().tolist() == [0, 2]
+    assert labels(source) == [0, 2]
     assert "class folders without images: b" in caplog.text
 
 
@@ -209,23 +217,23 @@ def test_pickling_is_compact_and_complete(tmp_path):
     assert len(pickled) < 300 * 40 + 2000  # a path of 21 bytes, its offset and its label
     copy = pickle.loads(pickled)
     assert paths(copy) == paths(source)
-    assert (copy.name, copy.classes, copy.labels().tolist()) == (source.name, source.classes, source.labels().tolist())
+    assert (copy.name, copy.classes, labels(copy)) == (source.name, source.classes, labels(source))
     assert np.array_equal(copy.read(299), source.read(299))
 
 
-def test_indices_outside_are_errors(tmp_path):
+def test_indices_out_of_range_are_errors(tmp_path):
     source = open_dataset(str(put(tmp_path, "a.png")), "train")
     for index in (-1, 1):
         with pytest.raises(IndexError):
             source.read(index)
 
 
-# What a user is told
+# Messages for errors
 
 
-def message(spec: object, split: str = "train", **options: bool) -> str:
+def message(spec: object, split: Literal["train", "val"] = "train", *, labels: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        open_dataset(str(spec), split, **options)
+        open_dataset(str(spec), split, labels=labels)
     assert not isinstance(caught.value, BadImage)
     return str(caught.value)
 
@@ -263,7 +271,7 @@ def test_class_folders_without_images(tmp_path):
     assert "no images in this folder or in the 3 folders below it.\n" in message(tmp_path)
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_a_folder_without_images_lists_its_other_files(tmp_path):
     put(tmp_path, "a.txt", "sub/b.TXT", "c.json", "README")
     text = message(tmp_path)
     assert "no images in this folder or in the 1 folder below it; 4 other files there: 2 .txt" in text
@@ -305,7 +313,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refusing)  # a mode of 000 does not keep out root, as whom CI may run
+    monkeypatch.setattr(os, "scandir", refusing)  # a mode of 000 does not stop root, and CI may run as root
     assert message(tmp_path) == f"{tmp_path}/b: cannot read the folder: Permission denied."
 
 
@@ -332,7 +340,7 @@ def test_modes_become_rgb(tmp_path, mode, colour, expected):
     assert (image == expected).all()
 
 
-def test_palette_with_transparency_warns_of_nothing(tmp_path):
+def test_a_palette_with_transparency_causes_no_warning(tmp_path):
     picture = Image.new("P", (8, 6), 1)
     picture.putpalette([0, 0, 0, *RED])
     picture.save(tmp_path / "a.png", transparency=bytes([0, 128]))
@@ -353,14 +361,14 @@ def test_sixteen_bit_pgm_keeps_its_grey_levels(tmp_path):
     assert open_dataset(str(tmp_path), "train").read(0)[0, :, 0].tolist() == [0x80, 0x40]
 
 
-def test_jpegs_are_not_turned_by_exif(tmp_path):
+def test_jpegs_are_not_rotated_by_exif(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (8, 6), RED).save(tmp_path / "a.jpg", exif=exif)
     assert open_dataset(str(tmp_path), "train").read(0).shape == (6, 8, 3)
 
 
-def test_content_decides_over_the_extension(tmp_path):
+def test_content_takes_precedence_over_the_extension(tmp_path):
     put(tmp_path, "a.JPEG", content=PNG)
     put(tmp_path, "b.jpg", content=encoded("GIF", "L", 50))
     source = open_dataset(str(tmp_path), "train")
@@ -401,7 +409,7 @@ def test_a_file_that_is_gone(tmp_path):
         source.read(0)
 
 
-def test_a_folder_called_like_an_image(tmp_path):
+def test_a_folder_with_the_name_of_an_image(tmp_path):
     put(tmp_path, "a/ok.png", "b/ok.png")
     (tmp_path / "a/x.jpg").mkdir()
     source = open_dataset(str(tmp_path), "train")
@@ -450,7 +458,7 @@ def _messages(caplog):
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
 def test_only_regular_files_are_read(tmp_path, kind):
-    """A pipe would be waited for, and a device may have no end."""
+    """Reading a pipe would wait for ever, and a device may have no end."""
     put(tmp_path, "a/ok.png")
     path = tmp_path / "a/x.jpg"
     if kind == "a named pipe":
@@ -465,7 +473,7 @@ def test_only_regular_files_are_read(tmp_path, kind):
         source.read(1)
 
 
-def test_too_many_open_files_are_no_mistake_of_the_image(tmp_path, monkeypatch):
+def test_too_many_open_files_are_not_blamed_on_the_image(tmp_path, monkeypatch):
     put(tmp_path, "a/ok.png")
     source = open_dataset(str(tmp_path), "train")
     monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))

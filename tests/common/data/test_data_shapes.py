@@ -1,4 +1,4 @@
-"""The embedded dataset: the same image everywhere, different images everywhere else, figures that are light on dark."""
+"""The embedded dataset: reproducible images, no duplicates, and light figures on a dark background."""
 
 import hashlib
 import pickle
@@ -52,7 +52,7 @@ def test_images_do_not_depend_on_the_order_of_reading():
     assert np.array_equal(forward, backward)
 
 
-def test_another_process_draws_the_same_images():
+def test_images_are_the_same_in_another_process():
     script = (
         "import hashlib; from hvp.common.data import open_dataset; s = open_dataset('shapes', 'val');"
         "print(hashlib.sha256(b''.join(s.read(i).tobytes() for i in range(20))).hexdigest())"
@@ -77,25 +77,30 @@ def test_the_scene_does_not_depend_on_the_size():
         assert np.abs(error).mean() < 3, index
 
 
-def test_classes_are_balanced_and_ten():
-    labels = open_dataset("shapes", "train").labels()
+def test_there_are_ten_balanced_classes():
+    labels = Shapes(ShapesOptions(), "train").labels()
     assert labels.dtype == np.int64
     assert np.bincount(labels).tolist() == [600] * 10
     assert len(CLASSES) == len(set(CLASSES)) == 10
 
 
 @pytest.mark.parametrize("label", range(10))
-def test_the_label_is_the_outline_that_is_drawn(label, monkeypatch):
+def test_the_label_matches_the_drawn_outline(label, monkeypatch):
     drawn = []
     pose = module._pose
-    monkeypatch.setattr(module, "_pose", lambda outline, rng: (drawn.append(outline), pose(outline, rng))[1])
+
+    def recorded(outline: list[module.Contour], rng: np.random.Generator) -> list[module.Contour]:
+        drawn.append(outline)
+        return pose(outline, rng)
+
+    monkeypatch.setattr(module, "_pose", recorded)
     source = Shapes(ShapesOptions(size=16), "val")
     source.read(label + 50)
     assert drawn[0] is OUTLINES[source.classes[source.labels()[label + 50]]]
 
 
 @given(seed=SEEDS, name=st.sampled_from(CLASSES))
-def test_figures_lie_in_the_frame_but_for_a_margin(seed, name):
+def test_figures_exceed_the_frame_by_a_margin_at_most(seed, name):
     corners = np.concatenate(module._pose(OUTLINES[name], np.random.default_rng(seed)))
     assert corners.min() >= -0.04 - 1e-9
     assert corners.max() <= 1.04 + 1e-9
@@ -110,17 +115,22 @@ def test_clutter_is_smaller_than_any_figure(seed):
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(20, 235))
-def test_colours_have_the_luminance_asked_for(hue, saturation, wanted):
+def test_colours_have_the_requested_luminance(hue, saturation, wanted):
     colour = module._colour(hue, saturation, wanted)
     assert luminance(colour.reshape(3)) == pytest.approx(wanted, abs=1e-3)
     assert colour.min() >= -1e-3
     assert colour.max() <= 255 + 1e-3
 
 
-def test_figures_are_lighter_than_their_ground(monkeypatch):
+def test_figures_are_lighter_than_their_background(monkeypatch):
     masks = []
     coverage = module._coverage
-    monkeypatch.setattr(module, "_coverage", lambda *args: (masks.append(coverage(*args)), masks[-1])[1])
+
+    def recorded(contours: list[module.Contour], size: int) -> module.Field:
+        masks.append(coverage(contours, size))
+        return masks[-1]
+
+    monkeypatch.setattr(module, "_coverage", recorded)
     source = Shapes(ShapesOptions(), "train")
     for index in range(100):
         masks.clear()
@@ -138,7 +148,7 @@ def test_figures_are_lighter_than_their_ground(monkeypatch):
 def test_coverage_is_the_area(corner, side):
     box = corner + side * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
     area = module._coverage([box], 64).mean()
-    # OpenCV also fills the points the outline runs through, about half a point on every side.
+    # OpenCV also fills the points on the outline, about half a point on every side.
     assert area == pytest.approx(side.prod(), abs=2 * side.sum() / 256)
 
 
@@ -148,7 +158,7 @@ def test_pixels_alone_do_not_tell_the_classes_apart():
         (np.stack([s.read(i) for i in range(len(s))]).reshape(len(s), -1).astype(np.float32), s.labels())
         for s in (Shapes(options, "train"), Shapes(options, "val"))
     )
-    distance = (train**2).sum(axis=1) - 2 * val @ train.T  # [val, train], but for a constant of the row
+    distance = (train**2).sum(axis=1) - 2 * val @ train.T  # [val, train], up to a constant per row
     nearest = np.argpartition(distance, 20, axis=1)[:, :20]
     votes = np.eye(10)[train_labels[nearest]].sum(axis=1)
     accuracy = (votes.argmax(axis=1) == val_labels).mean()
@@ -156,7 +166,7 @@ def test_pixels_alone_do_not_tell_the_classes_apart():
 
 
 @pytest.mark.parametrize(("key", "value"), [("size", 7), ("train", 0), ("val", -1), ("seed", -1), ("seed", 2**32)])
-def test_impossible_options_are_refused_by_name(key, value):
+def test_messages_name_the_invalid_option(key, value):
     with pytest.raises(ValidationError) as caught:  # which hvp.common.config.resolving turns into a message
         ShapesOptions(**{key: value})
     assert [error["loc"] for error in caught.value.errors()] == [(key,)]
@@ -172,6 +182,6 @@ def test_names_and_bounds():
             source.read(index)
 
 
-def test_pickles():
+def test_a_source_can_be_pickled():
     source = Shapes(ShapesOptions(size=32, seed=5), "val")
     assert digest(pickle.loads(pickle.dumps(source)), 3) == digest(source, 3)

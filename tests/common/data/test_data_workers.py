@@ -1,4 +1,4 @@
-"""Every wait for a worker ends, and every way in which one can fail is one message that says what to do."""
+"""Every wait for a worker ends, and every failure gives one message with a remedy."""
 
 import ctypes
 import errno
@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -25,7 +25,7 @@ COUNT, BATCH = 12, 4
 
 
 class Pictures:
-    """An ImageSource whose images are their numbers; `on_read` is called with each."""
+    """An ImageSource whose pixels are the image's number; calls `on_read` with each number."""
 
     classes, name = None, "pictures"
 
@@ -47,7 +47,7 @@ class Pictures:
 
 
 class Stacked:
-    """Read pictures as the workers do."""
+    """Make a batch of pictures, in a worker."""
 
     def __init__(self, source: WatchedSource) -> None:
         self.source = source
@@ -67,17 +67,25 @@ def batches_of(
     return Batches(Stacked(source), tasks, source, workers=num_workers, **options)
 
 
-def values(batches: Iterator[torch.Tensor]) -> list[int]:
+def values(batches: Iterable[torch.Tensor]) -> list[int]:
     return [value for batch in batches for value in batch[:, 0, 0, 0].tolist()]
 
 
+def only_worker(batches: Batches[torch.Tensor]) -> int:
+    """Return the process id of the worker."""
+    processes = batches._loader.processes
+    assert processes is not None
+    (worker,) = processes._workers
+    return worker.pid
+
+
 @pytest.fixture(autouse=True)
-def _looked_at_often(monkeypatch):
+def _frequent_checks(monkeypatch):
     monkeypatch.setattr(workers, "TICK", 0.1)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_left_behind() -> Iterator[None]:
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)
     yield
@@ -97,7 +105,7 @@ def hang_at_five(index: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_batches_come_in_order_pass_after_pass(num_workers):
+def test_batches_come_in_order_in_every_pass(num_workers):
     batches = batches_of(num_workers=num_workers)
     for _ in range(2):
         assert values(batches.one_pass()) == list(range(COUNT))
@@ -105,39 +113,38 @@ def test_batches_come_in_order_pass_after_pass(num_workers):
 
 
 @pytest.mark.parametrize(
-    ("hang", "num_workers", "said"),
+    ("hang", "num_workers", "message"),
     [
-        (stop_at_five, 1, r"loader worker \d+ \(stopped\), which has picture 5 in hand"),
-        (hang_at_five, 2, r"loader worker \d+, which has picture 5 in hand"),
-        (hang_at_five, 0, "This process has picture 5 in hand"),
+        (stop_at_five, 1, r"loader worker \d+ \(stopped\), whose last image is picture 5"),
+        (hang_at_five, 2, r"loader worker \d+, whose last image is picture 5"),
+        (hang_at_five, 0, "The last image begun is picture 5"),
     ],
 )
-def test_a_reader_that_hangs_is_named_and_ended(hang, num_workers, said):
+def test_a_hanging_reader_is_named_and_ended(hang, num_workers, message):
     batches = batches_of(hang, num_workers=num_workers, timeout=1)
-    with pytest.raises(Hanging, match=rf"No image was read for 1 seconds. .*{said}"):
+    with pytest.raises(Hanging, match=rf"No image was read for 1 seconds. .*{message}"):
         values(batches.one_pass())
 
 
 @pytest.mark.parametrize(("hang", "num_workers"), [(stop_at_five, 1), (hang_at_five, 1), (hang_at_five, 0)])
-def test_whoever_waits_can_be_stopped(hang, num_workers):
+def test_a_wait_can_be_stopped(hang, num_workers):
     began = time.monotonic()
     with pytest.raises(WaitInterrupted):
         values(batches_of(hang, num_workers=num_workers, timeout=0).one_pass(lambda: time.monotonic() > began + 0.5))
 
 
-def test_a_worker_is_stopped_before_its_batch_was_fetched():
-    """Then a connection to it opens, and is not answered."""
+def test_a_worker_may_be_stopped_before_its_batch_is_fetched():
+    """A connection to the worker opens, but gets no answer."""
     batches = batches_of(timeout=1)
     one_pass = batches.one_pass()
     next(one_pass)
-    time.sleep(0.5)  # the next batches are made
-    (worker,) = batches._loader.processes._workers
-    os.kill(worker.pid, signal.SIGSTOP)
+    time.sleep(0.5)  # the worker makes the next batches
+    os.kill(only_worker(batches), signal.SIGSTOP)
     with pytest.raises(Hanging, match=r"\(stopped\)"):
         values(one_pass)
 
 
-def test_a_slow_batch_is_no_hang():
+def test_a_slow_batch_is_not_a_hang():
     batches = batches_of(lambda index: time.sleep(0.4), timeout=1)
     assert values([next(batches.one_pass())]) == [0, 1, 2, 3]
     batches.close()
@@ -154,7 +161,7 @@ def test_a_forked_process_leaves_the_workers_alone():
     batches.close()
 
 
-def test_a_timer_of_the_caller_goes_on():
+def test_the_callers_timer_keeps_running():
     rang = []
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     try:
@@ -167,7 +174,7 @@ def test_a_timer_of_the_caller_goes_on():
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("moment", ["before the next pass", "before its batch was fetched"])
+@pytest.mark.parametrize("moment", ["before the next pass", "before its batch is fetched"])
 def test_a_dead_worker_is_explained(moment):
     batches = batches_of()
     one_pass = batches.one_pass()
@@ -177,28 +184,32 @@ def test_a_dead_worker_is_explained(moment):
     else:
         next(one_pass)
         time.sleep(0.3)
-    (worker,) = batches._loader.processes._workers
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(NoBatch, match=rf"process {worker.pid} was killed by SIGKILL.*(\n.*)*--workers, now 1"):
+    pid = only_worker(batches)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(NoBatch, match=rf"process {pid} was killed by SIGKILL.*(\n.*)*--workers, now 1"):
         values(one_pass)
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (signal.SIGBUS, "killed by SIGBUS. .*picture 5.\n.*shm-size"),
         (signal.SIGSEGV, "killed by SIGSEGV. .*picture 5."),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_crash_names_the_image_and_prints_nothing_else(number, said, capfd):
-    with pytest.raises(NoBatch, match=said):
-        values(batches_of(lambda index: index != 5 or os.kill(os.getpid(), number)).one_pass())
+def test_a_crash_names_the_image_and_prints_nothing_else(number, message, capfd):
+    def crash_at_five(index: int) -> None:
+        if index == 5:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(NoBatch, match=message):
+        values(batches_of(crash_at_five).one_pass())
     assert capfd.readouterr().err == ""
 
 
 def confined(limit: Callable[[], object], act: Callable[[], object]) -> str:
-    """The error that `act` ends in within a process whose resources `limit` takes away; and what it printed, if any."""
+    """Run `act` in a process whose resources `limit` restricts; return the message of its error."""
     ours, theirs = multiprocessing.Pipe()
 
     def body() -> None:
@@ -217,13 +228,13 @@ def confined(limit: Callable[[], object], act: Callable[[], object]) -> str:
     process.start()
     try:
         assert ours.poll(60), "hangs"
-        said = ours.recv()
+        message = ours.recv()
     finally:
         process.kill()
         process.join()
-    if said is None:
+    if message is None:
         pytest.skip("needs the right to mount")
-    return said
+    return message
 
 
 def shared_memory(options: str) -> Callable[[], None]:
@@ -239,7 +250,7 @@ def shared_memory(options: str) -> Callable[[], None]:
 
 
 def files(number: int) -> Callable[[], None]:
-    """Leaves a process that many files to open."""
+    """Let a process open only this many more files."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
@@ -263,26 +274,26 @@ def evaluate() -> None:
 
 @pytest.mark.parametrize("act", [read, evaluate])
 @pytest.mark.parametrize("options", ["size=4k", "size=64k", "ro"])
-def test_shared_memory_that_does_not_suffice(options, act, capfd):
-    said = confined(shared_memory(options), act)
-    assert said.startswith("A loader worker failed")
-    assert "make /dev/shm writable and larger (in a container: --shm-size" in said
-    assert "Traceback" not in said + capfd.readouterr().err
+def test_too_little_shared_memory(options, act, capfd):
+    message = confined(shared_memory(options), act)
+    assert message.startswith("A loader worker failed")
+    assert "make /dev/shm writable and larger (in a container: --shm-size" in message
+    assert "Traceback" not in message + capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [2, 10, 15])
-def test_files_that_do_not_suffice(number, capfd):
-    """At the start, and while batches arrive that are kept."""
+def test_too_few_open_files(number, capfd):
+    """The limit is reached at the start, or later by batches that are kept."""
 
     def keep() -> None:
         source = WatchedSource(Pictures(), 2)
         tasks = [range(index, index + 1) for index in range(COUNT)]
         list(Batches(Stacked(source), tasks, source, workers=2).one_pass())
 
-    said = confined(files(number), keep)
-    assert said.startswith("A loader worker failed")
-    assert "Allow more open files (`ulimit -n`, now" in said
-    assert "Traceback" not in said + capfd.readouterr().err
+    message = confined(files(number), keep)
+    assert message.startswith("A loader worker failed")
+    assert "Allow more open files (`ulimit -n`, now" in message
+    assert "Traceback" not in message + capfd.readouterr().err
 
 
 def no_more(*_: object) -> None:
@@ -290,8 +301,8 @@ def no_more(*_: object) -> None:
 
 
 @pytest.mark.parametrize("limit", [files(0), lambda: setattr(socket.socket, "accept", no_more)])
-def test_files_that_do_not_suffice_in_a_worker(limit, capfd):
-    """So that it cannot pack a batch, and so that it cannot hand one over."""
+def test_too_few_open_files_in_a_worker(limit, capfd):
+    """The worker cannot pack a batch, or cannot hand one over."""
     with pytest.raises(NoBatch, match=r"Too many open files\n.*ulimit -n"):
         values(batches_of(lambda index: index != 5 or limit(), timeout=5).one_pass())
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Images whose colour tells the class, and an encoder that sees nothing but colour."""
+"""Images whose colour shows the class, and an encoder that sees only colour."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from hvp.common.data import BadImage
 
 @dataclass(frozen=True)
 class ToySource:
-    """Noisy images of one colour per class, classes taking turns."""
+    """Noisy images with one colour per class; the classes alternate."""
 
     name: str = "toy (train, 60 images)"
     classes: tuple[str, ...] | None = ("blue", "green", "red")
@@ -41,7 +41,7 @@ class ToySource:
 
 
 class ToyEncoder(nn.Module):
-    """Mean colour, mixed; with layers that would betray training mode, and a count of the images it saw."""
+    """Encoder of the mean colour; it has layers that would reveal training mode, and counts the images it sees."""
 
     embed_dim = 6
     num_blocks = 2

@@ -1,4 +1,4 @@
-"""Every kind of file a user may point at, and what is said of the ones that will not do."""
+"""Every kind of checkpoint file is read, and unusable ones are refused with a reason."""
 
 import argparse
 import collections
@@ -24,7 +24,7 @@ HEAD = {"head.mlp.0.weight": torch.ones(2, 4), "head.last_layer.weight_g": torch
 
 
 def network(scale: float, prefix: str = "", backbone: str = "backbone.") -> dict[str, Tensor]:
-    """A student or teacher as it stands in a checkpoint; every weight times `scale`."""
+    """State dict of a student or teacher in a checkpoint, with every weight multiplied by `scale`."""
     weights = {backbone + key: value for key, value in WEIGHT.items()} | HEAD
     return {prefix + key: value * scale for key, value in weights.items()}
 
@@ -43,7 +43,7 @@ def hvp_file(path: Path, **changes: Any) -> Path:
 
 
 def upstream_file(path: Path) -> Path:
-    """As main_dino.py saves it: DDP's prefix on the student, arguments, and numpy numbers in the optimiser."""
+    """Save a file like main_dino.py: DDP's prefix on the student, arguments, and numpy numbers in the optimiser."""
     optimizer = {"state": {}, "param_groups": [{"lr": np.float64(5e-4), "weight_decay": np.float64(0.04)}]}
     content = {"student": network(1.0, "module."), "teacher": network(2.0), "optimizer": optimizer, "epoch": 100}
     content |= {"args": argparse.Namespace(arch="vit_small", patch_size=16, global_crops_scale=(0.4, 1.0))}
@@ -53,14 +53,16 @@ def upstream_file(path: Path) -> Path:
 
 @pytest.mark.parametrize(("which", "scale"), [("student", 1.0), ("teacher", 2.0)])
 @pytest.mark.parametrize("write", [hvp_file, upstream_file])
-def test_training_checkpoints_give_the_network_asked_for(write: Any, which: Any, scale: float, tmp_path: Path) -> None:
+def test_the_requested_network_is_read_from_training_checkpoints(
+    write: Any, which: Any, scale: float, tmp_path: Path
+) -> None:
     state, meta = vars(read_backbone_state(write(tmp_path / "checkpoint.pth"), which)).values()
     assert_weights(state, scale)
     assert meta.which == which
     assert meta.dropped == tuple(HEAD)
 
 
-def test_what_the_file_says_of_itself_is_kept(tmp_path: Path) -> None:
+def test_the_meta_data_of_a_file_is_read(tmp_path: Path) -> None:
     ours = read_backbone_state(hvp_file(tmp_path / "last.pt")).meta
     assert (ours.format, ours.method, ours.epoch, ours.step) == ("hvp", "dino", 3, 40)
     assert ours.config == {"model": {"arch": "vit_tiny"}}
@@ -92,14 +94,14 @@ def test_safetensors(tmp_path: Path) -> None:
         read_backbone_state(tmp_path / "weights.safetensors")
 
 
-def test_a_run_folder_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_run_folder_means_its_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no last\.pt"):
         read_backbone_state(tmp_path)
     assert read_backbone_state(hvp_file(tmp_path / "last.pt").parent).meta.path == tmp_path / "last.pt"
 
 
 def test_a_method_with_one_network(tmp_path: Path) -> None:
-    """SimSiam's: the projector stands in the encoder's place for a classifier, the predictor beside it."""
+    """SimSiam has the projector in place of the encoder's classifier, and the predictor beside the encoder."""
     head = {"encoder.fc.0.weight": torch.ones(2, 4), "predictor.3.bias": torch.ones(2)}
     weights = {f"encoder.{key}": value for key, value in WEIGHT.items()} | head
     save_checkpoint(tmp_path / "last.pt", {"method": "simsiam", "config": {}, "epoch": 3, "step": 40, "model": weights})
@@ -111,8 +113,8 @@ def test_a_method_with_one_network(tmp_path: Path) -> None:
         read_backbone_state(tmp_path / "last.pt", "teacher")
 
 
-def test_a_projector_in_the_place_of_the_backbones_classifier(tmp_path: Path) -> None:
-    """sthalles/SimCLR's trainer saves so."""
+def test_a_projector_in_place_of_the_backbones_classifier(tmp_path: Path) -> None:
+    """The trainer of sthalles/SimCLR saves such files."""
     head = {"backbone.fc.0.weight": torch.ones(2, 4), "backbone.fc.2.bias": torch.ones(2)}
     weights = {f"backbone.{key}": value for key, value in WEIGHT.items()} | head
     torch.save({"epoch": 200, "arch": "resnet50", "state_dict": weights}, tmp_path / "checkpoint_0200.pth.tar")
@@ -150,7 +152,7 @@ def test_two_encoders_in_one_state_dict(form: str, which: Any, scale: float, tmp
         read_backbone_state(path, "teacher")
 
 
-def test_one_encoder_of_two_is_what_the_file_has(tmp_path: Path) -> None:
+def test_a_file_with_only_the_momentum_encoder(tmp_path: Path) -> None:
     save_file({f"momentum_encoder.{key}": value for key, value in WEIGHT.items()}, tmp_path / "weights.safetensors")
     read = read_backbone_state(tmp_path / "weights.safetensors")
     assert_weights(read.state, 1.0)
@@ -169,17 +171,20 @@ def test_convnets_are_loaded_and_probed(arch: str, prefix: str, tmp_path: Path) 
         expected = network(images)
         assert expected.shape == (2, network.embed_dim)
         assert torch.equal(encoder(images), expected)
-        assert torch.equal(encoder.probe_features(images, *probe_defaults(encoder)), expected)  # type: ignore[operator]
+        assert torch.equal(encoder.probe_features(images, *probe_defaults(encoder)), expected)
 
 
-def test_unasked_the_teacher_is_taken_where_there_is_one(tmp_path: Path) -> None:
-    for number, (networks, scale) in enumerate(
-        [({}, 2.0), ({"teacher": None}, 1.0), ({"student": None, "teacher": None, "model": network(3.0)}, 3.0)]
-    ):
+def test_the_teacher_is_the_default_if_there_is_one(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({}, 2.0),
+        ({"teacher": None}, 1.0),
+        ({"student": None, "teacher": None, "model": network(3.0)}, 3.0),
+    ]
+    for number, (networks, scale) in enumerate(cases):
         assert_weights(read_backbone_state(hvp_file(tmp_path / f"{number}.pt", **networks)).state, scale)
 
 
-def test_a_network_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_network_is_refused(tmp_path: Path) -> None:
     torch.save({"student": network(1.0), "epoch": 1}, tmp_path / "half.pth")
     with pytest.raises(UserError, match=r"has no teacher\. It has: student"):
         read_backbone_state(tmp_path / "half.pth", "teacher")
@@ -197,7 +202,7 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
 
 
 class Foreign:
-    """A type that no checkpoint needs."""
+    """Type that would run code when unpickled."""
 
     def __init__(self, ran: Path) -> None:
         self.ran = ran
@@ -223,22 +228,22 @@ def damaged_files() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", damaged_files())
-def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(damaged_files()[name])
-    with pytest.raises(UserError, match=f"{name}: is (truncated, or|empty,) no checkpoint"):
+    with pytest.raises(UserError, match=f"{name}: is (truncated, or|empty,) not a checkpoint"):
         read_backbone_state(tmp_path / name)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
-def test_a_truncated_checkpoint(part: float, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_refused(part: float, tmp_path: Path) -> None:
     whole = hvp_file(tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match=r"last\.pt: is truncated, or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt: is truncated, or not a checkpoint"):
         read_backbone_state(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ([1, 2], "holds a list, no weights"),
         ({"epoch": 3, "lr": 0.1}, r"holds a dict \(epoch, lr\), no weights"),
@@ -249,9 +254,9 @@ def test_a_truncated_checkpoint(part: float, tmp_path: Path) -> None:
         ({"backbone.a": torch.ones(1), "encoder.b": torch.ones(1)}, "1 tensors belong neither .*: encoder.b"),
     ],
 )
-def test_files_without_a_backbone(content: Any, said: str, tmp_path: Path) -> None:
+def test_files_without_a_backbone(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_backbone_state(tmp_path / "x.pth")
 
 
@@ -260,14 +265,14 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_backbone_state(tmp_path / "nowhere.pth")
 
 
-def test_load_complete_takes_what_fits() -> None:
+def test_load_complete_loads_weights_that_fit() -> None:
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     load_complete(target, {key: value.half() for key, value in source.state_dict().items()}, "x.pth")
     torch.testing.assert_close(target.weight, source.weight, rtol=0, atol=1e-3)
     assert target.weight.dtype == torch.float32
 
 
-def test_load_complete_lists_everything_that_does_not_fit() -> None:
+def test_load_complete_lists_every_misfit() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     before = {key: value.clone() for key, value in module.state_dict().items()}
     state = {"0.weight": torch.zeros(2, 4), "0.bias": torch.zeros(2)} | {f"fc.{i}": torch.zeros(1) for i in range(9)}

@@ -1,4 +1,4 @@
-"""Features in order, from the view upstream evaluates, with nothing left changed; and the cache that keeps them."""
+"""Features are in order, computed on upstream's evaluation view, and cached; the encoder is left unchanged."""
 
 import logging
 import tracemalloc
@@ -14,15 +14,16 @@ from torch import Tensor
 from torchvision import transforms
 
 from hvp.common.errors import UserError
-from hvp.common.evaluation import features as features_module
-from hvp.common.evaluation.features import cached, evaluation_view, extract, source_digest, weights_digest
+from hvp.common.evaluation import centre_crop
+from hvp.common.evaluation.centre_crop import evaluation_view
+from hvp.common.evaluation.features import cached, extract, source_digest, weights_digest
 from hvp.common.views import normalize
 from tests.common.evaluation.evaluation_toys import ToyEncoder, ToySource
 
 
 @pytest.mark.parametrize("resolution", [224, 96, 32, 33])
 @pytest.mark.parametrize("size", [(64, 64), (300, 451), (457, 301), (37, 500), (256, 256)])
-def test_the_view_is_torchvisions(size: tuple[int, int], resolution: int) -> None:
+def test_the_view_equals_torchvisions(size: tuple[int, int], resolution: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     upstream = transforms.Compose(
         [
@@ -42,21 +43,21 @@ SIDES = st.one_of(st.integers(1, 40), st.integers(1, 260))
 @example(shorter=1, longer=3001, wide=False, resolution=33)
 @example(shorter=31, longer=32, wide=False, resolution=224)
 @example(shorter=3, longer=1001, wide=True, resolution=17)
-def test_an_enlarged_view_is_the_same_without_the_rest_of_the_picture(
+def test_the_crop_of_an_enlarged_image_is_the_same_without_the_rest_of_it(
     shorter: int, longer: int, wide: bool, resolution: int
 ) -> None:
     size = (shorter, longer) if wide else (longer, shorter)
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = evaluation_view(image, resolution)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features_module, "LARGEST_ENLARGEMENT", 0)
+        patch.setattr(centre_crop, "LARGEST_ENLARGEMENT", 0)
         np.testing.assert_array_equal(evaluation_view(image, resolution), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (1, 100_000), (100_000, 1), (2, 40_000_000)])
-def test_a_picture_of_extreme_shape_takes_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_extreme_shape_needs_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.broadcast_to(np.array([200, 30, 40], dtype=np.uint8), (*size, 3))
-    monkeypatch.setattr(Image, "fromarray", lambda _: pytest.fail("the whole picture is resized"))
+    monkeypatch.setattr(Image, "fromarray", lambda _: pytest.fail("the whole image is resized"))
     tracemalloc.start()
     view = evaluation_view(image, 224)
     assert tracemalloc.get_traced_memory()[1] < 2**25
@@ -67,7 +68,7 @@ def test_a_picture_of_extreme_shape_takes_little_memory(size: tuple[int, int], m
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_features_are_in_order_whatever_the_batches(batch_size: int, workers: int) -> None:
+def test_features_are_in_order_for_any_batch_size(batch_size: int, workers: int) -> None:
     source, encoder = ToySource(length=13), ToyEncoder()
     features = extract(encoder, source, resolution=16, batch_size=batch_size, workers=workers)
     encoder.eval()
@@ -76,7 +77,7 @@ def test_features_are_in_order_whatever_the_batches(batch_size: int, workers: in
         torch.testing.assert_close(features[index], encoder(normalize(view)[None])[0].detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_left_changed() -> None:
+def test_extraction_changes_nothing() -> None:
     encoder = ToyEncoder()
     modes = [module.training for module in encoder.modules()]
     before, random = weights_digest(encoder), torch.get_rng_state()
@@ -88,7 +89,7 @@ def test_nothing_is_left_changed() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_modes_come_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     encoder = ToyEncoder()
     with pytest.raises(UserError):
         extract(encoder, ToySource(bad=(30,)), resolution=16)
@@ -97,7 +98,7 @@ def test_modes_come_back_after_an_error() -> None:
     assert not encoder.dropout.training
 
 
-def test_half_precision_gives_float32_features_that_are_close() -> None:
+def test_half_precision_gives_close_float32_features() -> None:
     full = extract(ToyEncoder(), ToySource(), resolution=16)
     half = extract(ToyEncoder(), ToySource(), resolution=16, precision="bf16")
     assert half.dtype == full.dtype == torch.float32
@@ -119,7 +120,7 @@ def test_an_empty_source_is_an_error() -> None:
         extract(ToyEncoder(), ToySource(length=0), resolution=16)
 
 
-def test_features_that_are_not_finite_name_the_image() -> None:
+def test_the_error_for_non_finite_features_names_the_image() -> None:
     def overflow(x: Tensor) -> Tensor:
         return torch.where(torch.arange(len(x))[:, None] == 3, torch.inf, x.mean(dim=(2, 3)))
 
@@ -129,11 +130,11 @@ def test_features_that_are_not_finite_name_the_image() -> None:
 
 def test_progress_ends_at_the_total() -> None:
     seen: list[tuple[str, int, int]] = []
-    extract(ToyEncoder(), ToySource(), resolution=16, batch_size=25, progress=lambda *told: seen.append(told))
+    extract(ToyEncoder(), ToySource(), resolution=16, batch_size=25, progress=lambda *call: seen.append(call))
     assert [(done, total) for _, done, total in seen] == [(25, 60), (50, 60), (60, 60)]
 
 
-def test_digests_tell_apart_what_matters() -> None:
+def test_digests_depend_on_images_and_weights() -> None:
     sources = [ToySource(), ToySource(length=59), ToySource(name="other"), ToySource(seed=1)]
     assert len({source_digest(source) for source in sources}) == len(sources)
     assert source_digest(ToySource()) == source_digest(ToySource())
@@ -145,16 +146,11 @@ def test_digests_tell_apart_what_matters() -> None:
 
 
 def test_cache_computes_once_per_key(tmp_path: Path) -> None:
-    calls: list[str] = []
+    def read(name: str, value: float) -> Tensor:
+        return cached(tmp_path / "cache", {"name": name}, lambda: torch.full((2, 3), value))
 
-    def compute(name: str, value: float) -> Tensor:
-        return cached(tmp_path / "cache", {"name": name}, lambda: calls.append(name) or torch.full((2, 3), value))
-
-    for name, value in (("a", 1.0), ("b", 2.0), ("a", 7.0), ("b", 7.0)):
-        compute(name, value)
-    assert calls == ["a", "b"]
-    assert compute("a", 7.0).eq(1.0).all()
-    assert compute("b", 7.0).eq(2.0).all()
+    found = [read(name, value) for name, value in (("a", 1.0), ("b", 2.0), ("a", 7.0), ("b", 7.0))]
+    assert [features[0, 0].item() for features in found] == [1.0, 2.0, 1.0, 2.0]
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,9 @@
-"""k-NN against its definition written out with loops, and against itself in other chunks."""
+"""k-NN equals its definition written out with loops, for any chunk sizes; results are written and compared."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -34,9 +34,16 @@ def slow_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     return [100 * hit / len(test) for hit in hits]
 
 
+class Problem(NamedTuple):
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Features of +-1/4 in 16 dimensions: of length 1, with exact similarities and many ties."""
+def problems(draw: st.DrawFn) -> Problem:
+    """Features of +-1/4 in 16 dimensions: unit length, exact similarities and many ties."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     num_train, num_test = draw(st.integers(1, 40)), draw(st.integers(1, 12))
     free = draw(st.integers(1, 16))  # dimensions in which images differ
@@ -46,33 +53,28 @@ def problems(draw: st.DrawFn) -> dict[str, Tensor]:
         signs[:, :free] = rng.choice([-1.0, 1.0], (rows, free))
         return torch.tensor(signs / 4, dtype=torch.float32)
 
-    return {
-        "train_features": features(num_train),
-        "train_labels": torch.from_numpy(rng.integers(0, 7, num_train)),
-        "test_features": features(num_test),
-        "test_labels": torch.from_numpy(rng.integers(0, 7, num_test)),
-    }
+    train, train_labels = features(num_train), torch.from_numpy(rng.integers(0, 7, num_train))
+    test, test_labels = features(num_test), torch.from_numpy(rng.integers(0, 7, num_test))
+    return Problem(train, train_labels, test, test_labels)
 
 
 @settings(max_examples=60)
 @given(problem=problems(), chunk_test=st.integers(1, 15), chunk_train=st.integers(1, 50), seed=st.integers(0, 2))
-def test_scores_are_the_definition_in_any_chunks(
-    problem: dict[str, Tensor], chunk_test: int, chunk_train: int, seed: int
+def test_scores_equal_the_definition_in_any_chunks(
+    problem: Problem, chunk_test: int, chunk_train: int, seed: int
 ) -> None:
     ks = [[1, 3, 20], [40, 2], [7]][seed]
-    scores = knn_classify(
-        **problem, ks=ks, temperature=0.25, num_classes=7, chunk_test=chunk_test, chunk_train=chunk_train
-    )
+    scores = knn_classify(*problem, ks, 0.25, num_classes=7, chunk_test=chunk_test, chunk_train=chunk_train)
     assert list(scores) == ks
     for k in ks:
-        assert [scores[k].top1, scores[k].top5] == pytest.approx(slow_knn(*problem.values(), k, 0.25))
-        assert scores[k].neighbours == min(k, len(problem["train_labels"]))
+        assert [scores[k].top1, scores[k].top5] == pytest.approx(slow_knn(*problem, k, 0.25))
+        assert scores[k].neighbours == min(k, len(problem.train))
 
 
 @settings(max_examples=40)
 @given(problem=problems(), k=st.integers(1, 40), chunk=st.integers(1, 50))
-def test_of_equal_neighbours_the_first_is_taken(problem: dict[str, Tensor], k: int, chunk: int) -> None:
-    train, test = problem["train_features"], problem["test_features"]
+def test_the_first_of_equal_neighbours_is_taken(problem: Problem, k: int, chunk: int) -> None:
+    train, test = problem.train, problem.test
     k = min(k, len(train))
     similarities, indices = nearest_neighbours(train, test, k, chunk_test=5, chunk_train=chunk)
     expected = (test @ train.T).sort(dim=1, descending=True, stable=True)
@@ -80,7 +82,7 @@ def test_of_equal_neighbours_the_first_is_taken(problem: dict[str, Tensor], k: i
     assert torch.equal(similarities, expected.values[:, :k])
 
 
-def test_features_are_normalised_and_half_precision_will_do() -> None:
+def test_features_are_normalised_and_may_be_half_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     train, test = torch.randn(300, 8, generator=generator), torch.randn(50, 8, generator=generator)
     labels = torch.arange(300) % 6
@@ -92,7 +94,7 @@ def test_features_are_normalised_and_half_precision_will_do() -> None:
 
 
 def test_a_class_without_votes_is_no_hit() -> None:
-    # All five neighbours are of class 1. Whatever order the other classes are ranked in, none of them was found.
+    # All five neighbours are of class 1, so no other class may count, however the rest is ranked.
     train, test = torch.ones(5, 2), torch.ones(1, 2)
     for target in (0, 2, 5):
         scores = knn_classify(train, torch.ones(5, dtype=torch.int64), test, torch.tensor([target]), [5], num_classes=6)
@@ -113,7 +115,7 @@ def test_top5_needs_five_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"ks": [0]}, "ks are"),
         ({"ks": []}, "ks are"),
@@ -124,8 +126,8 @@ def test_top5_needs_five_classes() -> None:
         ({"test_features": torch.ones(0, 4), "test_labels": torch.ones(0, dtype=torch.int64)}, "test features"),
     ],
 )
-def test_arguments_that_do_not_belong_together(change: dict[str, Any], said: str) -> None:
-    arguments = {
+def test_arguments_that_do_not_fit_each_other(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
         "train_features": torch.ones(3, 4),
         "train_labels": torch.arange(3),
         "test_features": torch.ones(2, 4),
@@ -133,7 +135,7 @@ def test_arguments_that_do_not_belong_together(change: dict[str, Any], said: str
         "ks": [1],
         "num_classes": 3,
     }
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         knn_classify(**(arguments | change))
 
 
@@ -166,7 +168,7 @@ def test_evaluation_reports_every_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "said"),
+    ("train", "val", "message"),
     [
         (ToySource(), ToySource(name="val", classes=None), "val: the images have no labels"),
         (ToySource(classes=None), ToySource(), "have no labels"),
@@ -175,13 +177,13 @@ def test_evaluation_reports_every_setting(tmp_path: Path) -> None:
         (ToySource(), ToySource(classes=("blue", "green")), "Only in val: none; only in train: red"),
     ],
 )
-def test_sources_that_cannot_be_compared(train: ToySource, val: ToySource, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsuitable_sources_are_refused(train: ToySource, val: ToySource, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         evaluate_knn(ToyEncoder(), train, val, resolution=16)
 
 
 @pytest.mark.parametrize("change", [{"ks": [10, 0]}, {"ks": []}, {"temperature": 0.0}, {"temperature": -1.0}])
-def test_settings_that_make_no_sense(change: dict[str, Any]) -> None:
+def test_settings_out_of_range(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="k-NN: "):
         evaluate_knn(ToyEncoder(), ToySource(), ToySource(), resolution=16, **change)
 
@@ -194,7 +196,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "names"),
     [
         ({"results": [2.0], "seconds": 9.0, "notes": []}, []),
         ({"settings": {**result()["settings"], "workers": 0, "device": "cuda"}}, []),
@@ -205,17 +207,19 @@ def result(**changes: Any) -> dict[str, Any]:
         ({"evaluation": "linear", "checkpoint": "?", "settings": 3}, ["evaluation", "k", "resolution"]),
     ],
 )
-def test_evaluations_are_told_apart(change: dict[str, Any], said: list[str], tmp_path: Path) -> None:
+def test_evaluations_are_distinguished_by_their_inputs(
+    change: dict[str, Any], names: list[str], tmp_path: Path
+) -> None:
     path = tmp_path / "knn.json"
     write_result(result(), path)
     found = differences(result(**change), result())
-    assert set(said) <= set(found)
-    assert bool(found) == bool(said)
-    assert free_path(path, result(**change))[0].name == ("knn-2.json" if said else "knn.json")
+    assert set(names) <= set(found)
+    assert bool(found) == bool(names)
+    assert free_path(path, result(**change))[0].name == ("knn-2.json" if names else "knn.json")
 
 
 @pytest.mark.parametrize("there", ["[", '{"name": "mine"}', "", None])
-def test_files_that_are_no_results_stay(there: str | None, tmp_path: Path) -> None:
+def test_files_that_are_not_results_stay(there: str | None, tmp_path: Path) -> None:
     path = tmp_path / "knn.json"
     path.mkdir() if there is None else path.write_text(there)
     assert free_path(path, result()) == (tmp_path / "knn-2.json", ["what it is"])

@@ -1,4 +1,4 @@
-"""Linear probing: it learns what is linear, twice the same, and caches only what it may."""
+"""Linear probing separates separable images, is reproducible, and caches features by their settings."""
 
 import json
 import math
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hvp.common.errors import UserError
-from hvp.common.evaluation.linear import LinearOptions, evaluate_linear, train_linear
+from hvp.common.evaluation.linear import LinearOptions, evaluate_linear
+from hvp.common.evaluation.linear_classifier import train_linear
 from tests.common.evaluation.evaluation_toys import ToyEncoder, ToySource
 
 TRAIN = ToySource()
@@ -35,7 +36,7 @@ def test_separable_images_are_separated(augment: bool) -> None:
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_the_seed_alone_decides(augment: bool) -> None:
+def test_the_result_depends_only_on_the_seed(augment: bool) -> None:
     def run(seed: int, workers: int) -> Any:
         options = replace(OPTIONS, augment=augment, epochs=3, seed=seed, workers=workers)
         return evaluate_linear(ToyEncoder(), TRAIN, VAL, options)["history"]
@@ -49,7 +50,7 @@ def test_the_seed_alone_decides(augment: bool) -> None:
     assert torch.equal(torch.get_rng_state(), random), "the global random state was used"
 
 
-def test_augmentation_draws_other_crops_every_epoch() -> None:
+def test_augmentation_draws_new_crops_every_epoch() -> None:
     seen: list[Tensor] = []
 
     class Watched(ToyEncoder):
@@ -67,7 +68,7 @@ def test_augmentation_draws_other_crops_every_epoch() -> None:
 
 
 def test_training_is_sgd_with_a_cosine_over_epochs() -> None:
-    """Against torch's own optimiser, scheduler and layer, from the same weights and on the same batches."""
+    """Compared with torch's own optimiser, scheduler and layer, from the same weights on the same batches."""
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 6, (40,), generator=generator)
     layer = nn.Linear(5, 6)
@@ -101,8 +102,11 @@ def test_training_is_sgd_with_a_cosine_over_epochs() -> None:
 
 
 def test_lars_scales_weights_and_bias_by_their_own_length() -> None:
-    """Against SimSiam's recipe step by step: LARC without clip divides each gradient by its length and multiplies it by
-    0.001 of its tensor's, the bias' too, then SGD with momentum; a tensor of length 0 takes the gradient as it is."""
+    """Compared with SimSiam's recipe, step by step.
+
+    LARC without clipping scales each gradient, including the bias', to 0.001 times the length of its tensor; SGD with
+    momentum follows. A tensor of length 0 uses the gradient unscaled.
+    """
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 3, (40,), generator=generator)
     weight = torch.empty(3, 5).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(3))
@@ -135,14 +139,14 @@ def test_lars_scales_weights_and_bias_by_their_own_length() -> None:
     assert [entry.loss for entry in history] == pytest.approx(expected, rel=1e-5)
 
 
-def test_validation_happens_at_the_first_the_last_and_every_nth_epoch() -> None:
+def test_the_first_the_last_and_every_nth_epoch_are_validated() -> None:
     result = evaluate_linear(ToyEncoder(), TRAIN, VAL, replace(OPTIONS, epochs=6, val_every=2))
     assert [entry["epoch"] for entry in result["history"]] == [1, 3, 5, 6]
 
 
-def test_best_is_the_first_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_is_the_first_of_equal_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     top1 = iter([50.0, 90.0, 90.0, 70.0])
-    monkeypatch.setattr("hvp.common.evaluation.linear._validate", lambda *_: (next(top1), None))
+    monkeypatch.setattr("hvp.common.evaluation.linear_classifier._validate", lambda *_: (next(top1), None))
     result = evaluate_linear(ToyEncoder(), TRAIN, VAL, replace(OPTIONS, epochs=4))
     assert (result["best"]["top1"], result["best"]["epoch"]) == (90.0, 2)
     assert (result["last"]["top1"], result["last"]["epoch"]) == (70.0, 4)
@@ -166,7 +170,7 @@ def test_features_are_computed_once_for_the_same_settings(tmp_path: Path) -> Non
     assert run() == (fresh, seen)
 
 
-def test_a_batch_larger_than_the_dataset_is_clamped_with_a_note() -> None:
+def test_a_batch_larger_than_the_dataset_is_reduced_with_a_note() -> None:
     result = evaluate_linear(ToyEncoder(), TRAIN, VAL, replace(OPTIONS, batch_size=1024, base_lr=0.512))
     assert result["settings"]["lr"] == pytest.approx(0.512 * 60 / 256)
     assert result["notes"] == ["batch_size = 1024 is more than the 60 training images: 60 is used"]
@@ -186,7 +190,7 @@ def test_a_bad_training_image_is_named(augment: bool) -> None:
     assert "skip" not in str(caught.value)
 
 
-def test_sources_with_other_classes_are_refused() -> None:
+def test_sources_with_different_classes_are_refused() -> None:
     with pytest.raises(UserError, match="Only in val: yellow; only in train: red"):
         evaluate_linear(ToyEncoder(), TRAIN, ToySource(classes=("blue", "green", "yellow")), OPTIONS)
 
@@ -198,6 +202,6 @@ def test_sources_with_other_classes_are_refused() -> None:
         *(("base_lr", value) for value in (0.0, float("nan"), float("inf"))),
     ],
 )
-def test_options_out_of_range(name: str, value: float) -> None:
+def test_options_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"linear probing: {name} = {value}, but it must be"):
         LinearOptions(**{name: value})

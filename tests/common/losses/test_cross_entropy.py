@@ -1,4 +1,4 @@
-"""The pair-loss matrix against its formula, and what it must not do: leak between views, or hold all logits at once."""
+"""The pair-loss matrix equals its formula, keeps views apart, and never holds all logits at once."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_equals_the_formula(
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
+def test_inputs_stay_unchanged_and_no_graph_is_built() -> None:
     teacher, student, center = inputs()
     student.requires_grad_()
     before = [teacher.clone(), student.detach().clone(), center.clone()]
-    # A student temperature of 1 must not make the logits worked on the caller's own.
+    # A student temperature of 1 must not turn the caller's logits into the working buffer.
     assert not pair_cross_entropies(teacher, student, center, 0.04, 1.0).requires_grad
     assert all(torch.equal(a, b) for a, b in zip([teacher, student, center], before, strict=True))
 
@@ -86,7 +86,7 @@ def test_prototypes_are_applied_to_embeddings(images_at_once: int | None) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     teacher, student, center = inputs(prototypes=50)
-    student = student * 9000  # divided by the temperature, more than float16 holds
+    student = student * 9000  # overflows float16 when divided by the temperature
     teacher, student = teacher.to(dtype), student.to(dtype)
     losses = pair_cross_entropies(teacher, student, center, 0.04, 0.1)
     assert losses.dtype == torch.float32
@@ -94,7 +94,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert losses.isfinite().all()
 
 
-def test_autocast_does_not_coarsen_the_losses() -> None:
+def test_autocast_does_not_change_the_losses() -> None:
     teacher, student, center = inputs(prototypes=50)
     expected = pair_cross_entropies(teacher, student, center, 0.04, 0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -110,7 +110,7 @@ def test_huge_logits(scale: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_not_finite_only_where_it_belongs(value: float) -> None:
+def test_only_entries_of_a_bad_view_are_not_finite(value: float) -> None:
     teacher, student, center = inputs()
     expected = pair_cross_entropies(teacher, student, center, 0.5, 0.5)
 
@@ -127,12 +127,12 @@ def test_not_finite_only_where_it_belongs(value: float) -> None:
     losses = pair_cross_entropies(bad, student, center, 0.5, 0.5)
     others = torch.ones_like(losses, dtype=torch.bool)
     others[2, 1, :] = False
-    assert bool(losses[~others].isfinite().all()) == (value == float("-inf"))  # then a prototype is ruled out
+    assert bool(losses[~others].isfinite().all()) == (value == float("-inf"))  # -inf rules out a prototype
     assert torch.equal(losses[others], expected[others])
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest number of elements of any tensor that an operation returned."""
+    """Track the largest number of elements of any tensor that an operation returns."""
 
     numel = 0
 
@@ -144,7 +144,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("from_embeddings", [False, True])
-def test_only_a_few_images_logits_exist_at_once(from_embeddings: bool) -> None:
+def test_logits_of_only_a_few_images_exist_at_once(from_embeddings: bool) -> None:
     views, prototypes = 5, 64
     teacher, student, center = inputs(images=8, views=views, prototypes=prototypes)
     layer = WeightNormLinear(3, prototypes, train_gain=False)

@@ -1,4 +1,4 @@
-"""Backbones, head, multi-crop wrapper and loss: what the fixtures, which are small and few, do not pin down."""
+"""Properties of backbones, head, multi-crop wrapper and loss that the parity fixtures, small and few, do not cover."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hvp.common.errors import UserError
-from hvp.common.networks import encoder_from_state
+from hvp.common.networks import Encoder, encoder_from_state
 from hvp.common.networks.heads import DINOHead, WeightNormLinear
 from hvp.common.networks.resnet import CONVNETS
 from hvp.common.networks.vision_transformer import VisionTransformer, sincos_positions
@@ -37,6 +37,10 @@ def images(batch: int, side: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
+def num_heads(vit: VisionTransformer) -> Any:
+    return vit.get_submodule("blocks.0.attn").num_heads
+
+
 @pytest.mark.parametrize(
     ("arch", "embed_dim", "num_blocks", "millions"),
     [
@@ -50,6 +54,7 @@ def images(batch: int, side: int, seed: int = 1) -> Tensor:
 )
 def test_sizes(arch: str, embed_dim: int, num_blocks: int, millions: float) -> None:
     with torch.device("meta"):
+        backbone: Encoder
         if arch == "resnet18":
             backbone = CONVNETS[arch]()
         else:
@@ -78,7 +83,7 @@ def test_initialisation(arch: str) -> None:
 
 def test_position_embedding_at_its_own_size_is_untouched(micro: VisionTransformer) -> None:
     assert micro.interpolate_pos_encoding(32, 32) is micro.pos_embed
-    # As many patches in another shape are another size.
+    # The same number of patches in another shape is another size.
     assert not torch.equal(micro.interpolate_pos_encoding(16, 64), micro.pos_embed)
 
 
@@ -90,8 +95,8 @@ def test_images_of_any_size(height: int, width: int) -> None:
     assert tokens.shape == (1, 1 + (height // 8) * (width // 8), 6)
 
 
-def test_an_image_does_not_see_its_batch(micro: VisionTransformer) -> None:
-    """What reusing a teacher's outputs rests on; in train mode, as the teacher is."""
+def test_a_feature_does_not_depend_on_the_batch(micro: VisionTransformer) -> None:
+    """Reusing a teacher's outputs relies on this; the teacher is in train mode."""
     x = images(4, 32)
     micro.train()
     torch.testing.assert_close(micro(x)[1:2], micro(x[1:2]), rtol=1e-5, atol=1e-6)
@@ -109,7 +114,7 @@ def test_probe_features(micro: VisionTransformer) -> None:
     assert torch.equal(features[:, 1::2], layers[-1][:, 1:].mean(dim=1))
 
 
-def test_probe_features_that_a_network_has_not(micro: VisionTransformer) -> None:
+def test_probe_features_that_a_network_lacks(micro: VisionTransformer) -> None:
     x = images(1, 32)
     with pytest.raises(UserError, match="n_last_blocks = 4, but this network has 3 blocks"):
         micro.probe_features(x, 4, avgpool=False)
@@ -135,7 +140,7 @@ def test_unknown_arch_and_patch_sizes_that_do_not_fit() -> None:
     ("arch", "patch_size", "img_size"),
     [("vit_micro", 8, 32), ("vit_micro", 4, 32), ("vit_tiny", 8, 64), ("vit_tiny", 16, 224), ("vit_base", 8, 224)],
 )
-def test_encoder_is_told_from_its_weights(arch: str, patch_size: int, img_size: int) -> None:
+def test_encoder_is_recognised_by_its_weights(arch: str, patch_size: int, img_size: int) -> None:
     with torch.device("cpu" if arch == "vit_micro" else "meta"):
         backbone = build_backbone(arch, patch_size=patch_size, img_size=img_size)
         encoder = encoder_from_state(backbone.state_dict())
@@ -144,7 +149,8 @@ def test_encoder_is_told_from_its_weights(arch: str, patch_size: int, img_size: 
         k: p.shape for k, p in backbone.state_dict().items()
     }
     assert encoder.patch_size == patch_size
-    assert encoder.blocks[0].attn.num_heads == backbone.blocks[0].attn.num_heads
+    assert isinstance(backbone, VisionTransformer)
+    assert num_heads(encoder) == num_heads(backbone)
     if arch == "vit_micro":
         encoder.load_state_dict(backbone.state_dict())
         x = images(2, 24)
@@ -152,13 +158,13 @@ def test_encoder_is_told_from_its_weights(arch: str, patch_size: int, img_size: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_fixed_positions_tell_the_number_of_heads(dtype: torch.dtype) -> None:
-    """Networks of equal shapes with 6 and 12 heads: only those with fixed positions have 12."""
+def test_fixed_positions_determine_the_number_of_heads(dtype: torch.dtype) -> None:
+    """Networks of equal shapes have 12 heads with fixed positions and 6 without."""
     learned = VisionTransformer(embed_dim=384, depth=1, num_heads=6, img_size=64)
     for positions, heads in ((learned.pos_embed, 6), (sincos_positions(4, 384), 12)):
         encoder = encoder_from_state(learned.state_dict() | {"pos_embed": positions.to(dtype)})
         assert isinstance(encoder, VisionTransformer)
-        assert encoder.blocks[0].attn.num_heads == heads
+        assert num_heads(encoder) == heads
 
 
 def test_fixed_positions_are_sines_and_cosines_of_row_and_column() -> None:
@@ -174,7 +180,7 @@ def test_fixed_positions_are_sines_and_cosines_of_row_and_column() -> None:
 
 
 @pytest.mark.parametrize("arch", CONVNETS)
-def test_pooled_features_do_not_ask_what_stands_in_the_place_of_fc(arch: str) -> None:
+def test_pooled_features_do_not_pass_through_fc(arch: str) -> None:
     network = CONVNETS[arch]().eval()
     x = images(2, 32)
     with torch.no_grad():
@@ -184,7 +190,7 @@ def test_pooled_features_do_not_ask_what_stands_in_the_place_of_fc(arch: str) ->
         assert torch.equal(network(x), network.fc(expected))
 
 
-def test_weights_of_others_are_not_recognised(micro: VisionTransformer) -> None:
+def test_foreign_weights_are_not_recognised(micro: VisionTransformer) -> None:
     with torch.device("meta"):
         assert encoder_from_state(build_backbone("resnet50").state_dict()) is not None
         odd = VisionTransformer(embed_dim=24, depth=2, num_heads=2).state_dict()
@@ -223,7 +229,7 @@ def test_head_embeds_on_the_unit_sphere_and_keeps_the_gain() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(9))
 
 
-def test_frozen_layer_is_a_snapshot_of_the_norms_without_a_graph() -> None:
+def test_frozen_layer_equals_the_layer() -> None:
     layer = WeightNormLinear(5, 9, train_gain=True)
     with torch.no_grad():
         layer.weight_g.uniform_(0.5, 2.0)
@@ -256,6 +262,7 @@ def test_loss_equals_the_sum_over_pairs(batch: int, ncrops: int, epoch: int, see
     loss = loss_fn(student, teacher, epoch)
     loss.backward()
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+    assert exact.grad is not None
     torch.testing.assert_close(student.grad, exact.grad.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -269,7 +276,7 @@ def test_loss_is_computed_in_float32() -> None:
     assert torch.equal(loss, expected)
 
 
-def test_loss_refuses_what_does_not_fit() -> None:
+def test_loss_refuses_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="ncrops is 1"):
         DINOLoss(5, 1, 0.04, 0.04, 0, 10)
     with pytest.raises(ValueError, match="30 of 10 epochs"):
@@ -281,15 +288,15 @@ def test_loss_refuses_what_does_not_fit() -> None:
         loss_fn.update_center()
 
 
-def test_checkpoint_holds_the_centre_alone() -> None:
+def test_checkpoint_holds_only_the_centre() -> None:
     assert list(DINOLoss(5, 2, 0.04, 0.04, 0, 1).state_dict()) == ["center"]
 
 
-def _center(world: World, say: Callable[[Any], None]) -> None:
+def _center(world: World, report: Callable[[Any], None]) -> None:
     loss_fn = DINOLoss(3, 2, 0.04, 0.04, 0, 1)
     loss_fn.center_step(torch.full((2 + 4 * world.rank, 3), float(world.rank + 1)))  # 2 rows of 1, 6 rows of 2
     loss_fn.update_center()
-    say(loss_fn.center)
+    report(loss_fn.center)
 
 
 def test_center_is_the_mean_over_all_processes(tmp_path: Path) -> None:
@@ -298,8 +305,8 @@ def test_center_is_the_mean_over_all_processes(tmp_path: Path) -> None:
 
 
 def test_normalize_of_the_bottleneck_has_a_finite_gradient_at_zero() -> None:
-    """A dead head (all zeros) must not turn the gradients into NaN."""
+    """A head whose weights are all zero must not produce NaN gradients."""
     head = DINOHead(4, 5, nlayers=1, bottleneck_dim=3)
-    nn.init.zeros_(head.mlp.weight)
+    nn.init.zeros_(head.mlp.get_parameter("weight"))
     F.mse_loss(head(torch.ones(2, 4)), torch.ones(2, 5)).backward()
     assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)

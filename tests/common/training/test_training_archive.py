@@ -136,7 +136,7 @@ def many_times_over() -> dict[str, Any]:
     [
         ({"config": in_itself()}, "contains itself"),
         ({"args": Namespace(config=in_itself())}, "contains itself"),
-        ({"config": many_times_over()}, "holds too much"),
+        ({"config": many_times_over()}, "has too many entries"),
         ({"w": torch.eye(3).to_sparse()}, "w is a tensor that is sparse"),
         ({"student": {"w": torch.eye(3, device="meta")}}, "student.w is a tensor without values"),
     ],
@@ -153,7 +153,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty").touch()
     for name, said in (("pipe", "is a named pipe"), ("folder", "is a folder"), ("empty", "is empty")):
-        with pytest.raises(DamagedCheckpoint, match=f"{name}: {said}, no checkpoint"):
+        with pytest.raises(DamagedCheckpoint, match=f"{name}: {said}, not a checkpoint"):
             read_archive(tmp_path / name)
     with pytest.raises(DamagedCheckpoint, match="is a device"):
         read_archive(Path("/dev/zero"))
@@ -165,6 +165,6 @@ def test_running_out_of_memory_is_not_reported_as_damage(tmp_path: Path, monkeyp
 
     (tmp_path / "x.pt").write_bytes(sealed())
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(UserError, match="memory does not suffice") as caught:
+    with pytest.raises(UserError, match="not enough memory") as caught:
         read_archive(tmp_path / "x.pt")
     assert not isinstance(caught.value, DamagedCheckpoint)

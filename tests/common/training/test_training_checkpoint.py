@@ -86,14 +86,14 @@ def test_a_checkpoint_of_an_early_version_is_read(tmp_path: Path) -> None:
         ("log/loss_count", MISSING, "log.loss_count is missing"),
         ("log/epoch_loss_sum", "1.5", "log.epoch_loss_sum: "),
         ("log/epoch_loss_count", -1, "log.epoch_loss_count: "),
-        ("processes/0/torch", torch.zeros(3), "processes.0.torch: is no generator's state"),
+        ("processes/0/torch", torch.zeros(3), "processes.0.torch: is not a random generator's state"),
         ("processes/0/skipped", [1], "processes.0.skipped.0: "),
         ("precision/scaler", {"scale": 2.0}, "precision.scaler"),
         ("precision/scaler/_growth_tracker", "0", "precision.scaler"),
         ("precision/skipped_steps", MISSING, "precision.skipped_steps is missing"),
         ("optimizer/state", [], "optimizer.state: "),
-        ("optimizer/state/9", {}, "state of parameter 9, which is in no group"),
-        ("optimizer/state/1/exp_avg", MISSING, "a state that lacks exp_avg"),
+        ("optimizer/state/9", {}, "has state for parameter 9, which is in no group"),
+        ("optimizer/state/1/exp_avg", MISSING, "has a state without exp_avg"),
         ("optimizer/param_groups", {}, "optimizer.param_groups: "),
         ("optimizer/param_groups/0/params", MISSING, "optimizer.param_groups.0.params is missing"),
         ("optimizer/param_groups/0/lr", float("nan"), "optimizer.param_groups.0.lr: "),
@@ -127,7 +127,7 @@ def test_a_folder_replaced_during_a_write(tmp_path: Path) -> None:
         out.mkdir()
         (out / ".last.pt.part").write_bytes(b"theirs")
 
-    with pytest.raises(UserError, match=r"last\.pt: cannot be written: .*run was replaced by another folder"):
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written: .*another folder has replaced .*run"):
         write_atomically(out / "last.pt", replace)
     assert os.listdir(out) == [".last.pt.part"]
     assert (out / ".last.pt.part").read_bytes() == b"theirs"

@@ -12,15 +12,14 @@ from hvp.common.training import distributed
 from hvp.common.training.batch_norm import SharedBatchNorm
 from hvp.common.training.distributed import (
     World,
-    averaging,
     data_parallel,
     environment_world,
+    exchange_gradients,
     first_host,
     joined,
     rendezvous,
     share_of_batch,
     synchronised,
-    unwrapped,
 )
 from tests.processes import Report, in_two_processes
 
@@ -153,15 +152,13 @@ def _accumulate(world: World, report: Report) -> None:
     model = data_parallel(layer, world, CPU)
     assert isinstance(model, DistributedDataParallel)
     first, second = inputs_of(world.rank)
-    with averaging(model, on=False):
-        output = model(first)
-    output.sum().backward()
+    exchange_gradients(model, False)
+    model(first).sum().backward()
     report(gradient_of(layer))
-    with averaging(model, on=True):
-        output = model(second)
-    output.sum().backward()
+    exchange_gradients(model, True)
+    model(second).sum().backward()
     report(gradient_of(layer))
-    unwrapped(model)(first).sum().backward()
+    layer(first).sum().backward()
     report(gradient_of(layer))
     with torch.no_grad():
         layer.weight += world.rank

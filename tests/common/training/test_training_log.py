@@ -129,14 +129,14 @@ def test_a_row_has_the_gradient_norm_before_clipping(tmp_path, monkeypatch):
 
 
 def test_a_step_skipped_by_fp16_has_no_gradient_norm(tmp_path, monkeypatch):
-    check = Run.check
+    check = Run._check
 
-    def checked(run: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer, **values: float) -> float:
-        mean = check(run, loss, optimizer, **values)
+    def checked(run: Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+        mean = check(run, loss, optimizer)
         run.grad_norm = None if run.step == 1 else run.grad_norm
         return mean
 
-    monkeypatch.setattr(Run, "check", checked)
+    monkeypatch.setattr(Run, "_check", checked)
     train(tmp_path / "run", log_every=1, epochs=1)
     assert ["grad_norm" in row for row in rows_of(tmp_path / "run")] == [True, False, True, True, True]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hvp.common.training.distributed import World, averaging
+from hvp.common.training.distributed import World, exchange_gradients
 from hvp.common.training.optimizers import build_optimizer, squared_gradient_norm
 from hvp.common.training.sharding import Whole, local, release, shard
 from tests.processes import Report, in_two_processes
@@ -56,8 +56,8 @@ def _two(world: World, report: Report) -> None:
     # a batch in two parts; only the last one averages gradients
     parts = images().chunk(2)[world.rank].chunk(2)
     for number, part in enumerate(parts):
-        with averaging(sharded, on=number == 1):
-            loss = sharded(part).mean() / 2
+        exchange_gradients(sharded, number == 1)
+        loss = sharded(part).mean() / 2
         loss.backward()
     release(sharded)
     report(gradients(sharded))

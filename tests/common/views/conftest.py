@@ -14,7 +14,7 @@ def dino_slots() -> tuple[ViewSlot, ...]:
 
 @pytest.fixture
 def small_slots() -> tuple[ViewSlot, ...]:
-    """The same kinds of views at sizes that render in no time."""
+    """The same kinds of views at sizes that render quickly."""
     return (
         ViewSlot("global1", ViewTransform(size=24, scale=(0.4, 1.0), blur=1.0), candidates=2, kept=1),
         ViewSlot("global2", ViewTransform(size=24, scale=(0.4, 1.0), blur=0.1, solarize=0.2), candidates=2, kept=1),

@@ -1,11 +1,14 @@
-"""The picture shows what was chosen: chosen views as they are, in the colour of their slot, the others dimmed."""
+"""The picture of a selection: chosen views framed in the colour of their slot, the others dimmed."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from hvp.common.views import COLUMNS, MultiViewLoader, ViewSlot, ViewTransform, draw_selection
+from hvp.common.views import MultiViewLoader, ViewSlot, ViewTransform, draw_selection
 from hvp.common.views.gallery import COLOURS, COLUMN_GAP, HEADER, MARGIN, SCALE, SOURCE_WIDTH, _tiles
+from hvp.common.views.parameters import COLUMNS
 from tests.common.views.view_images import Photographs
 
 INDEX = torch.tensor([[0, 2, 4, 7], [1, 3, 5, 6]])
@@ -63,14 +66,15 @@ def test_two_view_methods_have_one_resolution():
     assert count(picture, COLOURS[0]) > 1000
 
 
-def test_what_does_not_belong_together_is_refused(small_slots):
+def test_shapes_that_do_not_fit_together_are_refused(small_slots):
     images, batch = batch_of(small_slots)
-    for arguments in (
+    cases: list[tuple[Any, Any, Any, Any]] = [
         ([], batch.parameters, batch.pixels, INDEX),
         (images[:1], batch.parameters, batch.pixels, INDEX),
         (images, batch.parameters[:, :3], batch.pixels, INDEX),
         (images, batch.parameters, batch.pixels, INDEX[:1]),
         (images, torch.zeros(2, 8, len(COLUMNS) - 1), batch.pixels, INDEX),
-    ):
+    ]
+    for arguments in cases:
         with pytest.raises(ValueError, match="draw_selection"):
             draw_selection(*arguments, small_slots)

@@ -1,4 +1,4 @@
-"""What the loader hands out follows from (seed, epoch, step) alone; mistakes arrive as one plain message."""
+"""Batches depend only on (seed, epoch, step); errors arrive as one plain message."""
 
 import multiprocessing
 import os
@@ -13,7 +13,8 @@ import torch
 from hvp.benchmarks.loading import SLOTS
 from hvp.common.data import BadImage
 from hvp.common.errors import UserError
-from hvp.common.views import COLUMNS, MultiViewLoader, ViewBatch, ViewParameters, ViewSlot, epoch_order, view_layout
+from hvp.common.views import MultiViewLoader, ViewBatch, ViewSlot, epoch_order
+from hvp.common.views.parameters import COLUMNS, ViewParameters, view_layout
 from tests.common.views.view_images import Photographs
 
 
@@ -36,7 +37,7 @@ def assert_equal(ours: list[ViewBatch], theirs: list[ViewBatch]) -> None:
 
 
 def concatenated(batches: list[ViewBatch]) -> ViewBatch:
-    """One batch of all their images."""
+    """Join the images of all batches into one."""
     pixels = [torch.cat(views, dim=1) for views in zip(*(batch.pixels for batch in batches), strict=True)]
     parameters, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("parameters", "index"))
     return ViewBatch(pixels, parameters, index, skipped=[name for batch in batches for name in batch.skipped])
@@ -57,7 +58,7 @@ def test_a_batch_has_the_promised_layout(small_slots):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_step_that_does_not_select_gets_the_first_candidates_alone(small_slots, workers):
+def test_a_step_without_selection_gets_only_the_first_candidates(small_slots, workers):
     whole = flat(loader_of(small_slots, accumulate=2, batch_size=2).epoch(1))
     asked = []
 
@@ -78,11 +79,12 @@ def test_a_step_that_does_not_select_gets_the_first_candidates_alone(small_slots
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_masks_are_made_of_the_images_that_were_used(small_slots, workers):
+def test_masks_are_made_for_the_images_that_were_used(small_slots, workers):
     loader = loader_of(small_slots, Photographs(14, bad=(3, 8)), workers=workers, on_bad_image="skip", masks=_numbered)
     batches = flat(loader.epoch(2))
     assert any(batch.skipped for batch in batches)
     for batch in batches:
+        assert batch.masks is not None
         assert torch.equal(batch.masks, torch.stack((torch.full((4,), 2), batch.index), dim=1))
         assert batch.to("cpu").masks is batch.masks
 
@@ -111,7 +113,7 @@ def test_both_pipelines_draw_the_same_views(small_slots):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_resumes_anywhere(small_slots, workers):
+def test_a_run_resumes_at_any_step(small_slots, workers):
     whole = flat(loader_of(small_slots).epoch(2))
     loader = loader_of(small_slots, workers=workers)
     for start in (0, 2, 1, 3):  # the same workers, after epochs read to the end
@@ -139,7 +141,7 @@ def test_a_closed_loader_has_no_workers_and_starts_again(small_slots):
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world_size"), [(4, 3, 1), (2, 2, 3), (3, 1, 4), (1, 6, 2)])
-def test_a_global_batch_is_the_same_however_divided(small_slots, batch_size, accumulate, world_size):
+def test_a_global_batch_does_not_depend_on_its_division(small_slots, batch_size, accumulate, world_size):
     source = Photographs(25)
     whole = concatenated(flat(loader_of(small_slots, source, batch_size=12).epoch(0)))
     loaders = [
@@ -155,7 +157,7 @@ def test_a_global_batch_is_the_same_however_divided(small_slots, batch_size, acc
     assert_equal([concatenated(parts)], [whole])
 
 
-def test_a_view_depends_on_its_image_and_number_only(small_slots):
+def test_a_view_depends_only_on_its_image_and_number(small_slots):
     few = (*small_slots[:2], ViewSlot("local", small_slots[2].transform, 1, 1))
     many = {int(i): (b, n) for b in flat(loader_of(small_slots).epoch(0)) for n, i in enumerate(b.index)}
     for batch in flat(loader_of(few, batch_size=1).epoch(0)):
@@ -184,7 +186,7 @@ def test_parameters_belong_to_the_pixels(small_slots):
                 np.testing.assert_allclose(pixels.mean((0, 1)), crop.mean((0, 1)), atol=6)
 
 
-def test_shared_resolutions_lie_together(small_slots):
+def test_views_of_one_resolution_share_a_tensor(small_slots):
     split = (small_slots[0], small_slots[2], small_slots[1])
     (batch,) = next(loader_of(split).epoch(0))
     assert [len(views) for views in batch.pixels] == [4, 4]
@@ -193,11 +195,11 @@ def test_shared_resolutions_lie_together(small_slots):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_global_is_touched(small_slots, workers):
+def test_global_state_is_not_changed(small_slots, workers):
     def state() -> tuple:
         return (
             torch.get_rng_state().tolist(),
-            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            str(np.random.get_state(legacy=False)),  # noqa: NPY002
             torch.get_num_threads(),
             cv2.getNumThreads(),
             signal.getsignal(signal.SIGINT),
@@ -234,14 +236,14 @@ def test_skipping_takes_the_next_image_that_decodes(small_slots, workers):
             assert torch.equal(batch.pixels[0][:, n], good.pixels[0][:, n])
 
 
-def test_nothing_but_bad_images_is_an_error(small_slots):
+def test_a_source_of_bad_images_alone_is_an_error(small_slots):
     loader = loader_of(small_slots, Photographs(5, bad=(0, 1, 2, 3, 4)), on_bad_image="skip")
     with pytest.raises(UserError, match="none of its 5 images"):
         next(loader.epoch(0))
 
 
 class Deadly(Photographs):
-    """Its reader is killed as a process is that ran out of memory."""
+    """Kills its reader, as happens to a process that runs out of memory."""
 
     def read(self, index):
         assert multiprocessing.parent_process() is not None
@@ -255,7 +257,7 @@ def test_a_killed_worker_is_explained(small_slots):
 
 
 class WithoutSharedMemory(Photographs):
-    """What torch says in a container whose /dev/shm is full."""
+    """Raises torch's error for a full /dev/shm."""
 
     def read(self, index):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
@@ -268,21 +270,21 @@ def test_full_shared_memory_is_explained(small_slots):
 
 
 class Broken(Photographs):
-    """A mistake in the program, not the user's."""
+    """Raises as a bug in the program would."""
 
     def read(self, index):
         raise RuntimeError("made for a test")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_programming_mistake_is_not_explained_away(small_slots, workers):
+def test_a_bug_is_not_reported_as_a_user_error(small_slots, workers):
     with pytest.raises(RuntimeError, match="made for a test") as caught:
         next(loader_of(small_slots, Broken(14), workers=workers).epoch(0))
     assert not isinstance(caught.value, UserError)
 
 
 class Interrupted(Photographs):
-    """Its reader gets the Ctrl-C that a terminal sends to every process."""
+    """Sends its reader the Ctrl-C that a terminal sends to every process."""
 
     def read(self, index):
         assert multiprocessing.parent_process() is not None
@@ -297,7 +299,7 @@ def test_workers_leave_interrupts_to_the_main_process(small_slots):
 
 
 class OneThread(Photographs):
-    """Fails where workers would fight over the cores."""
+    """Fails if a worker uses more than one thread."""
 
     def read(self, index):
         assert torch.get_num_threads() == 1
@@ -309,22 +311,22 @@ def test_workers_use_one_thread(small_slots):
     assert len(flat(loader_of(small_slots, OneThread(14), workers=1).epoch(0))) == 3
 
 
-def test_pixels_are_filled_in_shared_memory(small_slots):
+def test_batches_lie_in_shared_memory(small_slots):
     (batch,) = next(loader_of(small_slots, workers=1).epoch(0))
     assert all(tensor.is_shared() for tensor in (*batch.pixels, batch.parameters, batch.index))
 
 
-def test_dino_with_hvp_stays_within_the_traffic():
+def test_dino_with_hvp_stays_within_its_bytes_per_image():
     (batch,) = next(loader_of(SLOTS, batch_size=1).epoch(0))
     assert sum(tensor.nbytes for tensor in (*batch.pixels, batch.parameters, batch.index)) <= 1.1e6
 
 
-def test_a_data_set_smaller_than_a_batch(small_slots):
+def test_a_dataset_smaller_than_a_batch_is_refused(small_slots):
     with pytest.raises(UserError, match=r"14 images .* 16"):
         loader_of(small_slots, batch_size=4, accumulate=2, world_size=2)
 
 
-def test_a_negative_seed(small_slots):
+def test_a_negative_seed_is_refused(small_slots):
     with pytest.raises(UserError, match="seed = -1"):
         loader_of(small_slots, seed=-1)
 
@@ -332,13 +334,13 @@ def test_a_negative_seed(small_slots):
 @pytest.mark.parametrize(
     "option", [{"pipeline": "gpu"}, {"on_bad_image": "ignore"}, {"batch_size": 0}, {"workers": -1}, {"rank": 1}]
 )
-def test_impossible_options(small_slots, option):
+def test_invalid_options_are_refused(small_slots, option):
     with pytest.raises(ValueError, match="MultiViewLoader"):
         loader_of(small_slots, **option)
 
 
 @pytest.mark.parametrize(("epoch", "start_step"), [(-1, 0), (0, 4), (0, -1)])
-def test_impossible_starts(small_slots, epoch, start_step):
+def test_invalid_starts_are_refused(small_slots, epoch, start_step):
     with pytest.raises(ValueError, match="start_step"):
         loader_of(small_slots).epoch(epoch, start_step)
 

@@ -1,4 +1,4 @@
-"""The order of the images: each at most once an epoch, however a batch is divided and wherever a run resumes."""
+"""Order of the images: each at most once per epoch, for any division of a batch and any step to resume at."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from hvp.common.views import MultiViewLoader, ViewSlot, ViewTransform, epoch_order, micro_batches, steps_per_epoch
+from hvp.common.views import MultiViewLoader, ViewSlot, ViewTransform, epoch_order, steps_per_epoch
+from hvp.common.views.order import micro_batches
 from tests.common.views.view_images import Photographs
 
 COUNTS = st.integers(1, 300)
@@ -26,7 +27,7 @@ def test_epochs_and_seeds_differ():
     assert len({order.tobytes() for order in orders}) == len(orders)
 
 
-def test_every_image_comes_equally_often_at_every_place():
+def test_every_image_is_equally_likely_at_every_position():
     orders = np.array([epoch_order(10, 0, epoch) for epoch in range(4000)])
     for place in (0, 4, 9):
         assert chisquare(np.bincount(orders[:, place], minlength=10)).pvalue > 1e-3
@@ -57,12 +58,12 @@ def test_all_processes_together_read_the_order(batch_size, accumulate, world_siz
         ]
         assert all(part.shape == (accumulate, batch_size) for part in parts)
         seen.append(np.concatenate(parts).ravel())
-    # In order, so whatever divides a global batch, a step sees the same images, and an epoch none of them twice.
+    # In order: a step sees the same images for any division of a global batch, and an epoch sees none twice.
     np.testing.assert_array_equal(np.concatenate(seen), order[: steps * global_batch])
 
 
 @pytest.mark.parametrize(("step", "rank"), [(2, 0), (-1, 0), (0, 2), (0, -1)])
-def test_outside_of_the_epoch_or_the_world(step, rank):
+def test_steps_and_ranks_out_of_range_are_refused(step, rank):
     with pytest.raises(ValueError, match="step"):
         micro_batches(epoch_order(9, 0, 0), step, batch_size=2, rank=rank, world_size=2)
 
@@ -73,7 +74,7 @@ ONE_VIEW = (ViewSlot("global", ViewTransform(size=8, scale=(0.4, 1.0), blur=0.0)
 def loaded(
     count: int, seed: int, epoch: int, steps: range, *, global_batch: int, accumulate: int, world_size: int
 ) -> list[list[int]]:
-    """What the processes' loaders hand out in some steps of an epoch: the images of each step, rank by rank."""
+    """Load some steps of an epoch with the loaders of all processes: the images of each step, rank by rank."""
     batch_size = global_batch // (accumulate * world_size)
     ranks = [
         MultiViewLoader(
@@ -101,8 +102,8 @@ WORLDS = st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (6, 1), (2, 3)
 
 @settings(max_examples=40)
 @given(data=st.data(), count=st.integers(6, 24), seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
-def test_loaders_show_every_image_once_whoever_loads_and_wherever_they_resume(data, count, seed, epoch):
-    """Up to some step one number of processes and parts, from there on another: together they read the order."""
+def test_loaders_follow_the_order_for_any_division_and_any_resume(data, count, seed, epoch):
+    """The number of processes and parts may change when a run resumes."""
     order = epoch_order(count, seed, epoch)
     steps = steps_per_epoch(count, 6)
     resumed = data.draw(st.integers(0, steps), label="resumed")

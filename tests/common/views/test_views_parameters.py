@@ -1,6 +1,7 @@
-"""The distributions of the views are torchvision's, and a view depends on (seed, epoch, index, view number) alone."""
+"""Views are distributed like torchvision's, and depend only on (seed, epoch, index, view number)."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,25 @@ from scipy.stats import chisquare, ks_1samp, ks_2samp, uniform
 from torchvision import transforms
 
 from hvp.common.errors import UserError
-from hvp.common.views import COLUMNS, JITTER_ORDERS, ViewParameters, ViewSlot, ViewTransform, sample_parameters
-from hvp.common.views.parameters import NUM_UNIFORMS, resolutions, view_layout, view_slots
+from hvp.common.views.parameters import (
+    COLUMNS,
+    JITTER_ORDERS,
+    NUM_UNIFORMS,
+    ViewParameters,
+    ViewSlot,
+    ViewTransform,
+    resolutions,
+    sample_parameters,
+    view_layout,
+    view_slots,
+)
 from hvp.common.views.randomness import random_bits, view_uniforms
 
 ROWS = 100_000
 
 
-def draw(transform: ViewTransform, size: tuple[int, int], rows: int = ROWS, seed: int = 0) -> ViewParameters:
-    """Columns [rows] of independent views, in float64."""
+def draw(transform: ViewTransform, size: tuple[int, int], rows: int = ROWS, seed: int = 0) -> Any:
+    """Draw independent views: ViewParameters of columns [rows], in float64."""
     uniforms = np.random.default_rng(seed).random((rows, 1, NUM_UNIFORMS))
     parameters = sample_parameters(uniforms, size, [ViewSlot("view", transform, 1, 1)])
     return ViewParameters(*np.moveaxis(parameters[:, 0].astype(np.float64), -1, 0))
@@ -29,7 +40,7 @@ def draw(transform: ViewTransform, size: tuple[int, int], rows: int = ROWS, seed
     ("size", "scale"),
     [((375, 500), (0.4, 1.0)), ((375, 500), (0.05, 0.4)), ((64, 64), (0.14, 1.0)), ((60, 100), (0.8, 1.0))],
 )
-def test_crops_are_distributed_as_torchvisions(size, scale):
+def test_crops_are_distributed_like_torchvisions(size, scale):
     ours = draw(ViewTransform(size=224, scale=scale, blur=0.0), size)
     image = torch.empty(3, *size)
     with torch.random.fork_rng():
@@ -44,7 +55,7 @@ def test_crops_are_distributed_as_torchvisions(size, scale):
 
 
 def plain_crop(uniforms: np.ndarray, size: tuple[int, int], transform: ViewTransform) -> tuple[int, int, int, int]:
-    """RandomResizedCrop written out for one view: top, left, height, width."""
+    """RandomResizedCrop of one view, written out: top, left, height, width."""
     height, width = size
     low, high = math.log(transform.ratio[0]), math.log(transform.ratio[1])
     for attempt in range(10):
@@ -71,16 +82,16 @@ def test_crops_equal_the_loop_written_out(size):
 
 
 @pytest.mark.parametrize("size", [(40, 400), (400, 40), (10, 1000)])
-def test_the_fallback_is_torchvisions(size):
-    # Half of such an image never fits into the allowed ratios, so every crop is the central one.
+def test_the_fallback_equals_torchvisions(size):
+    # No crop of 90 % of such an image has an allowed ratio, so every crop is the central one.
     ours = draw(ViewTransform(size=8, scale=(0.9, 1.0), blur=0.0), size, rows=50)
     box = transforms.RandomResizedCrop.get_params(torch.empty(3, *size), [0.9, 1.0], [3 / 4, 4 / 3])
     for column, value in zip((ours.top, ours.left, ours.height, ours.width), box, strict=True):
         assert (column == value).all()
 
 
-def test_jitter_is_distributed_as_torchvisions():
-    strengths = {"brightness": 0.4, "contrast": 1.3, "saturation": 0.2, "hue": 0.1}
+def test_jitter_is_distributed_like_torchvisions():
+    strengths: dict[str, Any] = {"brightness": 0.4, "contrast": 1.3, "saturation": 0.2, "hue": 0.1}
     ours = draw(ViewTransform(size=8, scale=(0.4, 1.0), blur=0.0, jitter=1.0, **strengths), (40, 40))
     jitter = transforms.ColorJitter(**strengths)
     with torch.random.fork_rng():
@@ -93,13 +104,13 @@ def test_jitter_is_distributed_as_torchvisions():
         assert ks_2samp(getattr(ours, name), [params[1 + number] for params in theirs]).pvalue > 1e-3, name
     assert chisquare(np.bincount(ours.order.astype(int), minlength=24)).pvalue > 1e-3
     assert len(set(JITTER_ORDERS)) == 24
-    # And independent of one another: the order says nothing about the factors, nor the factors about the box.
+    # They are independent: the order of the factors, and the factors of the box.
     correlations = np.corrcoef([ours.brightness, ours.contrast, ours.saturation, ours.hue, ours.order, ours.top])
     assert np.abs(correlations - np.eye(6)).max() < 0.015
 
 
-def test_probabilities_and_blur():
-    p = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
+def test_operations_have_their_probabilities_and_blur_is_uniform():
+    p: dict[str, Any] = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
     rows = draw(ViewTransform(size=8, scale=(0.4, 1.0), **p), (40, 40))
     applied = {
         "flip": rows.flip,
@@ -115,16 +126,16 @@ def test_probabilities_and_blur():
     assert ks_1samp(rows.blur_sigma[rows.blur_sigma > 0], uniform(0.1, 1.9).cdf).pvalue > 1e-3
 
 
-def test_what_is_not_applied_is_neutral():
-    off = {"flip": 0.0, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
+def test_operations_not_applied_have_neutral_values():
+    off: dict[str, Any] = {"flip": 0.0, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
     rows = draw(ViewTransform(size=8, scale=(0.4, 1.0), **off), (40, 40), rows=100)
     neutral = {"flip": 0, "jitter": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "grayscale": 0}
     for name, value in (neutral | {"blur_sigma": 0, "solarize": 0}).items():
         assert (getattr(rows, name) == value).all(), name
 
 
-def test_strengths_of_zero_leave_the_operation_out():
-    zero = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+def test_strengths_of_zero_give_neutral_values():
+    zero: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     rows = draw(ViewTransform(size=8, scale=(0.4, 1.0), blur=0.0, jitter=1.0, **zero), (40, 40), rows=100)
     assert (rows.brightness == 1).all()
     assert (rows.contrast == 1).all()
@@ -143,7 +154,7 @@ def test_boxes_lie_within_the_image(height, width, scale, extreme):
     uniforms = np.random.default_rng(0).random((20, 1, NUM_UNIFORMS))
     uniforms[0], uniforms[1, 0, 20:] = extreme, extreme
     parameters = sample_parameters(uniforms, (height, width), slots)
-    rows = ViewParameters(*np.moveaxis(parameters[:, 0].astype(np.float64), -1, 0))
+    rows: Any = ViewParameters(*np.moveaxis(parameters[:, 0].astype(np.float64), -1, 0))
     assert (rows.top >= 0).all()
     assert (rows.left >= 0).all()
     assert (rows.height >= 1).all()
@@ -156,7 +167,7 @@ def test_boxes_lie_within_the_image(height, width, scale, extreme):
         assert (column == np.round(column)).all()
 
 
-def test_a_view_depends_on_its_own_number_only(dino_slots):
+def test_a_view_depends_only_on_its_own_number(dino_slots):
     long, short = view_uniforms(3, 4, 5, 20, NUM_UNIFORMS), view_uniforms(3, 4, 5, 7, NUM_UNIFORMS)
     assert (long[:7] == short).all()
     fewer = (*dino_slots[:2], ViewSlot("local", dino_slots[2].transform, 3, 3))
@@ -165,7 +176,7 @@ def test_a_view_depends_on_its_own_number_only(dino_slots):
     )
 
 
-def test_a_batch_is_drawn_as_its_images_are(dino_slots):
+def test_a_batch_is_drawn_like_single_images(dino_slots):
     uniforms = np.stack([view_uniforms(0, 0, index, 20, NUM_UNIFORMS) for index in range(4)])
     sizes = np.array([(375, 500), (500, 375), (20, 333), (64, 64)])
     together = sample_parameters(uniforms, sizes, dino_slots)
@@ -184,7 +195,7 @@ def test_seed_epoch_and_index_open_different_streams():
 
 
 def test_the_random_numbers_never_change():
-    # A run that resumes with another numpy must see the same views: these are Philox4x64-10's own numbers.
+    # A run that resumes with another numpy must see the same views: these are the numbers of Philox4x64-10.
     assert random_bits("views", 1, 2, 3, 2).tolist() == [13637179162896307606, 3186157565435691869]
 
 
@@ -216,17 +227,17 @@ def test_layout_goes_slot_by_slot_and_shares_resolutions():
         ("solarize_threshold", 300),
     ],
 )
-def test_impossible_transforms_are_named(field, value):
+def test_messages_name_the_invalid_field(field, value):
     with pytest.raises(UserError, match=field):
         ViewTransform(**({"size": 8, "scale": (0.4, 1.0), "blur": 0.5} | {field: value}))
 
 
 @pytest.mark.parametrize(("candidates", "kept"), [(1, 2), (2, 0), (0, 0)])
-def test_impossible_slots_are_named(candidates, kept):
+def test_messages_name_the_invalid_slot(candidates, kept):
     with pytest.raises(UserError, match="local"):
         ViewSlot("local", ViewTransform(size=8, scale=(0.4, 1.0), blur=0.5), candidates, kept)
 
 
-def test_wrong_shapes_are_shown(dino_slots):
+def test_messages_show_the_wrong_shape(dino_slots):
     with pytest.raises(ValueError, match=r"\[19, 33\]"):
         sample_parameters(np.zeros((19, NUM_UNIFORMS)), (10, 10), dino_slots)

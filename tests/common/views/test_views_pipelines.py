@@ -1,24 +1,16 @@
 """`pil` equals torchvision pixel by pixel; `fast` stays close to it, operation by operation."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
-from hvp.common.views import (
-    JITTER_ORDERS,
-    MEAN,
-    STD,
-    ViewParameters,
-    ViewSlot,
-    ViewTransform,
-    fast,
-    normalize,
-    pil,
-    sample_parameters,
-)
-from hvp.common.views.parameters import NUM_UNIFORMS
+from hvp.common.views import ViewSlot, ViewTransform, fast, normalize, pil
+from hvp.common.views.normalize import MEAN, STD
+from hvp.common.views.parameters import JITTER_ORDERS, NUM_UNIFORMS, ViewParameters, sample_parameters
 from hvp.common.views.randomness import view_uniforms
 from tests.common.views.view_images import photograph
 
@@ -42,7 +34,7 @@ WHOLE = ViewParameters(
     blur_sigma=0,
     solarize=0,
 )
-"""The whole image and nothing else done to it."""
+"""The whole image, unchanged."""
 
 
 def sampled(slots, size, index=0):
@@ -63,7 +55,7 @@ def difference(a, b) -> float:
 
 
 def torchvision_view(image: Image.Image, p: ViewParameters, transform: ViewTransform, monkeypatch) -> np.ndarray:
-    """torchvision's own transforms, told to draw what the row says."""
+    """Apply torchvision's own transforms with the parameters of a row."""
     box = (int(p.top), int(p.left), int(p.height), int(p.width))
     names = ("brightness", "contrast", "saturation", "hue")
     order = torch.tensor([names.index(name) for name in JITTER_ORDERS[int(p.order)]])
@@ -165,7 +157,7 @@ def test_each_operation_does_something(pipeline):
 
 
 @pytest.mark.parametrize("order", range(24))
-def test_the_drawn_order_is_followed(order):
+def test_colour_operations_follow_the_drawn_order(order):
     image = photograph(2, 90, 120)
     transform = ViewTransform(size=64, scale=(0.1, 1.0), blur=0.5)
     row = WHOLE._replace(
@@ -178,7 +170,7 @@ def test_the_drawn_order_is_followed(order):
 def test_the_recorded_box_reproduces_the_view(pipeline, dino_slots):
     image = photograph(3, 375, 500)
     slot = dino_slots[2]
-    colourless = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "flip": 0.5}
+    colourless: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "flip": 0.5}
     transform = ViewTransform(size=96, scale=slot.transform.scale, **colourless)
     rows = sampled([ViewSlot("local", transform, 16, 1)], image.shape[:2])
     for row, view in zip(rows.tolist(), rendered(pipeline, image, rows, transform), strict=True):
@@ -221,7 +213,7 @@ def test_solarize_is_exact():
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (2, 4, 6, 6, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_normalize_is_the_formula(shape, dtype):
+def test_normalize_equals_the_formula(shape, dtype):
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = pixels.clone()
     expected = ((pixels.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()).movedim(-1, -3)
@@ -237,6 +229,6 @@ def test_normalize_takes_any_strides():
 
 
 @pytest.mark.parametrize("pixels", [torch.zeros(4, 4, 3), torch.zeros(3, 4, 4, dtype=torch.uint8)])
-def test_normalize_refuses_what_is_no_image(pixels):
+def test_normalize_refuses_other_dtypes_and_shapes(pixels):
     with pytest.raises(ValueError, match="uint8"):
         normalize(pixels)

@@ -1,3 +1,5 @@
+"""Strong views: operations, Cutout and crop; they depend only on (seed, epoch, image index)."""
+
 import math
 import warnings
 from collections import Counter
@@ -39,8 +41,8 @@ def photograph() -> np.ndarray:
     return np.stack([4 * x % 256, 6 * y % 256, (x * y) % 256], axis=-1).astype(np.uint8)
 
 
-def test_the_operations_are_those_of_fixmatch():
-    """Its Table 12. Posterize ends at 9 and solarize at 257 because whole numbers are cut from them."""
+def test_operations_equal_fixmatchs():
+    """Source: its Table 12. Posterize ends at 9 and solarize at 257 because their magnitudes are rounded down."""
     assert {name: (op.first, op.last) for name, op in OPERATIONS.items()} == {
         "autocontrast": (0, 0),
         "brightness": (0.05, 0.95),
@@ -79,7 +81,7 @@ def test_the_operations_are_those_of_fixmatch():
         ("translate_y", "TranslateY", lambda m, size: round(m * size[1])),
     ],
 )
-def test_an_operation_does_what_torchvisions_randaugment_does(name, theirs, magnitude, uniform):
+def test_each_operation_equals_torchvisions_randaugment(name, theirs, magnitude, uniform):
     image = Image.fromarray(photograph())
     op = OPERATIONS[name]
     value = magnitude(op.first + (op.last - op.first) * uniform, image.size)
@@ -87,7 +89,7 @@ def test_an_operation_does_what_torchvisions_randaugment_does(name, theirs, magn
     np.testing.assert_array_equal(np.asarray(op(image, uniform)), np.asarray(expected))
 
 
-def test_without_operations_and_cutout_it_is_the_methods_crop():
+def test_without_operations_and_cutout_only_the_crop_is_left():
     image = photograph()
     numbers = np.random.default_rng(0).random(NUM_UNIFORMS)
     plain = ViewTransform(size=32, scale=(0.2, 1.0), jitter=0, grayscale=0, blur=0)
@@ -101,10 +103,15 @@ def test_without_operations_and_cutout_it_is_the_methods_crop():
 
 def test_every_operation_is_drawn_equally_often(monkeypatch):
     drawn: Counter[str] = Counter()
-    counting = {
-        name: strong.Operation(lambda image, _, name=name: drawn.update([name]) or image) for name in OPERATIONS
-    }
-    monkeypatch.setattr(strong, "OPERATIONS", counting)
+
+    def counting(name: str) -> strong.Operation:
+        def count(image: Image.Image, _: float) -> Image.Image:
+            drawn[name] += 1
+            return image
+
+        return strong.Operation(count)
+
+    monkeypatch.setattr(strong, "OPERATIONS", {name: counting(name) for name in OPERATIONS})
     image, transform = np.zeros((4, 4, 3), dtype=np.uint8), StrongTransform(VIEW, num_ops=2)
     for index in range(1400):
         strong_view(image, uniform_stream("strong", 0, 0, index, 0), transform)
@@ -136,7 +143,7 @@ def views(source, keys, *, seed=0, threads=2) -> torch.Tensor:
         made.close()
 
 
-def test_a_view_follows_from_seed_epoch_and_image_alone(source):
+def test_a_view_depends_only_on_seed_epoch_and_image(source):
     keys = [(1, index) for index in range(6)]
     found = views(source, keys)
     assert (found.shape, found.dtype) == ((6, 32, 32, 3), torch.uint8)
@@ -147,13 +154,13 @@ def test_a_view_follows_from_seed_epoch_and_image_alone(source):
         assert all(not torch.equal(a, b) for a, b in zip(found, other, strict=True))
 
 
-def test_an_image_that_is_gone_is_named(source, folder):
+def test_messages_name_a_missing_image(source, folder):
     (folder / FOLDER[3]).unlink()
     with pytest.raises(BadImage, match=FOLDER[3]):
         views(source, [(0, 2), (0, 3)])
 
 
-def test_reading_in_threads_leaves_the_filters_of_warnings(source):
+def test_reading_in_threads_keeps_the_warning_filters(source):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
         before = list(warnings.filters)
@@ -163,8 +170,8 @@ def test_reading_in_threads_leaves_the_filters_of_warnings(source):
 
 
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
-def test_pictures_of_extreme_shape_keep_their_size_until_they_are_cropped(shape):
-    """An operation that made a square of one would need gigabytes."""
+def test_operations_keep_the_size_of_extreme_images(shape):
+    """Padding such an image to a square would need gigabytes."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for name, operation in OPERATIONS.items():
         assert operation(Image.fromarray(image), 0.99).size == shape[::-1], name

@@ -1,4 +1,4 @@
-"""Photograph-like pictures, made and compressed in memory, as an image source."""
+"""Image source of photograph-like pictures, generated and compressed in memory."""
 
 import io
 from functools import lru_cache
@@ -13,7 +13,7 @@ from hvp.common.data import BadImage
 
 @lru_cache(maxsize=64)
 def photograph(index: int, height: int, width: int) -> NDArray[np.uint8]:
-    """A made, JPEG-compressed picture, [height, width, 3] uint8."""
+    """Generate a JPEG-compressed picture, [height, width, 3] uint8."""
     return np.array(Image.open(io.BytesIO(benchmark.photograph(index, height, width))))
 
 

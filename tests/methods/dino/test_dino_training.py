@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from hvp.common.errors import UserError
-from hvp.common.training.selecting import ViewSelector
+from hvp.common.training.selecting import Kept, ViewSelector
 from hvp.common.views import normalize
-from hvp.methods.dino import main_dino
 from hvp.methods.dino.config import DinoConfig
 from hvp.methods.dino.main_dino import (
     build_loss,
     build_networks,
-    teacher_output_of,
 )
 from hvp.methods.dino.score import pair_losses
 from tests import runs
@@ -132,14 +130,14 @@ def test_reused_teacher_outputs_are_those_of_the_kept_crops():
     scored = Scored(small())
     kept = scored.select()
     again, _ = scored.teacher([kept.views[0].flatten(0, 1)])
-    torch.testing.assert_close(teacher_output_of(kept, scored.teacher_logits), again, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Kept(kept.index).of(scored.teacher_logits), again, rtol=1e-5, atol=1e-6)
 
 
 def test_batch_norm_rules_out_reuse(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("reused")
 
-    monkeypatch.setattr(main_dino, "teacher_output_of", never)
+    monkeypatch.setattr(Kept, "of", never)
     train(small(model__use_bn_in_head=True, train__epochs=1), tmp_path / "bn")
     with pytest.raises(AssertionError, match="reused"):
         train(small(train__epochs=1), tmp_path / "plain")

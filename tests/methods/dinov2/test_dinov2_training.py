@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
-from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.selecting import Kept, ViewSelector
 from hvp.common.views import normalize
 from hvp.methods.dinov2 import main_dinov2
 from hvp.methods.dinov2.config import DINOv2Config
@@ -114,16 +114,14 @@ def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(global_p
         )
     )
     kept, (cls, patches) = scored.select()
-    masks = of_kept(kept, scored.masks)
-    kept_cls, kept_patches = of_kept(kept, cls), of_kept(kept, patches)
+    masks, kept_cls, kept_patches = map(Kept(kept.index).of, (scored.masks, cls, patches))
     assert masks.any()
     for b in range(8):
-        mine = [b, 8 + b]  # of [2 B, ...]
+        rows = [b, 8 + b]  # this image's of [2 B, ...]
         views = [crop[:, b] for crop in kept.views]
-        embedding = kept_cls[mine], kept_patches[mine][masks[mine]]
-        targets = teacher_logits(scored.teacher, views[0], masks[mine], embedding)
-        out = scored.student(views, masks[mine])
-        losses = scored.loss(out.cls, out.patch, out.features.backbone, *targets, masks[mine], scored.temp)
+        targets = teacher_logits(scored.teacher, views[0], masks[rows], (kept_cls[rows], kept_patches[rows]))
+        out = scored.student(views, masks[rows])
+        losses = scored.loss(out.cls, out.patch, out.features.backbone, *targets, masks[rows], scored.temp)
         assert float(kept.loss[b]) == pytest.approx(losses.loss.item(), rel=1e-4)
 
 
@@ -144,16 +142,16 @@ def test_scoring_balances_targets_over_all_candidates():
 def test_reused_teacher_outputs_are_those_of_the_kept_crops():
     scored = Scored(small())
     kept, (cls, patches) = scored.select()
-    masks = of_kept(kept, scored.masks)
+    masks = Kept(kept.index).of(scored.masks)
     again = scored.teacher.embed_teacher(kept.views[0].flatten(0, 1), masks)
-    for ours, expected in zip((of_kept(kept, cls), of_kept(kept, patches)[masks]), again, strict=True):
+    for ours, expected in zip((Kept(kept.index).of(cls), Kept(kept.index).of(patches)[masks]), again, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_as_many_kept_crops_are_masked_as_without_hard_views():
     scored = Scored(small())
     kept, _ = scored.select()
-    assert int(of_kept(kept, scored.masks).any(dim=1).sum()) == 8
+    assert int(Kept(kept.index).of(scored.masks).any(dim=1).sum()) == 8
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
@@ -243,7 +241,7 @@ def test_accumulation_notes_which_terms_it_changes():
 
 
 def test_a_collapsed_run_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
+    monkeypatch.setattr("hvp.common.training.step.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     hot = {"teacher__student_temp": 1e6, "teacher__teacher_temp": 1e6, "teacher__warmup_teacher_temp": 1e6}
     assert f"ln(head_n_prototypes) = {math.log(128):.3f}" in train(small(**hot), tmp_path / "run").said
 

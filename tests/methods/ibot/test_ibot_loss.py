@@ -113,7 +113,7 @@ def test_inconsistent_shapes_and_epochs_are_refused() -> None:
         loss_of(pred_start_epoch=8)
     with pytest.raises(ValueError, match=r"patches \[3, 7\] of the student, \[2, 7\] of the teacher"):
         loss_of()(noise(4, 11), noise(3, 7), noise(4, 11), noise(2, 7), torch.ones(4, 1, dtype=torch.bool), 0)
-    with pytest.raises(ValueError, match="a shared head of 4 prototypes, but patch_out_dim is 5"):
+    with pytest.raises(ValueError, match="a shared head has 4 prototypes, but patch_out_dim is 5"):
         iBOTHead(3, 4, patch_out_dim=5, shared_head=True)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvp.common.errors import UserError
 from hvp.common.evaluation.checkpoints import load_encoder
-from hvp.common.training.selecting import ViewSelector, of_kept
+from hvp.common.training.selecting import Kept, ViewSelector
 from hvp.common.views import normalize
 from hvp.methods.ibot import main_ibot
 from hvp.methods.ibot.config import IbotConfig
@@ -119,22 +119,22 @@ def test_kept_loss_is_the_objective_of_the_kept_crops_under_their_masks(local_cr
         )
     )
     kept, _, (cls, patches) = scored.select()
-    masks = of_kept(kept, scored.masks)
+    masks = Kept(kept.index).of(scored.masks)
     assert masks.any()
     assert not masks.all(dim=1).any()
-    kept_cls, kept_patches = of_kept(kept, cls), of_kept(kept, patches)
+    kept_cls, kept_patches = Kept(kept.index).of(cls), Kept(kept.index).of(patches)
     for b in range(8):
-        mine = [b, 8 + b]  # of [2 B, ...]
+        rows = [b, 8 + b]  # this image's of [2 B, ...]
         views = [crop[:, b] for crop in kept.views]
-        targets = teacher_outputs(scored.teacher.head, kept_cls[mine], kept_patches[mine], masks[mine])
-        losses = scored.ibot_loss(*scored.student(views, masks[mine])[:2], *targets[:2], masks[mine], 0)
+        targets = teacher_outputs(scored.teacher.head, kept_cls[rows], kept_patches[rows], masks[rows])
+        losses = scored.ibot_loss(*scored.student(views, masks[rows])[:2], *targets[:2], masks[rows], 0)
         assert float(kept.loss[b]) == pytest.approx(losses.loss.item(), rel=1e-4)
 
 
 def test_masks_travel_with_the_views():
     scored = Scored(small())
     kept, _, _ = scored.select()
-    globals_, masks = kept.views[0].flatten(0, 1), of_kept(kept, scored.masks)
+    globals_, masks = kept.views[0].flatten(0, 1), Kept(kept.index).of(scored.masks)
     for row, (view, mask) in enumerate(zip(globals_, masks, strict=True)):
         b = row % 8
         (number,) = [g for g in range(4) if torch.equal(scored.crops[0][g, b], view)]
@@ -163,7 +163,7 @@ def test_reused_teacher_outputs_are_those_of_the_kept_crops():
     kept, _, embedding = scored.select()
     again = scored.teacher.embed(kept.views[0].flatten(0, 1))
     for ours, expected in zip(embedding, again, strict=True):
-        torch.testing.assert_close(of_kept(kept, ours), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(Kept(kept.index).of(ours), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm_in_head", [None, "bn"])
@@ -224,7 +224,7 @@ def test_epochs_before_the_masks_begin_train_without_them(tmp_path):
 
 def test_a_collapsed_run_is_reported(tmp_path, monkeypatch):
     """Temperatures so high that all distributions are uniform: the [CLS] loss stays at ln K."""
-    monkeypatch.setattr("hvp.common.training.run.CollapseWatch.__init__.__defaults__", (3,), raising=True)
+    monkeypatch.setattr("hvp.common.training.step.CollapseWatch.__init__.__defaults__", (3,), raising=True)
     hot = {"loss__student_temp": 1e6, "loss__teacher_temp": 1e6, "loss__warmup_teacher_temp": 1e6}
     said = train(small(**hot), tmp_path / "run").said
     assert f"ln(out_dim) = {math.log(128):.3f}" in said

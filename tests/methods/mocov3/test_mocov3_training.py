@@ -249,16 +249,16 @@ def test_a_collapse_is_reported_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.BatchNorm1d, "reset_parameters", constant_batch_norm)
     said = train(small(optim__base_lr=1e-9, loss__temperature=0.2), tmp_path / "run").said
     assert said.count("step 3: the network has collapsed: ") == 1
-    assert "the loss has been that of chance, 1.664" in said  # 4 * 0.2 * ln(8)
+    assert "the loss has been at chance level, 1.664" in said  # 4 * 0.2 * ln(8)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"optim__warmup_epochs": 3, "train__epochs": 2}, "optim.warmup_epochs = 3 is longer than train.epochs = 2"),
-        ({"train__batch_size": 8, "train__accumulate": 8}, "InfoNCE needs at least 2 a part"),
+        ({"train__batch_size": 8, "train__accumulate": 8}, "InfoNCE needs at least 2 images in each part"),
         ({"selection__candidates": 0}, "selection.candidates = 0"),
-        ({"model__stop_grad_conv1": True}, "model.arch = convnet_micro has no patch projection of one convolution"),
+        ({"model__stop_grad_conv1": True}, "model.arch = convnet_micro has no patch projection"),
         ({"model__arch": "vit_micro", "views__crop_size": 36}, "views.crop_size = 36 is not a multiple of 8"),
     ],
 )

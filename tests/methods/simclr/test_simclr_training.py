@@ -89,7 +89,7 @@ def test_googles_and_the_papers_rates_agree_at_the_papers_batch_size():
 def test_accumulation_warns_that_it_changes_the_objective(tmp_path):
     said = {parts: train(small(train__accumulate=parts), tmp_path / str(parts)).said for parts in (1, 2)}
     assert "changes the objective" not in said[1]
-    assert said[2].count("train.accumulate = 2 changes the objective: views have 6 negatives") == 1
+    assert said[2].count("train.accumulate = 2 changes the objective: a view has 6 negatives") == 1
 
 
 def test_a_collapse_is_reported_once(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_collapse_is_reported_once(tmp_path, monkeypatch):
     ("values", "message"),
     [
         ({"optim__warmup_epochs": 3, "train__epochs": 2}, "optim.warmup_epochs = 3 is longer than train.epochs = 2"),
-        ({"train__batch_size": 8, "train__accumulate": 8}, "NT-Xent needs at least 2 a part"),
+        ({"train__batch_size": 8, "train__accumulate": 8}, "NT-Xent needs at least 2 images in each part"),
         ({"selection__candidates": 1}, "selection.candidates = 1"),
         ({"model__num_proj_layers": 1}, "model.num_proj_layers = 1"),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvp.common.errors import UserError
 from hvp.common.training.distributed import World
+from hvp.common.training.run import Run
 from hvp.common.training.selecting import ViewSelector
 from hvp.common.views import normalize
 from hvp.methods.simsiam import main_simsiam
@@ -55,18 +56,18 @@ def losses_of(model: SimSiam, selector: ViewSelector, views: list[Tensor]) -> Te
 @pytest.mark.parametrize("fixed", [True, False])
 def test_the_rate_falls_by_epoch_and_the_predictors_may_stay_fixed(tmp_path, monkeypatch, fixed):
     optimizers, rates = [], []
-    build, record = main_simsiam.build_optimizer, main_simsiam.Run.record
+    build, record = main_simsiam.build_optimizer, Run.record
 
     def built(*args):
         optimizers.append(build(*args))
         return optimizers[0]
 
-    def recorded(run, loss, **values):
+    def recorded(run, **values):
         rates.append([group["lr"] for group in optimizers[0].param_groups])
-        record(run, loss, **values)
+        record(run, **values)
 
     monkeypatch.setattr(main_simsiam, "build_optimizer", built)
-    monkeypatch.setattr(main_simsiam.Run, "record", recorded)
+    monkeypatch.setattr(Run, "record", recorded)
     train(small(optim__fix_pred_lr=fixed, optim__base_lr=3.2), tmp_path / "run")
     expected = [0.1 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3) for _ in range(6)]
     assert [rate for rate, _ in rates] == pytest.approx(expected, rel=1e-12)
