@@ -694,6 +694,7 @@ def _hang_in_one(out: Path, world: World, report: Report) -> None:
             to_workers(signal.SIGSTOP)
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
+    torch.manual_seed(0)  # equal weights in both processes
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters())
     parts: dict[str, Any] = {"layer": layer, "optimizer": optimizer}

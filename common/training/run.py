@@ -3,7 +3,6 @@
 The trainer's own loop calls it; it calls nothing back.
 """
 
-import json
 import math
 import shlex
 import signal
@@ -23,10 +22,11 @@ from hvp.common.config.resolving import to_yaml
 from hvp.common.config.sections import RunConfig
 from hvp.common.data.workers import Hanging, NoBatch, WaitInterrupted
 from hvp.common.errors import Stopped, UserError
-from hvp.common.training.checkpoint import save_checkpoint, write_atomically
+from hvp.common.training.checkpoint import save_checkpoint
 from hvp.common.training.distributed import World
 from hvp.common.training.folder import LAST, PREVIOUS, Claim, describe_run, versions
 from hvp.common.training.log import NoLog, RunLog
+from hvp.common.training.nonfinite import stop_nonfinite
 from hvp.common.training.optimizers import squared_gradient_norm
 from hvp.common.training.peak_memory import peak_memory
 from hvp.common.training.precision import Precision
@@ -290,7 +290,14 @@ class Run(Step):
         self.grad_norm = math.sqrt(squared_norm) if finite else None
         if not math.isfinite(total) or (not finite and self._config.train.precision != "fp16"):
             values = {"lr": max(group["lr"] for group in optimizer.param_groups), **self.precision.statistics()}
-            self._report_nonfinite(own_loss, squared_norm, values)
+            stop_nonfinite(
+                *(self.out, self._claim, self.world, self._loader.source, self._batch),
+                step=self.step + 1,
+                loss=own_loss,
+                squared_norm=squared_norm,
+                values=values,
+                saved=self._saved,
+            )
         return total / self.world.size
 
     def _record(self, loss: float, values: Mapping[str, Value]) -> None:
@@ -400,53 +407,6 @@ class Run(Step):
             f"epoch {epoch + 1}/{self._config.train.epochs}: loss {loss:.4f}, {steps} "
             f"step{'' if steps == 1 else 's'} in {duration(seconds)}, {rate}"
         )
-
-    def _report_nonfinite(self, own_loss: float, squared_norm: float, values: Mapping[str, float]) -> None:
-        """Stop the run in all processes, with a message that names the step and a file that lists its images.
-
-        If only a gradient is not finite, the images of all processes are listed: gradients are averaged.
-        """
-        source = self._loader.source
-        images = [
-            {"rank": self.world.rank, "index": index, "name": source.describe(index)}
-            for part in self._batch
-            for index in part.index.tolist()
-        ]
-        losses = self.world.gather(own_loss)
-        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        listed_ranks = bad or range(self.world.size)
-        lists = self.world.gather(images if self.world.rank in listed_ranks else [])
-        listed = self.out / "nonfinite.json"
-        with self.world.agreeing():
-            where = f" on rank {', '.join(map(str, bad))}" if self.world.size > 1 and bad else ""
-            shown = "".join(f", {name} {value:g}" for name, value in values.items())
-            norm = str(math.sqrt(squared_norm)) if squared_norm >= 0 else "nan"
-            what = (
-                f"the loss is {losses[bad[0]]}{where}" if bad else f"the loss is {losses[0]:g}, but its gradient {norm}"
-            )
-            about = {
-                "step": self.step + 1,
-                "loss": [str(losses[rank]) for rank in listed_ranks],
-                "gradient_norm": norm,
-                **values,
-                "images": [image for of_rank in lists for image in of_rank],
-            }
-            try:
-                self._claim.check()
-                if self.world.leader:
-                    write_atomically(listed, lambda file: file.write(json.dumps(about, indent=1).encode()))
-                images_are = f"Its images are listed in {listed}"
-            except UserError as error:
-                images_are = str(error)
-            kept = (
-                "There is no checkpoint yet"
-                if self._saved is None
-                else f"Last good checkpoint: {self.last_checkpoint}, step {self._saved}"
-            )
-            raise UserError(
-                f"step {self.step + 1}: {what}{shown}. {kept}. {images_are}.\n"
-                "    Lower the learning rate or raise the precision. Resuming with the same values repeats the step"
-            )
 
 
 def _first_signal(counts: list[float]) -> signal.Signals | None:
