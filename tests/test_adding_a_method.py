@@ -67,7 +67,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def outputs(copy) -> dict[str, str]:
-    """What each of the commands prints, run one after the other in one process, to import PyTorch once."""
+    """Return the output of each command, run one after the other in one process, to import PyTorch once."""
     code = """
 import json, sys
 from hvp.cli.main import main

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+from hvp.common.config.sections import TeacherOptimConfig
 
 
 def cosine(step: int, *, base: float, final: float, total_steps: int) -> float:
@@ -42,6 +45,31 @@ def warmup_cosine(
     if step < warmup_steps:
         return _linear(step, start, base, warmup_steps)
     return cosine(step - warmup_steps, base=base, final=final, total_steps=total_steps - warmup_steps)
+
+
+def student_with_teacher(
+    optim: TeacherOptimConfig, peak_lr: float, momentum: float, total_steps: int, steps_per_epoch: int
+) -> Callable[[int], tuple[float, float, float]]:
+    """Return the schedules of learning rate, weight decay and teacher momentum as one function of the step.
+
+    Args:
+        optim: ends and warm-up of the schedules.
+        peak_lr: learning rate after the warm-up, scaled by the batch size.
+        momentum: teacher momentum at the start; 1 at the end.
+        total_steps, steps_per_epoch: lengths in steps.
+
+    Source: facebookresearch/dino main_dino.py train_dino.
+    """
+
+    def at(step: int) -> tuple[float, float, float]:
+        warmup = optim.warmup_epochs * steps_per_epoch
+        return (
+            warmup_cosine(step, base=peak_lr, final=optim.min_lr, total_steps=total_steps, warmup_steps=warmup),
+            warmup_cosine(step, base=optim.weight_decay, final=optim.weight_decay_end, total_steps=total_steps),
+            warmup_cosine(step, base=momentum, final=1.0, total_steps=total_steps),
+        )
+
+    return at
 
 
 def linear_then_constant(step: int, start: float, end: float, warmup_steps: int) -> float:

@@ -82,7 +82,7 @@ class Step(ABC):
         self.model: Any = data_parallel(trained, world, self.device)
         """The network that learns; its backward pass averages gradients over the processes."""
         self.kept: Kept
-        """Which candidates the current part is trained on."""
+        """Candidates that the current part is trained on."""
         self._num_parts = config.train.accumulate
         self._begin_step()
 

@@ -23,7 +23,7 @@ from hvp.common.training.collapse import feature_spread
 from hvp.common.training.distributed import World, synchronised
 from hvp.common.training.ema import update_ema
 from hvp.common.training.optimizers import build_optimizer, clip_gradients, split_weight_decay
-from hvp.common.training.schedules import warmup_cosine
+from hvp.common.training.schedules import student_with_teacher
 from hvp.common.training.session import RunOptions, session
 from hvp.common.training.step import Step
 from hvp.methods.dino.config import DinoConfig
@@ -127,8 +127,11 @@ def train_one_epoch(run: Step, parts: Parts, epoch: int, config: DinoConfig) -> 
     student, teacher, dino_loss, optimizer = parts
     # hvp: with batch norm, outputs depend on the other crops that they are computed with
     reuses_teacher = not has_batch_norm(teacher)
+    schedules = student_with_teacher(
+        config.optim, config.peak_lr, config.model.momentum_teacher, run.total_steps, run.steps_per_epoch
+    )
     for it, batch in run.steps(epoch):
-        lr, wd, momentum = schedules(it, run, config)
+        lr, wd, momentum = schedules(it)
         for i, group in enumerate(optimizer.param_groups):
             group["lr"] = lr
             group["weight_decay"] = wd if i == 0 else 0.0  # only the first group is regularised
@@ -165,17 +168,6 @@ def train_one_epoch(run: Step, parts: Parts, epoch: int, config: DinoConfig) -> 
         uniform = math.log(config.model.out_dim)
         collapsed = abs(run.objective - uniform) < 1e-3
         run.collapse.see(it, collapsed, UNIFORM.format(steps=run.collapse.steps, loss=uniform))
-
-
-def schedules(it: int, run: Step, config: DinoConfig) -> tuple[float, float, float]:
-    """Return a step's learning rate, weight decay and teacher momentum; `it` counts from 0."""
-    optim, total = config.optim, run.total_steps
-    warmup_steps = optim.warmup_epochs * run.steps_per_epoch
-    return (
-        warmup_cosine(it, base=config.peak_lr, final=optim.min_lr, total_steps=total, warmup_steps=warmup_steps),
-        warmup_cosine(it, base=optim.weight_decay, final=optim.weight_decay_end, total_steps=total),
-        warmup_cosine(it, base=config.model.momentum_teacher, final=1.0, total_steps=total),
-    )
 
 
 def cancel_gradients_last_layer(student: MultiCropWrapper) -> None:

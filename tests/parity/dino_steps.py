@@ -33,7 +33,7 @@ def formula_images(batch: int, height: int, width: int, shift: int) -> Tensor:
 
 @dataclass
 class Outcome:
-    """What the fixture holds: losses and selections a step; networks and centre after each epoch; schedules a step."""
+    """Contents of the fixture: losses and selections per step, networks and centre per epoch, schedules per step."""
 
     losses: list[float] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)

@@ -42,7 +42,7 @@ def test_candidate_crops_are_of_the_transforms_of_the_crops_that_they_may_become
 
 
 def test_views_of_one_each_draw_the_same_numbers_as_a_plain_list():
-    """So a patched loader with as many candidates as trained views is the original one."""
+    """A patched loader with as many candidates as trained views is the original one."""
 
     def draw(image: int) -> float:
         return image + torch.rand(()).item()
