@@ -23,11 +23,10 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.cases import OWN, WHOLE, Case, arguments_of
+from hvp.methods import METHODS
+from tests.faults.cases import WHOLE, Case, arguments_of
 from tests.faults.commands import Failure, Zygote, check_said
 from tests.faults.faults import FAULTS, IN_TRAINING, Fault, knn_arguments
-
-METHODS = tuple(OWN)
 
 LEAKS = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 """Lines that triton prints at the end of a forked process about objects held by the zygote."""

@@ -29,7 +29,6 @@ OWN = {
     "dino": ("optim.warmup_epochs=1", "model.drop_path_rate=0.1", "model.head_hidden_dim=32"),
     "ibot": ("optim.warmup_epochs=1", "model.drop_path_rate=0.1", "model.head_hidden_dim=32"),
     "simclr": ("optim.warmup_epochs=1", "rescue.enabled=true"),
-    "simsiam": (),
     "mocov3": ("optim.warmup_epochs=1", "model.mlp_dim=64"),
     "dinov2": ("optim.warmup_epochs=1", "model.drop_path_rate=0.3", *TWO_HEADS),
 }
@@ -41,7 +40,7 @@ ABOUT = ("format", "version", "versions", "method", "config")
 
 def arguments_of(method: str) -> list[str]:
     """Return the command line of a run of ten steps, without its folder."""
-    own = [word for value in OWN[method] for word in ("--set", value)]
+    own = [word for value in OWN.get(method, ()) for word in ("--set", value)]
     return ["pretrain", method, "--preset", "tiny", *SMALL, *own]
 
 

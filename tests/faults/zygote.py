@@ -18,10 +18,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hvp.methods import METHODS
 from tests.faults import disks
 
 MODULES = (
-    *(f"hvp.methods.{name}" for name in ("dino", "dinov2", "ibot", "mocov3", "simclr", "simsiam")),
+    *(f"hvp.methods.{name}" for name in METHODS),
     *("hvp.cli.main", "hvp.cli.start", "hvp.common.evaluation.knn", "torch.utils.tensorboard"),
     "hvp.common.convert.runs",
 )

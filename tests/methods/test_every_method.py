@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp.common.config.resolving import read_yaml, resolve
+from hvp.common.config.resolving import leaf_keys, read_yaml, resolve
 from hvp.common.config.sections import RunConfig
 from hvp.common.data import open_dataset
 from hvp.common.evaluation.checkpoints import load_encoder
@@ -45,13 +45,13 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Settings that a `tiny` preset needs for so short a run."""
 
-MULTI_CROP = {"selection.global_candidates": 1, "selection.local_candidates": 2}
-TWO_VIEWS = {"selection.candidates": 2}
-AS_MANY_AS_KEPT = {
-    **dict.fromkeys(("dino", "ibot", "dinov2"), MULTI_CROP),
-    **dict.fromkeys(("simsiam", "simclr"), TWO_VIEWS),
-    "mocov3": {"selection.candidates": 1},
-}
+
+def as_many_as_kept(name: str) -> dict[str, Any]:
+    """Candidates as few as the views that are trained on."""
+    slots = config_of(name, {}).view_slots()
+    if "selection.candidates" in leaf_keys(get_method(name).config):
+        return {"selection.candidates": slots[0].kept}
+    return {"selection.global_candidates": slots[0].kept, "selection.local_candidates": slots[-1].kept}
 
 
 def values_of(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_vanilla_equals_a_run_without_any_selection(name, vanilla, tmp_path, mon
 
 
 def test_as_many_candidates_as_kept_views_equals_vanilla(name, vanilla, tmp_path):
-    assert_same(vanilla, train(name, tmp_path / "run", AS_MANY_AS_KEPT[name]))
+    assert_same(vanilla, train(name, tmp_path / "run", as_many_as_kept(name)))
 
 
 def test_hard_views_change_the_run(name, hard, vanilla):
