@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -139,25 +140,33 @@ def _row(
 ) -> Row:
     gpu = device.type == "cuda"
     precision: Literal["fp32", "bf16"] = "bf16" if gpu else "fp32"
-    step, batch = _step(method, with_it, precision, device)
-    plain, _ = _step(method, vanilla, precision, device)
-    step()  # what is allocated once belongs to neither side
-    plain()
-    extra = None
-    before, after = peak_memory_mb(plain, device), peak_memory_mb(step, device)
-    if before is not None and after is not None:
-        extra = after - before
-    keep_freed_memory()
-    seconds, reference = interleaved([step, plain], 10 * rounds if gpu else rounds, device)
+    with ExitStack() as held:
+        step, batch = _step(method, with_it, precision, device, held)
+        plain, _ = _step(method, vanilla, precision, device, held)
+        step()  # what is allocated once belongs to neither side
+        plain()
+        extra = None
+        before, after = peak_memory_mb(plain, device), peak_memory_mb(step, device)
+        if before is not None and after is not None:
+            extra = after - before
+        keep_freed_memory()
+        seconds, reference = interleaved([step, plain], 10 * rounds if gpu else rounds, device)
     case = f"{method.name} step with {name} over vanilla, {with_it['model.arch']}, {precision}, {batch}, {device.type}"
     middle = statistics.median
     return Row(benchmark, case, ratio(seconds, reference), target, True, extra, middle(seconds), middle(reference))
 
 
 def _step(
-    method: Method[Any], values: Mapping[str, Any], precision: Literal["fp32", "bf16"], device: torch.device
+    method: Method[Any],
+    values: Mapping[str, Any],
+    precision: Literal["fp32", "bf16"],
+    device: torch.device,
+    held: ExitStack,
 ) -> tuple[Callable[[], None], str]:
-    """Return a function that makes one step of a configuration on a batch of noise, and the size of the batch."""
+    """Return a function that makes one step of a configuration on a batch of noise, and the size of the batch.
+
+    What must be closed after the last step goes to `held`.
+    """
     config = resolve(method.config, [("benchmark", values)]).config
     number_format = Precision(precision, device)
     torch.manual_seed(0)
@@ -166,7 +175,8 @@ def _step(
     strong = None
     if count := images_to_rescue(config):
         source = Jpegs(config.train.batch_size)
-        strong = StrongViews(source, strong_transform(config), seed=0, threads=min(2, count))
+        views = StrongViews(source, strong_transform(config), seed=0, threads=min(2, count))
+        strong = held.enter_context(closing(views))
     run = GivenSteps(config, parts[0], [[batch]], number_format, strong)
     shapes = " + ".join(f"{pixels.shape[0]} x {pixels.shape[2]} px" for pixels in batch.pixels)
     return lambda: method.train_one_epoch(run, parts, 0, config), f"{config.train.batch_size} images of {shapes}"
